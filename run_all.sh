@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# Raw interactions and item texts in, the paper's result table out:
+#   prepare -> stage-PT -> stage-FT1, FT2 -> export LF/PT/FT -> SASRec and BERT4Rec from them -> table
+# A step whose output is there and was made from the same inputs and options says "up to date" and costs seconds.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+usage() {
+  cat <<'EOF'
+bash run_all.sh [NAME] [options]        NAME: a dataset (default grocery)
+  grocery      embedded (CC0); source for stage-PT: household. No GPU, no download but the language model
+  pantry instruments arts movies sports   the paper's targets (CUDA); sources: books clothing sports movies
+  industrial office                       Amazon extracts under data/raw/, each the other's source
+  anything else                           data/NAME/interactions.csv and items.jsonl; name --source, or stage-PT is left out
+options
+  --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
+  --source "A B" datasets for stage-PT                        (default: as above)
+  --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
+  --full         the paper's budget instead of the small one that a 2-core CPU finishes in 20 minutes
+  --toy          a budget of seconds: shows that everything runs, says nothing about quality
+  --quick-table  no rescaled columns
+  --help
+EOF
+}
+
+NAME=grocery PLM= SOURCE= SEEDS= BUDGET= SCALES="raw rescaled"
+fail() { echo "error: $1" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+  case $1 in
+    --help|-h) usage; exit 0 ;;
+    --plm|--source|--seeds) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
+      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; esac; shift 2 ;;
+    --full) BUDGET=full; shift ;;
+    --toy) BUDGET=toy; shift ;;
+    --quick-table) SCALES=raw; shift ;;
+    -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
+    *) NAME=$1; shift ;;
+  esac
+done
+[[ $NAME =~ ^[A-Za-z0-9_-]+$ ]] || fail "dataset name '$NAME': letters, digits, - and _ only"
+
+PAPER=
+case $NAME in
+  grocery) : "${SOURCE:=household}" ;;
+  industrial) : "${SOURCE:=office}" ;;
+  office) : "${SOURCE:=industrial}" ;;
+  pantry|instruments|arts|movies|sports) PAPER=1; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${BUDGET:=full}" "${SEEDS:=0 1 2}" ;;
+esac
+: "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=small}"
+
+# ---------------------------------------------------------------- budgets: the only place where numbers differ
+case $BUDGET in
+  full)  PT=(--batch 64 --accumulate 8) FT=() SEQ=(--lrs 0.0003 0.001 0.003 0.01)          ;;  # the paper's
+  small) PT=(--batch 64 --accumulate 1 --max_steps 300 --epochs 10) FT=(--batch 32 --epochs 6 --patience 2 --warmup 20)
+         SEQ=(--lrs 0.001 --epochs 60 --patience 5) ;;
+  toy)   PT=(--batch 8 --accumulate 1 --max_steps 3) FT=(--batch 32 --epochs 1 --warmup 2) SEQ=(--lrs 0.001 --epochs 1 --hidden 0) ;;
+esac
+PYTHON=${PYTHON:-python}
+RUN=${ELEPHANT_RUNS:-runs}/$NAME
+# one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too
+PT_FILE=$RUN/recformer/pt.pt
+if [ -n "$PAPER" ]; then PT_FILE=${ELEPHANT_RUNS:-runs}/pretrained/paper.pt; PT+=(--leave_out); fi
+
+# ---------------------------------------------------------------- 1. data
+for name in $NAME $SOURCE; do $PYTHON -m common.data "$name"; done
+
+# ---------------------------------------------------------------- 2. language model: PT, FT1, FT2
+START=(--plm "$PLM")
+if [ -n "$SOURCE" ]; then
+  $PYTHON pretrain.py $SOURCE --plm "$PLM" --out "$PT_FILE" "${PT[@]}"
+  START=(--checkpoint "$PT_FILE")
+fi
+$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" "${FT[@]}"
+$PYTHON finetune.py "$NAME" --stage 2 "${FT[@]}"
+
+# ---------------------------------------------------------------- 3. item embeddings
+$PYTHON export_embeddings.py "$NAME" --plm "$PLM" --out "$RUN/embeddings/lf.pt"
+[ -z "$SOURCE" ] || $PYTHON export_embeddings.py "$NAME" --checkpoint "$PT_FILE" --out "$RUN/embeddings/pt.pt"
+$PYTHON export_embeddings.py "$NAME" --checkpoint "$RUN/recformer/ft1.pt" --out "$RUN/embeddings/ft.pt"
+
+# ---------------------------------------------------------------- 4. ID models
+VARIANTS="random lf-freeze ft-freeze lf-trainable ft-trainable ft-further-all ft-further-emb"
+SCALED="lf-trainable ft-trainable"
+if [ -n "$SOURCE" ]; then VARIANTS+=" pt-freeze pt-trainable" SCALED+=" pt-trainable"; fi
+for model in sasrec bert4rec; do
+  $PYTHON train_seq.py "$NAME" --model $model --variants $VARIANTS --seeds $SEEDS "${SEQ[@]}"
+  if [ "$SCALES" != raw ]; then
+    $PYTHON train_seq.py "$NAME" --model $model --init_scale rescaled --variants $SCALED --seeds $SEEDS "${SEQ[@]}"
+  fi
+done
+if [ "$BUDGET" != toy ]; then  # table 4: cross-entropy
+  $PYTHON train_seq.py "$NAME" --model sasrec --loss ce --variants random lf-trainable ft-trainable --seeds $SEEDS "${SEQ[@]}"
+fi
+
+# ---------------------------------------------------------------- 5. table
+$PYTHON evaluate.py table "$NAME"
