@@ -62,12 +62,17 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
+def same(a, b):
+    """Whether two identities are equal once written as JSON (which knows no tuples)."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
 def provenance():
     """What travels with every result: commit (with '+' where the tree was changed), versions, command."""
     import transformers
     git = lambda *a: subprocess.run(['git', '-C', str(ROOT), *a], capture_output=True, text=True).stdout.strip()
     commit = git('rev-parse', '--short=12', 'HEAD') or 'unknown'
-    return {'commit': commit + ('+' if git('status', '--porcelain', '-uno') else ''), 'torch': torch.__version__,
+    return {'commit': commit + ('+' if git('status', '--porcelain', '-uno') else ''), 'torch': str(torch.__version__),
             'transformers': transformers.__version__, 'command': ' '.join(map(str, sys.argv))}
 
 
@@ -140,7 +145,7 @@ def made_from(path, kind, identity):
     if not pathlib.Path(path).exists():
         return False
     try:
-        return load_pt(path, kind)['meta']['identity'] == identity
+        return same(load_pt(path, kind)['meta']['identity'], identity)
     except UserError as error:
         print(f'{error}; it is made again')
         return False

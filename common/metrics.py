@@ -6,7 +6,7 @@ users, n = items; item ids 1..n, column 0 of a score table is padding and never 
 import numpy as np
 import torch
 
-from common.files import UserError, load_json, save_json, whole
+from common.files import UserError, load_json, same, save_json, whole
 
 SAMPLED, FULL = (5, 10), (5, 10, 50)  # paper sec. 4.2 and table 4
 
@@ -97,7 +97,7 @@ def load_rows(folder):
 
 def find_row(folder, run, identity):
     """The row of this run where it was made from the same inputs and options, else None."""
-    return next((r for r in load_rows(folder) if r['run'] == run and r['identity'] == identity), None)
+    return next((r for r in load_rows(folder) if r['run'] == run and same(r['identity'], identity)), None)
 
 
 def save_row(folder, row, ranks):
