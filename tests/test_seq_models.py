@@ -1,0 +1,257 @@
+"""SASRec and BERT4Rec: causality, padding, losses, and which tensors each mode moves. Run: python -m pytest tests/test_seq_models.py"""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_seq
+from common.bert4rec import BERT4Rec
+from common.data import prepare
+from common.files import UserError, load_pt, save_pt
+from common.metrics import load_rows
+from common.sasrec import Layout, SASRec, SelfAttention, draw_negatives, softmax_loss
+from tests.toy import canonical
+
+N, H = 20, 16
+
+
+def model(kind, **options):
+    torch.manual_seed(0)
+    return kind(kind.random_table(N, H), max_items=10, **options).eval()
+
+
+def ragged_of(*rows):
+    return np.concatenate([np.array(r, np.int32) for r in rows]), np.cumsum([0] + [len(r) for r in rows])
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_attention_equals_torchs_own(causal):
+    torch.manual_seed(0)
+    ours, theirs = SelfAttention(H, 2, 0.0), torch.nn.MultiheadAttention(H, 2, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    lengths = np.array([3, 1, 5])
+    q, x = torch.randn(9, H), torch.randn(9, H)
+    out = ours(q, x, Layout(lengths, 10, causal, 'cpu'))
+    for i, (a, b) in enumerate(((0, 3), (3, 4), (4, 9))):
+        mask = torch.ones(b - a, b - a).triu(1).bool() if causal else None
+        torch.testing.assert_close(out[a:b], theirs(q[None, a:b], x[None, a:b], x[None, a:b], attn_mask=mask)[0][0], atol=1e-6, rtol=1e-5)
+
+
+def test_sasrec_is_causal():
+    m, lengths = model(SASRec), np.array([5])
+    items = torch.tensor([1, 2, 3, 4, 5])
+    before = m(items, Layout(lengths, 10, True, 'cpu'))
+    items[3] = 9
+    after = m(items, Layout(lengths, 10, True, 'cpu'))
+    assert torch.equal(before[:3], after[:3]) and not torch.allclose(before[3:], after[3:])
+
+
+@pytest.mark.parametrize('kind', [SASRec, BERT4Rec])
+def test_a_batch_changes_no_state_and_old_items_are_cut(kind):
+    m = model(kind)
+    rows = [1, 2, 3], [4], list(range(1, 20))
+    together = m.states(*ragged_of(*rows), 'cpu')
+    alone = torch.cat([m.states(*ragged_of(r), 'cpu') for r in rows])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    most = 10 if kind is SASRec else 9
+    torch.testing.assert_close(alone[2:], m.states(*ragged_of(rows[2][-most:]), 'cpu'), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', [SASRec, BERT4Rec])
+def test_the_newest_item_has_the_last_position(kind):
+    assert Layout(np.array([3, 1]), 10, True, 'cpu').position.tolist() == [7, 8, 9, 9]
+
+
+def test_sasrec_losses_equal_the_plain_ones():
+    m = model(SASRec)
+    items, offsets = ragged_of([1, 2, 3], [4, 5], list(range(1, 15)))
+    negatives = draw_negatives(items, offsets, N, np.random.default_rng(0))
+    states, targets, wrong = [], [], []
+    for a, b in zip(offsets[:-1], offsets[1:]):
+        row = items[a:b][-11:]  # ten inputs at most, each with the item after it
+        states.append(m(torch.from_numpy(row[:-1].astype(np.int64)), Layout(np.array([len(row) - 1]), 10, True, 'cpu')))
+        targets += row[1:].tolist()
+        wrong += negatives[a:b][-11:][1:].tolist()
+    states, table = torch.cat(states), m.item_embedding()
+    logits = states @ table.T
+    ce = F.cross_entropy(logits[:, 1:], torch.tensor(targets) - 1)
+    torch.testing.assert_close(m.loss(items, offsets, None, 'cpu', 'ce'), ce)
+    at = lambda ids: logits[torch.arange(len(ids)), torch.tensor(ids)]
+    bce = F.binary_cross_entropy_with_logits(at(targets), torch.ones(len(targets))) + F.binary_cross_entropy_with_logits(at(wrong), torch.zeros(len(wrong)))
+    torch.testing.assert_close(m.loss(items, offsets, None, 'cpu', 'bce', negatives), bce)
+
+
+def test_softmax_in_parts_equals_the_whole_with_gradients():
+    torch.manual_seed(0)
+    grads = []
+    for chunk in (10 ** 6, 50):
+        states, table, bias = (torch.randn(*s, generator=torch.Generator().manual_seed(1)).requires_grad_() for s in ((9, H), (N + 1, H), (N + 1,)))
+        loss = softmax_loss(states, table, bias, torch.arange(1, 10), chunk)
+        loss.backward()
+        grads.append([loss, states.grad, table.grad, bias.grad])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+    assert not grads[0][2][0].any(), 'padding gets no gradient'
+
+
+def test_negatives_of_training_are_never_the_users_own():
+    items, offsets = ragged_of(range(1, 19), [3, 3, 3], range(1, 21))
+    out = draw_negatives(items, offsets, N, np.random.default_rng(0))
+    assert set(out[:18]) <= {19, 20} and 3 not in out[18:21] and out.min() >= 1 and out.max() <= N
+
+
+def test_bert4rec_masks_15_percent_and_learns_at_masked_places_only():
+    m, rng = model(BERT4Rec), np.random.default_rng(0)
+    items, offsets = np.tile(np.arange(1, 11, dtype=np.int32), 400), np.arange(0, 4001, 10)
+    seen = {}
+    m.forward = lambda shown, masked, layout: (seen.update(shown=shown, masked=masked), torch.randn(len(shown), H))[1]
+    import common.bert4rec as module
+    original, module.softmax_loss = module.softmax_loss, lambda s, t, b, target: seen.update(target=target) or s.sum()
+    try:
+        m.loss(items, offsets, rng, 'cpu')
+    finally:
+        module.softmax_loss = original
+    expected = 0.91 * 0.15 + 0.09 * 0.1
+    assert abs(len(seen['target']) / 4000 - expected) < 0.02
+    assert abs(seen['masked'].float().mean().item() - (0.91 * 0.15 * 0.8 + 0.09 * 0.1)) < 0.02
+    untouched = torch.from_numpy(items.astype(np.int64)) == seen['shown']
+    assert untouched.float().mean() > 0.97
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_bert4rec_heads(tied):
+    m = model(BERT4Rec, tied=tied)
+    table, bias = m.scorer()
+    assert (table is m.item_embedding.weight) == tied and bias.shape == (N + 1,)
+    m.train().loss(*ragged_of(list(range(1, 20)), list(range(2, 20))), np.random.default_rng(1), 'cpu').backward()
+    assert m.mask.grad.any(), 'the mask vector trains'
+
+
+# ---------------------------------------------------------------------------- train_seq.py in-process
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    monkeypatch.setenv('ELEPHANT_DATA', str(tmp_path / 'data'))
+    monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path / 'runs'))
+    canonical(tmp_path / 'data' / 'toy')
+    data = prepare('toy', (4, 1, 0))
+    for source in ('lf', 'ft'):
+        torch.manual_seed(len(source) + ord(source[0]))
+        matrix = torch.cat([torch.zeros(1, H), 5 + 3 * torch.randn(data.n_items, H)])
+        save_pt(tmp_path / 'runs' / 'toy' / 'embeddings' / f'{source}.pt', 'embeddings', {
+            'identity': source, 'dataset': 'toy', 'fingerprint': data.fingerprint, 'items': data.item_ids, 'plm': 'p', 'hidden': H}, matrix=matrix)
+    return data, tmp_path / 'runs' / 'toy'
+
+
+def run(*options, model='sasrec', epochs=2):
+    args = train_seq.parse_args(['toy', '--model', model, '--lrs', '0.01', '--epochs', str(epochs), '--precision', 'float32', *options])
+    train_seq.main(args)
+
+
+def moved(before, after):
+    return {k for k in before if not torch.equal(before[k], after[k])}
+
+
+@pytest.mark.parametrize('kind', ['sasrec', 'bert4rec'])
+def test_every_mode_trains_exactly_what_it_names(toy, kind):
+    data, folder = toy
+    e = load_pt(folder / 'embeddings' / 'ft.pt', 'embeddings')['matrix']
+    run('--variants', 'random', 'ft-freeze', 'ft-trainable', 'ft-further-all', 'ft-further-emb', 'ft-id+text', model=kind)
+    loss = 'bce' if kind == 'sasrec' else 'masked'
+    state = lambda v: load_pt(folder / 'seq' / f'{kind}-{loss}-{v}-raw-seed0-lr0.01.pt', 'seq')['model']
+    frozen = state('ft-freeze')
+    table = 'item_embedding.weight'
+    assert torch.equal(frozen[table], e), 'freeze: the table is the embeddings to the bit'
+    assert not torch.equal(state('ft-trainable')[table], e)
+    further_all, further_emb, both = state('ft-further-all'), state('ft-further-emb'), state('ft-id+text')
+    assert moved(frozen, further_emb) == {table}
+    names = moved(frozen, further_all)
+    # no gradient reaches: the key bias (a constant in the softmax); with a patience of epochs the rest must move
+    assert names >= {k for k in frozen if not k.endswith('key.bias') and 'position' not in k}
+    assert torch.equal(both['item_embedding.text'], e) and both[table].norm() < e.norm() / 3
+    assert len(load_rows(folder)) == 6
+
+
+def test_scales():
+    torch.manual_seed(0)
+    matrix = torch.cat([torch.zeros(1, H), 4 + torch.randn(N, H)])
+    made = {s: train_seq.initial_table(matrix, s, 0.4, 0) for s in ('raw', 'rescaled', 'centred', 'whitened', 'permuted')}
+    assert torch.equal(made['raw'], matrix)
+    for name, t in made.items():
+        assert not t[0].any()
+        if name != 'raw':
+            assert t[1:].norm(dim=1).mean().item() == pytest.approx(0.4, rel=1e-5)
+    assert made['centred'][1:].mean(0).abs().max() < 1e-6
+    c = torch.cov(made['whitened'][1:].T)
+    torch.testing.assert_close(c, torch.eye(H) * c[0, 0], atol=1e-5, rtol=1e-3)
+    rows = lambda t: sorted(map(tuple, (t * 1e4).round().tolist()))
+    assert rows(made['permuted']) == rows(made['rescaled']) and not torch.equal(made['permuted'], made['rescaled'])
+    small = train_seq.reduce_dimensions(matrix, 3, 'x')
+    full = matrix[1:] - matrix[1:].mean(0)
+    assert small.shape == (N + 1, 3) and (small[1:].norm() / full.norm()).item() == pytest.approx(
+        (torch.linalg.svdvals(full)[:3].norm() / torch.linalg.svdvals(full).norm()).item(), rel=1e-4)
+
+
+def test_rate_is_chosen_on_validation_with_the_first_seed(toy):
+    _, folder = toy
+    run('--seeds', '3', '4', '--lrs', '0.01', '0.0001')
+    tried = {p.name for p in (folder / 'seq').glob('*.pt')}
+    rows = {r['seed']: r for r in load_rows(folder)}
+    best = max((0.01, 0.0001), key=lambda lr: load_pt(folder / 'seq' / f'sasrec-bce-random-raw-seed3-lr{lr:g}.pt', 'seq')['meta']['valid_ndcg10'])
+    assert rows[3]['lr'] == rows[4]['lr'] == best and len(tried) == 3
+
+
+def test_finished_runs_are_found_and_changed_ones_done_again(toy, capsys):
+    _, folder = toy
+    run('--variants', 'lf-freeze')
+    first = load_rows(folder)
+    run('--variants', 'lf-freeze')
+    assert 'up to date' in capsys.readouterr().out and load_rows(folder) == first
+    content = load_pt(folder / 'embeddings' / 'lf.pt', 'embeddings')
+    save_pt(folder / 'embeddings' / 'lf.pt', 'embeddings', content['meta'], matrix=content['matrix'] * 2)
+    run('--variants', 'lf-freeze')
+    assert 'up to date' not in capsys.readouterr().out and len(load_rows(folder)) == 1
+
+
+@pytest.mark.parametrize('kind', ['sasrec', 'bert4rec'])
+def test_killed_and_started_again_gives_the_same_bits(toy, monkeypatch, kind):
+    _, folder = toy
+    file = folder / 'seq' / f'{kind}-{"bce" if kind == "sasrec" else "masked"}-random-raw-seed0-lr0.01.pt'
+    more = '--batch', '8', '--save_every', '2'
+    run(*more, model=kind, epochs=3)
+    whole, row = load_pt(file, 'seq')['model'], load_rows(folder)[0]
+    file.unlink()
+    (folder / 'results.json').unlink()
+    calls = []
+
+    def killed(*a, **k):
+        calls.append(1)
+        if len(calls) in (4, 9):
+            raise KeyboardInterrupt
+        return original(*a, **k)
+    original = train_seq.apply_gradients
+    monkeypatch.setattr(train_seq, 'apply_gradients', killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(*more, model=kind, epochs=3)
+    run(*more, model=kind, epochs=3)
+    again = load_pt(file, 'seq')['model']
+    assert all(torch.equal(whole[k], again[k]) for k in whole) and load_rows(folder)[0]['metrics'] == row['metrics']
+    assert not list((folder / 'seq').glob('*.resume'))
+
+
+@pytest.mark.parametrize('change, word', [
+    (lambda m, e: m.update(items=m['items'][::-1]), 'other items'), (lambda m, e: m.update(fingerprint='x'), 'another version'),
+    (lambda m, e: e.__setitem__((3, 2), float('nan')), 'finite'), (lambda m, e: e.__setitem__((0, 0), 1.0), 'zero row 0'),
+    (lambda m, e: m.update(hidden=99), 'x 99')])
+def test_embeddings_of_something_else_are_refused(toy, change, word):
+    _, folder = toy
+    content = load_pt(folder / 'embeddings' / 'lf.pt', 'embeddings')
+    change(content['meta'], content['matrix'])
+    save_pt(folder / 'embeddings' / 'lf.pt', 'embeddings', content['meta'], matrix=content['matrix'])
+    with pytest.raises(UserError, match=word):
+        run('--variants', 'lf-freeze')
+    assert not (folder / 'results.json').exists()
