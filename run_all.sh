@@ -16,14 +16,15 @@ options
   --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
   --source "A B" datasets for stage-PT                        (default: as above)
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
-  --full         the paper's budget instead of the small one that a 2-core CPU finishes in 20 minutes
+  --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
+  --longer       between the two: README's tables
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
-  --quick-table  no rescaled columns
+  --quick-table  without the rescaled initialisations
   --help
 EOF
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= BUDGET= SCALES="raw rescaled"
+NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK=
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -31,8 +32,9 @@ while [ $# -gt 0 ]; do
     --plm|--source|--seeds) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
       case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; esac; shift 2 ;;
     --full) BUDGET=full; shift ;;
+    --longer) BUDGET=longer; shift ;;
     --toy) BUDGET=toy; shift ;;
-    --quick-table) SCALES=raw; shift ;;
+    --quick-table) QUICK=1; shift ;;
     -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
     *) NAME=$1; shift ;;
   esac
@@ -50,10 +52,15 @@ esac
 
 # ---------------------------------------------------------------- budgets: the only place where numbers differ
 case $BUDGET in
-  full)  PT=(--batch 64 --accumulate 8) FT=() SEQ=(--lrs 0.0003 0.001 0.003 0.01)          ;;  # the paper's
-  small) PT=(--batch 64 --accumulate 1 --max_steps 300 --epochs 10) FT=(--batch 32 --epochs 6 --patience 2 --warmup 20)
-         SEQ=(--lrs 0.001 --epochs 60 --patience 5) ;;
-  toy)   PT=(--batch 8 --accumulate 1 --max_steps 3) FT=(--batch 32 --epochs 1 --warmup 2) SEQ=(--lrs 0.001 --epochs 1 --hidden 0) ;;
+  full)    PT=(--batch 64 --accumulate 8) FT1=() FT2=() SASREC=(--lrs 0.0003 0.001 0.003 0.01) BERT4REC=("${SASREC[@]}") ;;  # the paper's
+  longer)  PT=(--batch 32 --accumulate 1 --max_steps 134 --warmup 10)
+           FT1=(--batch 32 --epochs 6 --patience 2 --warmup 20) FT2=(--batch 32 --epochs 3 --patience 2 --warmup 20)
+           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=("${SASREC[@]}") ;;
+  small)   PT=(--batch 32 --accumulate 1 --max_steps 60 --warmup 10)
+           FT1=(--batch 32 --epochs 2 --warmup 10) FT2=("${FT1[@]}")
+           SASREC=(--lrs 0.001 --epochs 30 --patience 3) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
+  toy)     PT=(--batch 8 --accumulate 1 --max_steps 3) FT1=(--batch 32 --epochs 1 --warmup 2) FT2=("${FT1[@]}")
+           SASREC=(--lrs 0.001 --epochs 1) BERT4REC=("${SASREC[@]}") ;;
 esac
 PYTHON=${PYTHON:-python}
 RUN=${ELEPHANT_RUNS:-runs}/$NAME
@@ -70,8 +77,8 @@ if [ -n "$SOURCE" ]; then
   $PYTHON pretrain.py $SOURCE --plm "$PLM" --out "$PT_FILE" "${PT[@]}"
   START=(--checkpoint "$PT_FILE")
 fi
-$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" "${FT[@]}"
-$PYTHON finetune.py "$NAME" --stage 2 "${FT[@]}"
+$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" ${FT1[@]+"${FT1[@]}"}
+$PYTHON finetune.py "$NAME" --stage 2 ${FT2[@]+"${FT2[@]}"}
 
 # ---------------------------------------------------------------- 3. item embeddings
 $PYTHON export_embeddings.py "$NAME" --plm "$PLM" --out "$RUN/embeddings/lf.pt"
@@ -82,15 +89,16 @@ $PYTHON export_embeddings.py "$NAME" --checkpoint "$RUN/recformer/ft1.pt" --out 
 VARIANTS="random lf-freeze ft-freeze lf-trainable ft-trainable ft-further-all ft-further-emb"
 SCALED="lf-trainable ft-trainable"
 if [ -n "$SOURCE" ]; then VARIANTS+=" pt-freeze pt-trainable" SCALED+=" pt-trainable"; fi
-for model in sasrec bert4rec; do
-  $PYTHON train_seq.py "$NAME" --model $model --variants $VARIANTS --seeds $SEEDS "${SEQ[@]}"
-  if [ "$SCALES" != raw ]; then
-    $PYTHON train_seq.py "$NAME" --model $model --init_scale rescaled --variants $SCALED --seeds $SEEDS "${SEQ[@]}"
-  fi
-done
-if [ "$BUDGET" != toy ]; then  # table 4: cross-entropy
-  $PYTHON train_seq.py "$NAME" --model sasrec --loss ce --variants random lf-trainable ft-trainable --seeds $SEEDS "${SEQ[@]}"
+train() { $PYTHON train_seq.py "$NAME" --seeds $SEEDS "$@"; }
+train --model sasrec --variants $VARIANTS "${SASREC[@]}"
+train --model bert4rec --variants $VARIANTS "${BERT4REC[@]}"
+if [ -z "$QUICK" ]; then
+  train --model sasrec --init_scale rescaled --variants $SCALED "${SASREC[@]}"
 fi
+case $BUDGET in longer|full)  # table 4, and the same question for BERT4Rec
+  train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}"
+  train --model bert4rec --init_scale rescaled --variants $SCALED "${BERT4REC[@]}" ;;
+esac
 
 # ---------------------------------------------------------------- 5. table
 $PYTHON evaluate.py table "$NAME"
