@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.data import load
 from common.files import UserError, command, load_pt, lock, made_from, provenance, runs_root
-from common.metrics import rank_counts, save_row, summarise, tie_share
+from common.metrics import find_row, rank_counts, save_row, summarise, tie_share
 from common.recformer import Batch, cosine_logits, encode_items, from_backbone, lf_untouched, load_model, save_model
 from common.sources import fetch_plm
 from common.text import load_tokenizer, micro_batches, pack, ragged, take, tokenize
@@ -143,13 +143,17 @@ def main(args):
     identity = {'options': {k: v for k, v in vars(args).items() if k not in unused}, 'data': data.fingerprint,
                 'start': origin, 'tokenizer': tokenizer.fingerprint}
     stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
+    mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
+    init = meta.get('stage', 'lf')
+    run = f'recformer-{init if args.stage == 0 else mode}' + (f'-layers{args.tune_layers}' if args.tune_layers != 'all' else '') \
+        + ('-nohistory' if args.exclude_history else '') + f'-seed{args.seed}'
     encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, 2 * args.micro_tokens)
 
     with lock(out.parent):
-        if args.stage and made_from(out, 'recformer', identity):
+        done = made_from(out, 'recformer', identity) if args.stage else None
+        if done and find_row(folder, run, identity):
             return print(f'{out} is up to date')
         began = time.time()
-        best = None
         if args.stage == 2:
             table = load_pt(source, 'recformer')['items'] if 'stage' in meta and meta['stage'] == 'ft1' else None
             if table is None:
@@ -160,7 +164,8 @@ def main(args):
             table = encode()
 
         # ------------------------------------------------ optimizer
-        if args.stage:
+        train = args.stage and not done
+        if train:
             items = torch.nn.Embedding.from_pretrained(table.to(device), freeze=not args.trainable_items)
             tuned = torch.nn.ModuleDict({'model': model, 'items': items}) if args.trainable_items else model
             users = np.flatnonzero(data.lengths >= 4)                      # two training items: a prefix and a label
@@ -175,7 +180,7 @@ def main(args):
                 items.weight.data = state.tensors['items'].to(device)
 
         # ------------------------------------------------ loop
-        while args.stage and state.epoch < args.epochs and not best.stop:
+        while train and state.epoch < args.epochs and not best.stop:
             rng = np.random.default_rng([args.seed, 5, state.epoch])
             order = rng.permutation(users)
             history, offsets, labels = prefixes(data, order, rng)
@@ -210,26 +215,25 @@ def main(args):
             state.next_epoch()
 
         # ------------------------------------------------ result
-        if args.stage:
+        found = {'valid_ndcg10': None, 'epoch': 0, 'epochs': 0}
+        if train:
             best.restore()
             table = encode() if args.stage == 1 else items.weight.detach().cpu()  # encoded after the best was chosen
+            found = {'valid_ndcg10': best.best, 'epoch': best.best_epoch + 1, 'epochs': state.epoch}
+            save_model(out, model, {'identity': identity, 'plm': meta['plm'], 'tokenizer': tokenizer.fingerprint, 'stage': f'ft{args.stage}',
+                                    'data': data.fingerprint, **found, **provenance()}, items=table)
+            state.finish()
+        elif done:  # trained, but stopped before its row was written
+            model.load_state_dict(done['model'])
+            table, found = done['items'], {k: done['meta'][k] for k in found}
         ranks = evaluate(model, table, data, 'test', tokens, tokenizer.cls, args, device, autocast)
         metrics = summarise(ranks)
-        if args.stage:
-            save_model(out, model, {'identity': identity, 'plm': meta['plm'], 'tokenizer': tokenizer.fingerprint, 'stage': f'ft{args.stage}',
-                                    'data': data.fingerprint, 'valid_ndcg10': best.best, 'epoch': best.best_epoch + 1, **provenance()},
-                       items=table)
-            state.finish()
-        mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
-        init = meta.get('stage', 'lf')
-        run = f'recformer-{init if args.stage == 0 else mode}' + (f'-layers{args.tune_layers}' if args.tune_layers != 'all' else '') \
-            + ('-nohistory' if args.exclude_history else '') + f'-seed{args.seed}'
         save_row(folder, {
             'run': run, 'identity': identity, 'dataset': data.name, 'plm': meta['plm'], 'model': 'recformer', 'init': init, 'mode': mode,
             'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': args.seed, 'users': len(data.evaluated),
-            'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks), 'valid_ndcg10': best.best if best else None, 'metrics': metrics,
-            'exclude_history': args.exclude_history, 'seconds': round(time.time() - began, 1), 'epochs': state.epoch if best else 0,
-            'best_epoch': best.best_epoch + 1 if best else 0, 'parameters': sum(p.numel() for p in model.parameters()),
+            'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks), 'valid_ndcg10': found['valid_ndcg10'], 'metrics': metrics,
+            'exclude_history': args.exclude_history, 'seconds': round(time.time() - began, 1), 'epochs': found['epochs'],
+            'best_epoch': found['epoch'], 'parameters': sum(p.numel() for p in model.parameters()),
             'device': str(device), 'date': datetime.date.today().isoformat(), **provenance()}, {'users': data.evaluated, **ranks})
         print(f'{stage}: NDCG@10 {metrics["sampled"]["NDCG@10"]:.4f} (100 negatives), {metrics["full"]["NDCG@10"]:.4f} (all items)'
               f' -> {folder / "results.json"}' + (f', {out}' if args.stage else ''))

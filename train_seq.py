@@ -166,8 +166,8 @@ class Experiment:
     def fit(self, run, identity, source, mode, seed, lr, freeze_file):
         """Train one model -> (checkpoint path, its meta). A finished one of the same identity is used as it is."""
         args, out = self.args, self.folder / 'seq' / f'{run}-lr{lr:g}.pt'
-        if made_from(out, 'seq', identity):
-            return out, load_pt(out, 'seq')['meta']
+        if done := made_from(out, 'seq', identity):
+            return out, done['meta']
         model = self.build(source, mode, seed, freeze_file).train()
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, betas=model.betas, fused=True)
         best = EarlyStopping(model, args.patience)

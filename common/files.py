@@ -141,14 +141,14 @@ def load_pt(path, kind, device='cpu'):
 
 
 def made_from(path, kind, identity):
-    """True where `path` is a readable file of this kind whose meta['identity'] equals `identity`."""
+    """What load_pt gives where `path` is a readable file of this kind with this meta['identity'], else None."""
     if not pathlib.Path(path).exists():
-        return False
+        return None
     try:
-        return same(load_pt(path, kind)['meta']['identity'], identity)
+        content = load_pt(path, kind)
     except UserError as error:
-        print(f'{error}; it is made again')
-        return False
+        return print(f'{error}; it is made again')
+    return content if same(content['meta']['identity'], identity) else None
 
 
 @contextlib.contextmanager

@@ -11,10 +11,9 @@ import random
 import signal
 import sys
 
-import numpy as np
 import torch
 
-from common.files import UserError, load_pt, made_from, save_pt
+from common.files import UserError, made_from, save_pt
 
 STOPPED = 143  # exit code after SIGTERM (128 + 15), what a shell would report
 _stop = False
@@ -45,10 +44,7 @@ def add_runtime_options(parser):
 
 
 def start(args):
-    """Device and autocast factory for these options; catches SIGTERM so that the loop can save and leave.
-
-    Returns (device, autocast): `with autocast():` runs matrix products in the chosen precision.
-    """
+    """(device, autocast) for these options: `with autocast():` runs matrix products in the chosen precision."""
     try:
         device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if args.device == 'auto' else args.device)
         torch.empty(1, device=device)
@@ -59,7 +55,6 @@ def start(args):
     torch.backends.cuda.matmul.allow_tf32 = True
     bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and (
         torch.cuda.is_bf16_supported() if device.type == 'cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False))
-    signal.signal(signal.SIGTERM, _ask_to_stop)
     return device, lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
@@ -94,7 +89,8 @@ def linear_schedule(optimizer, warmup, total):
 def apply_gradients(loss, model, optimizer, state, clip=None):
     """One optimizer step, refused where the loss or a gradient is not finite. loss: float, of this step."""
     parameters = [p for group in optimizer.param_groups for p in group['params']]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(loss) and torch.isfinite(norm)):
         raise UserError(f'training went wrong at {state.where()}: loss {loss}, gradient norm {float(norm)}. '
                         f'{state.path} holds the last good state; try a lower --lr or --precision float32')
@@ -139,7 +135,7 @@ class EarlyStopping:
 class State:
     """Where a training run stands: epoch (0-based), step within it, torch's generators, and its parts' state dicts.
 
-    The file holds everything that the next step depends on; `identity` (options and input digests) must match for it
+    The file holds everything that the next step depends on (SIGTERM is caught from here on: the loop saves and leaves); `identity` (options and input digests) must match for it
     to be used. Loops skip the first `state.step` batches of an epoch and call `advance()` after every step.
     """
 
@@ -147,8 +143,9 @@ class State:
         self.path, self.identity, self.save_every, self.parts = pathlib.Path(path), identity, save_every, parts
         self.epoch = self.step = 0
         self.tensors = {}  # what a loop carries besides its parts, e.g. the item table of this epoch
-        if made_from(self.path, 'resume', identity):
-            saved = load_pt(self.path, 'resume')
+        signal.signal(signal.SIGTERM, _ask_to_stop)
+        saved = made_from(self.path, 'resume', identity)
+        if saved:
             self.epoch, self.step, self.tensors = saved['epoch'], saved['step'], saved['tensors']
             for name, part in parts.items():
                 part.load_state_dict(saved['parts'][name])

@@ -54,7 +54,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
 def test_a_file_size_limit_leaves_the_earlier_file(tmp_path):
     save_pt(tmp_path / 'x.pt', 'seq', {'identity': 1}, model=torch.ones(3))
     code = f'from common.files import *\ncommand(lambda: save_pt({str(tmp_path / "x.pt")!r}, "seq", {{}}, model=torch.ones(10**6)))'
-    out = subprocess.run(['bash', '-c', f'trap "" XFSZ; ulimit -f 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT, capture_output=True, text=True)
+    out = subprocess.run(['bash', '-c', 'trap "" XFSZ; ulimit -f 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.startswith('error: ') and 'x.pt' in out.stderr and 'Traceback' not in out.stderr, out.stderr
     assert load_pt(tmp_path / 'x.pt', 'seq')['model'].sum() == 3 and {p.name for p in tmp_path.iterdir()} == {'x.pt', 'x.json'}
 
