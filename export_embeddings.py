@@ -10,6 +10,7 @@ zeros for padding. meta says which dataset and checkpoint it is of; train_seq.py
 Reads:  data/<dataset>/prepared.npz, --checkpoint or --plm.    Writes: --out.
 """
 import argparse
+import pathlib
 
 import torch
 
@@ -19,8 +20,6 @@ from common.recformer import encode_items, from_backbone, lf_untouched, load_mod
 from common.sources import fetch_plm
 from common.text import load_tokenizer, tokenize
 from common.training import add_runtime_options, positive, start
-
-import pathlib
 
 
 def parse_args(argv=None):

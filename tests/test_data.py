@@ -86,9 +86,16 @@ def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     with gzip.open(folder / 'interactions.csv.gz', 'wb') as f:
         f.write(b'\xef\xbb\xbf' + text.encode())
     odd = [{'id': 'a', 'title': 'x' * 100_000}, {'id': 'b', 'title': '\U0001f600 \x00\x1b', 'brand': None}, {'id': 'c', 'category': ['p', 'q'], 'price': 3}]
-    (folder / 'items.jsonl').write_text('\n'.join(json.dumps(o) for o in odd + [{'id': i} for i in 'defg']))
+    odd.append({'id': ' d ', 'na\ud800me': 'half a \ud800 pair'})
+    (folder / 'items.jsonl').write_text('\n'.join(json.dumps(o) for o in odd + [{'id': i} for i in 'efg']))
     d = data.prepare('toy', data.DEFAULT)
     assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ('brand', '') and d.attributes[2] == [('category', 'p q'), ('price', '3')]
+    assert d.attributes[3] == [('na?me', 'half a ? pair')]
+
+
+def test_ids_that_end_in_a_control_character_stay_apart(root):
+    write(root, [(u, i + '\0' * (i == 'a'), t) for u, s in TEN.items() for t, i in enumerate(s)], items=['a', 'a\0', *'bcdefg'])
+    assert data.prepare('toy', data.DEFAULT).item_ids[:2] == ['a\0', 'b']
 
 
 def test_a_changed_file_is_noticed(root):
@@ -113,7 +120,8 @@ BAD_INTERACTIONS = {
 BAD_ITEMS = {
     '': 'holds no items', '\n\n': 'holds no items', 'id,title\n': 'line 1 is not a JSON object', '[]\n': 'line 1 is not an object with',
     '{"title": "x"}\n': 'with an "id"', '{"id": ""}\n': 'with an "id"', '{"id": null}\n': 'with an "id"', '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
-    '{"id": "a", "title": {"x": 1}}\n': 'title is an object', '{"id": "a"\n': 'line 1 is not a JSON', '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2',
+    '{"id": "a", "title": {"x": 1}}\n': 'title is an object', '{"id": "a"\n': 'line 1 is not a JSON',
+    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 (holds lists|is not)', '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2',
 }
 
 

@@ -33,6 +33,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         except OSError:
             return self.send_error(404)
         begin = int(self.headers['Range'][6:-1]) if 'Range' in self.headers else 0
+        if begin >= len(body) > 0:
+            self.send_response(416)
+            self.send_header('Content-Range', f'bytes */{len(body)}')
+            return self.end_headers()
         self.send_response(206 if begin else 200)
         self.send_header('Content-Length', str(len(body) - begin))
         self.end_headers()
@@ -145,3 +149,40 @@ def test_minilm_is_checked_whatever_its_origin(root, monkeypatch):
     (root / 'empty').mkdir()
     with pytest.raises(UserError, match='no config.json'):
         sources.fetch_plm(str(root / 'empty'))
+
+
+def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server, monkeypatch):
+    amazon(server / 'categoryFilesSmall', 'Prime_Pantry')
+    csv = server / 'categoryFilesSmall' / 'Prime_Pantry.csv'
+    Handler.broken.add(str(csv))
+    monkeypatch.setattr(sources, 'HOSTS', ())
+    part = root / 'raw' / 'Prime_Pantry.csv.part'
+    part.parent.mkdir()
+    part.write_bytes(csv.read_bytes())
+    assert sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv').read_bytes() == csv.read_bytes()
+    (root / 'raw' / 'Prime_Pantry.csv').unlink()
+    part.write_bytes(csv.read_bytes() + b'more')
+    with pytest.raises(UserError, match='could not be downloaded'):
+        sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv')
+    assert not part.exists()
+    assert sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv').read_bytes() == csv.read_bytes()
+
+
+def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
+    amazon(root / 'raw', 'Prime_Pantry')
+    csv, meta = root / 'raw' / 'Prime_Pantry.csv', root / 'raw' / 'meta_Prime_Pantry.json.gz'
+    with gzip.open(meta, 'at') as f:
+        f.write('{"asin": "L0001", "title": "x\\ud800y"}\n')  # half of a surrogate pair
+    rows = csv.read_text() + ''.join(f'L0001,long,5.0,{k}\n' for k in range(300))
+    (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(rows.encode()))
+    csv.unlink()
+    d = data.prepare('pantry', data.DEFAULT)
+    assert 'long' in d.user_ids and d.attributes[d.item_ids.index('L0001')][0] == ('title', 'x?y')
+    assert data.prepare('pantry', (290, 1, 0)).user_ids == ['long'], 'a threshold above what the table counts to'
+    (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(rows.encode())[:-50])
+    with pytest.raises(UserError, match='Prime_Pantry.csv.gz: is damaged'):
+        data.prepare('pantry', data.DEFAULT)
+    (root / 'raw' / 'Prime_Pantry.csv.gz').unlink()
+    csv.write_text('')
+    with pytest.raises(UserError, match='Prime_Pantry.csv: no user has 4 ratings'):
+        data.prepare('pantry', data.DEFAULT)
