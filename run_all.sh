@@ -58,7 +58,7 @@ case $BUDGET in
            SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=("${SASREC[@]}") ;;
   small)   PT=(--batch 32 --accumulate 1 --max_steps 60 --warmup 10)
            FT1=(--batch 32 --epochs 2 --warmup 10) FT2=("${FT1[@]}")
-           SASREC=(--lrs 0.001 --epochs 30 --patience 3) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
+           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
   toy)     PT=(--batch 8 --accumulate 1 --max_steps 3) FT1=(--batch 32 --epochs 1 --warmup 2) FT2=("${FT1[@]}")
            SASREC=(--lrs 0.001 --epochs 1) BERT4REC=("${SASREC[@]}") ;;
 esac
