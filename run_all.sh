@@ -19,7 +19,7 @@ options
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
   --longer       between the two: README's tables
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
-  --quick-table  without the rescaled initialisations
+  --quick-table  without the rescaled and centred initialisations
   --help
 EOF
 }
@@ -93,11 +93,11 @@ train() { $PYTHON train_seq.py "$NAME" --seeds $SEEDS "$@"; }
 train --model sasrec --variants $VARIANTS "${SASREC[@]}"
 train --model bert4rec --variants $VARIANTS "${BERT4REC[@]}"
 if [ -z "$QUICK" ]; then
-  train --model sasrec --init_scale rescaled --variants $SCALED "${SASREC[@]}"
+  for scale in rescaled centred; do train --model sasrec --init_scale $scale --variants $SCALED "${SASREC[@]}"; done
 fi
 case $BUDGET in longer|full)  # table 4, and the same question for BERT4Rec
   train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}"
-  train --model bert4rec --init_scale rescaled --variants $SCALED "${BERT4REC[@]}" ;;
+  train --model bert4rec --init_scale centred --variants $SCALED "${BERT4REC[@]}" ;;
 esac
 
 # ---------------------------------------------------------------- 5. table
