@@ -8,6 +8,7 @@
 Reads: runs/<dataset>/results.json, ranks/<run>.npz, seq/*.pt, data/<dataset>/prepared.npz.    Writes: results.md.
 """
 import argparse
+import zipfile
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from common.metrics import FULL, SAMPLED, compare, load_rows, per_user, rank_cou
 from common.report import render
 from common.sasrec import SASRec
 from common.text import take
-from common.training import positive
+from common.training import positive, start
 
 
 def parse_args(argv=None):
@@ -55,17 +56,24 @@ def show_tables(folder, data):
 
 
 def read_ranks(folder, run):
-    path = folder / 'ranks' / f'{run}.npz'
-    if run not in [r['run'] for r in load_rows(folder)] or not path.exists():
+    """(row, arrays users, sampled, full) of a run of results.json."""
+    row = next((r for r in load_rows(folder) if r['run'] == run), None)
+    if row is None:
         raise UserError(f'{run}: no such run in {folder / "results.json"}')
-    with np.load(path, allow_pickle=False) as f:
-        return {k: f[k] for k in ('users', 'sampled', 'full')}
+    path = folder / 'ranks' / f'{run}.npz'
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return row, {k: f[k] for k in ('users', 'sampled', 'full')}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UserError(f'{path}: missing or damaged; take {run} out of results.json and run it again') from None
 
 
 def show_comparison(folder, args):
-    a, b = read_ranks(folder, args.a), read_ranks(folder, args.b)
-    if not np.array_equal(a['users'], b['users']):
+    (row_a, a), (row_b, b) = read_ranks(folder, args.a), read_ranks(folder, args.b)
+    if not np.array_equal(a['users'], b['users']) or row_a['identity']['data'] != row_b['identity']['data']:
         raise UserError(f'{args.a} and {args.b} were evaluated on different users; run both again on the same data')
+    if row_a['exclude_history'] != row_b['exclude_history']:
+        raise UserError(f'{args.a} and {args.b}: one was ranked with --exclude_history, the other without; run both alike')
     print(f'{args.a} minus {args.b}, {len(a["users"]):,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
     for ranking, ks in (('sampled', SAMPLED), ('full', FULL)):
@@ -95,9 +103,15 @@ def load_model(file, data):
 def show_checkpoint(file, data):
     model, meta = load_model(file, data)
     items, offsets, targets = data.split('test')
-    states = [model.states(*take(items, offsets, rows), 'cpu') for rows in np.array_split(np.arange(len(targets)), -(-len(targets) // 512))]
-    metrics = summarise(rank_counts(torch.cat(states), *model.scorer()[:1], targets, data.negatives, model.scorer()[1]))
-    print(f'{meta["run"]}, lr {meta["lr"]:g}, {len(targets):,} users, percent')
+    # the precision of the run's own evaluation: bfloat16 against float32 moves the ranks of a few users in a hundred
+    precision = meta['identity']['options']['precision']
+    _, autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision=precision))
+    chunks = np.array_split(np.arange(len(targets)), -(-len(targets) // 512))
+    with autocast():
+        states = torch.cat([model.states(*take(items, offsets, rows), 'cpu').float() for rows in chunks])
+        table, bias = model.scorer()
+    metrics = summarise(rank_counts(states, table, targets, data.negatives, bias))
+    print(f'{meta["run"]}, lr {meta["lr"]:g}, {len(targets):,} users, precision {precision}, history among the candidates, percent')
     for ranking, values in metrics.items():
         print(f'  {ranking:8}' + '  '.join(f'{k} {100 * v:.2f}' for k, v in values.items()))
 
