@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from common.bert4rec import BERT4Rec
 from common.data import load
-from common.files import UserError, command, digest, load_pt, lock, made_from, provenance, runs_root, save_pt
+from common.files import Diverged, UserError, command, digest, load_pt, lock, made_from, provenance, runs_root, save_pt
 from common.metrics import find_row, rank_counts, save_row, summarise, tie_share
 from common.sasrec import SASRec, draw_negatives
 from common.text import ragged, take
@@ -117,7 +117,9 @@ class Experiment:
         self.train = self.data.items[ragged(self.data.offsets[:-1], lengths)], np.concatenate([[0], np.cumsum(lengths)])
         # SASRec needs an item and the one after it
         self.users = train[lengths >= 2] if args.model == 'sasrec' else train
-        self.embeddings = {}
+        if not len(self.users):
+            raise UserError(f'{self.data.name}: SASRec needs users with two training items (four interactions), there are none')
+        self.embeddings, self.chosen = {}, {}  # chosen: variant -> the learning rate that its first seed's validation chose
 
     def embedding(self, source):
         if source not in self.embeddings:
@@ -163,9 +165,12 @@ class Experiment:
         exclude = (items, offsets) if self.args.exclude_history else None
         return rank_counts(torch.cat(states), table, targets, self.data.negatives, bias, exclude)
 
+    def checkpoint(self, run, lr):
+        return self.folder / 'seq' / f'{run}-lr{lr:g}.pt'
+
     def fit(self, run, identity, source, mode, seed, lr, freeze_file):
         """Train one model -> (checkpoint path, its meta). A finished one of the same identity is used as it is."""
-        args, out = self.args, self.folder / 'seq' / f'{run}-lr{lr:g}.pt'
+        args, out = self.args, self.checkpoint(run, lr)
         if done := made_from(out, 'seq', identity):
             return out, done['meta']
         model = self.build(source, mode, seed, freeze_file).train()
@@ -187,12 +192,13 @@ class Experiment:
                 with self.autocast():
                     loss = model.loss(items, offsets, step_rng, self.device, args.loss, drawn)
                 loss.backward()
-                apply_gradients(float(loss.detach()), model, optimizer, state)
+                state.tensors['loss'] = float(loss.detach())
+                apply_gradients(state.tensors['loss'], model, optimizer, state)
                 state.advance()
             value = summarise(self.ranks(model, 'valid'))['sampled']['NDCG@10']
             best.update(value, state.epoch)
             bar.update()
-            bar.set_postfix_str(f'loss {float(loss.detach()):.3f} NDCG@10 {value:.4f} best {best.best:.4f}')
+            bar.set_postfix_str(f'loss {state.tensors["loss"]:.3f} NDCG@10 {value:.4f} best {best.best:.4f}')
             state.tensors['seconds'] = time.time() - began
             state.next_epoch()
         bar.close()
@@ -216,26 +222,38 @@ class Experiment:
         return {'options': options, 'data': self.data.fingerprint, 'mode': mode, 'seed': seed, 'width': width,
                 'embedding': None if source == 'random' else self.embedding(source)[2], 'from': freeze_identity}
 
-    def variant(self, name, seed, lrs):
-        """Train (or find) one variant with one seed, its row written: (row, checkpoint)."""
+    def variant(self, name, seed):
+        """Train (or find) one variant with one seed, its row written: (row, checkpoint). All --lrs are tried with the first
+        seed; a rate with which training diverges is left out."""
         args = self.args
         source, _, mode = name.partition('-')
         mode = mode or 'random'
         scale = 'raw' if source == 'random' else args.init_scale
         parts = [args.model, args.loss, name, scale] + ['tied'] * args.tie_output + [f'pca{args.pca}'] * bool(args.pca) \
-            + [f'h{args.hidden}'] * bool(args.hidden) + ['nohistory'] * args.exclude_history + [f'seed{seed}']
-        run, freeze, freeze_identity = '-'.join(parts), None, None
+            + [f'h{args.hidden}'] * bool(args.hidden) + [f'seed{seed}']
+        trained, freeze, freeze_identity = '-'.join(parts), None, None
+        run = '-'.join(parts[:-1] + ['nohistory'] * args.exclude_history + parts[-1:])
         if mode.startswith('further'):
-            row, freeze = self.variant(f'{source}-freeze', seed, lrs)
+            row, freeze = self.variant(f'{source}-freeze', seed)
             freeze_identity = digest(row['identity'], row['lr'])
         base = self.identity(source, mode, seed, freeze_identity)
-        tried = [self.fit(run, {**base, 'lr': lr}, source, mode, seed, lr, freeze) for lr in lrs]
-        path, meta = max(tried, key=lambda t: t[1]['valid_ndcg10'])
+        lrs = [self.chosen[name]] if name in self.chosen else args.lrs
         identity = {**base, 'lrs': list(lrs)}
         row = find_row(self.folder, run, identity)
-        if row:
+        if row and made_from(path := self.checkpoint(trained, row['lr']), 'seq', {**base, 'lr': row['lr']}):
             print(f'{run}: up to date (NDCG@10 {row["metrics"]["sampled"]["NDCG@10"]:.4f})')
+            self.chosen[name] = row['lr']
             return row, path
+        tried = []
+        for lr in lrs:
+            try:
+                tried.append(self.fit(trained, {**base, 'lr': lr}, source, mode, seed, lr, freeze))
+            except Diverged as error:
+                print(f'{trained} lr {lr:g}: {error}')
+        if not tried:
+            raise UserError(f'{trained}: training diverged with every rate of --lrs; add lower ones')
+        path, meta = max(tried, key=lambda t: t[1]['valid_ndcg10'])
+        self.chosen[name] = meta['lr']
         model = self.build(source, mode, seed, None)
         model.load_state_dict(load_pt(path, 'seq', self.device)['model'])
         ranks = self.ranks(model, 'test')
@@ -258,10 +276,8 @@ def main(args):
     experiment = Experiment(args)
     with lock(experiment.folder / 'seq'):
         for name in args.variants:
-            lrs = args.lrs
             for seed in args.seeds:
-                row, _ = experiment.variant(name, seed, lrs)
-                lrs = [row['lr']]
+                experiment.variant(name, seed)
 
 
 if __name__ == '__main__':

@@ -22,6 +22,10 @@ class UserError(Exception):
     """Something the user can mend: its text is the one line they see; the exit code is 2."""
 
 
+class Diverged(UserError):
+    """A loss, a gradient or a score is not finite."""
+
+
 def command(main, *args):
     """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
     try:

@@ -6,7 +6,7 @@ users, n = items; item ids 1..n, column 0 of a score table is padding and never 
 import numpy as np
 import torch
 
-from common.files import UserError, load_json, same, save_json, whole
+from common.files import Diverged, UserError, load_json, same, save_json, whole
 
 SAMPLED, FULL = (5, 10), (5, 10, 50)  # paper sec. 4.2 and table 4
 
@@ -30,7 +30,7 @@ def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chun
         target, negative = targets[rows].to(device)[:, None], negatives[rows].to(device)
         own = scores.gather(1, target)
         if not torch.isfinite(scores[:, 1:]).all():
-            raise UserError('a score is not a finite number: the model diverged; train again with a lower --lr')
+            raise Diverged('a score is not a finite number: the model diverged; train again with a lower --lr')
         scores[:, 0] = -torch.inf
         among = scores.gather(1, negative)                                     # padding has score -inf
         if exclude is not None:

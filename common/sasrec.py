@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from common.files import UserError
 from common.text import ragged
 
 
@@ -52,6 +53,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
+        if hidden % heads:
+            raise UserError(f'a width of {hidden} cannot be split among {heads} heads; choose another --hidden or --pca')
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
 

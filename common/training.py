@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from common.files import UserError, made_from, save_pt
+from common.files import Diverged, UserError, made_from, save_pt
 
 STOPPED = 143  # exit code after SIGTERM (128 + 15), what a shell would report
 _stop = False
@@ -52,7 +52,6 @@ def start(args):
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; try --device cpu') from None
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.matmul.allow_tf32 = True
     bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and (
         torch.cuda.is_bf16_supported() if device.type == 'cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False))
     return device, lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
@@ -92,7 +91,7 @@ def apply_gradients(loss, model, optimizer, state, clip=None):
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else torch.nn.utils.get_total_norm(
         [p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(loss) and torch.isfinite(norm)):
-        raise UserError(f'training went wrong at {state.where()}: loss {loss}, gradient norm {float(norm)}. '
+        raise Diverged(f'training went wrong at {state.where()}: loss {loss}, gradient norm {float(norm)}. '
                         f'{state.path} holds the last good state; try a lower --lr or --precision float32')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -108,7 +107,7 @@ class EarlyStopping:
     def update(self, metric, epoch):
         """Take one epoch's metric; True where it is the best so far."""
         if not math.isfinite(metric):
-            raise UserError(f'validation metric is {metric} after epoch {epoch}: try a lower --lr')
+            raise Diverged(f'validation metric is {metric} after epoch {epoch}: try a lower --lr')
         better = metric > self.best
         if better:
             self.best, self.best_epoch, self.bad = metric, epoch, 0
@@ -135,8 +134,8 @@ class EarlyStopping:
 class State:
     """Where a training run stands: epoch (0-based), step within it, torch's generators, and its parts' state dicts.
 
-    The file holds everything that the next step depends on (SIGTERM is caught from here on: the loop saves and leaves); `identity` (options and input digests) must match for it
-    to be used. Loops skip the first `state.step` batches of an epoch and call `advance()` after every step.
+    The file holds everything that the next step depends on (SIGTERM is caught from here on: the loop saves and leaves);
+    `identity` (options and input digests) must match for it to be used. Loops skip the first `state.step` batches of an epoch and call `advance()` after every step.
     """
 
     def __init__(self, path, identity, save_every, **parts):

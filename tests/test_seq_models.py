@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import train_seq
-from common.bert4rec import BERT4Rec
+from common.bert4rec import BERT4Rec, Block
 from common.data import prepare
 from common.files import UserError, load_pt, save_pt
 from common.metrics import load_rows
@@ -38,6 +38,21 @@ def test_attention_equals_torchs_own(causal):
     for i, (a, b) in enumerate(((0, 3), (3, 4), (4, 9))):
         mask = torch.ones(b - a, b - a).triu(1).bool() if causal else None
         torch.testing.assert_close(out[a:b], theirs(q[None, a:b], x[None, a:b], x[None, a:b], attn_mask=mask)[0][0], atol=1e-6, rtol=1e-5)
+
+
+def test_bert4recs_block_equals_torchs_encoder_layer():
+    torch.manual_seed(0)
+    ours = Block(H, 2, 0.1).eval()
+    theirs = torch.nn.TransformerEncoderLayer(H, 2, 4 * H, 0.1, 'gelu', batch_first=True, norm_first=True).eval()
+    with torch.no_grad():
+        a, b = ours.attention, theirs.self_attn
+        b.in_proj_weight.copy_(torch.cat([a.query.weight, a.key.weight, a.value.weight]))
+        b.in_proj_bias.copy_(torch.cat([a.query.bias, a.key.bias, a.value.bias]))
+    for mine, other in ((ours.attention.out, theirs.self_attn.out_proj), (ours.inner, theirs.linear1), (ours.outer, theirs.linear2),
+                        (ours.attention_norm, theirs.norm1), (ours.ffn_norm, theirs.norm2)):
+        other.load_state_dict(mine.state_dict())
+    x = torch.randn(5, H)
+    torch.testing.assert_close(ours(x, Layout(np.array([5]), 10, False, 'cpu')), theirs(x[None])[0], atol=1e-6, rtol=1e-5)
 
 
 def test_sasrec_is_causal():
@@ -241,6 +256,61 @@ def test_killed_and_started_again_gives_the_same_bits(toy, monkeypatch, kind):
     again = load_pt(file, 'seq')['model']
     assert all(torch.equal(whole[k], again[k]) for k in whole) and load_rows(folder)[0]['metrics'] == row['metrics']
     assert not list((folder / 'seq').glob('*.resume'))
+
+
+def test_stopped_between_the_last_step_of_an_epoch_and_its_validation(toy, monkeypatch):
+    _, folder = toy
+    file = folder / 'seq' / 'sasrec-bce-random-raw-seed0-lr0.01.pt'
+    more = '--batch', '8', '--save_every', '1'
+    run(*more)
+    whole = load_pt(file, 'seq')['model']
+    file.unlink()
+    original = train_seq.Experiment.ranks
+    monkeypatch.setattr(train_seq.Experiment, 'ranks', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(*more)
+    monkeypatch.setattr(train_seq.Experiment, 'ranks', original)
+    run(*more)
+    again = load_pt(file, 'seq')['model']
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_further_training_leaves_the_freeze_rows_as_they_are(toy):
+    """Each variant keeps the rate of its own first seed, also where further- starts from a freeze of another rate."""
+    _, folder = toy
+    rates = '--lrs', '0.01', '0.00001', '--seeds', '0', '1'
+    run('--variants', 'ft-freeze', *rates)
+    before = {r['run']: r for r in load_rows(folder)}
+    run('--variants', 'ft-further-all', *rates)
+    after = {r['run']: r for r in load_rows(folder)}
+    assert all(after[k] == v for k, v in before.items()) and len(after) == 4
+
+
+def test_leaving_the_history_out_trains_nothing_again(toy, monkeypatch):
+    _, folder = toy
+    run()
+    monkeypatch.setattr(train_seq, 'apply_gradients', lambda *a: pytest.fail('it trains'))
+    run('--exclude_history')
+    rows = {r['exclude_history']: r['metrics'] for r in load_rows(folder)}
+    assert rows[True]['sampled'] == rows[False]['sampled'] and rows[True]['full'] != rows[False]['full']
+
+
+def test_a_rate_that_diverges_is_left_out(toy, capsys):
+    _, folder = toy
+    run('--lrs', '1e30', '0.01')
+    assert 'random-raw-seed0 lr 1e+30: ' in capsys.readouterr().out and load_rows(folder)[0]['lr'] == 0.01
+    with pytest.raises(UserError, match='diverged with every rate'):
+        run('--lrs', '1e30', '--seeds', '1')
+
+
+def test_what_cannot_train_is_refused(toy, monkeypatch):
+    with pytest.raises(UserError, match='4 heads'):
+        run('--hidden', '18', model='bert4rec')
+    monkeypatch.setenv('ELEPHANT_DATA', str(toy[1].parent / 'short'))
+    canonical(toy[1].parent / 'short' / 'toy', length=(3, 4))
+    prepare('toy', (3, 1, 0))
+    with pytest.raises(UserError, match='two training items'):
+        run('--hidden', '16')
 
 
 @pytest.mark.parametrize('change, word', [
