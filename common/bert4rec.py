@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.sasrec import ItemTable, Layout, SelfAttention, newest, softmax_loss
+from common.training import dropout
 
 MASK_SHARE, LAST_ONLY = 0.15, 0.09  # of the items; of the draws (paper's code)
 
@@ -21,10 +22,11 @@ class Block(nn.Module):
         self.attention = SelfAttention(hidden, heads, dropout)
         self.inner, self.outer, self.dropout = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden), dropout
 
-    def forward(self, x, layout):
-        drop = lambda y: F.dropout(y, self.dropout, self.training)
+    def forward(self, x, layout, rows=None):
+        """[T, H] -> [T, H], or with `rows` [R] their outputs alone: [R, H]."""
+        drop = lambda y: dropout(y, self.dropout, self.training)
         y = self.attention_norm(x)
-        x = x + drop(self.attention(y, y, layout))
+        x = (x if rows is None else F.embedding(rows, x)) + drop(self.attention(y, y, layout, rows))
         return drop(x + drop(self.outer(drop(F.gelu(self.inner(self.ffn_norm(x)))))))
 
 
@@ -53,13 +55,13 @@ class BERT4Rec(nn.Module):
         table[0] = 0
         return table
 
-    def forward(self, items, masked, layout):
-        """items [T] (any id where masked [T] is True) -> states [T, H]."""
+    def forward(self, items, masked, layout, rows=None):
+        """items [T] (any id where masked [T] is True) -> states [T, H], or of `rows` alone [R, H]."""
         x = torch.where(masked[:, None], self.mask, F.embedding(items, self.item_embedding()))
-        x = F.dropout(x + self.position_embedding(layout.position), self.dropout, self.training)
-        for block in self.blocks:
+        x = dropout(x + self.position_embedding(layout.position), self.dropout, self.training)
+        for block in self.blocks[:-1]:
             x = block(x, layout)
-        return x
+        return self.blocks[-1](x, layout, rows)
 
     def states(self, items, offsets, device):
         """State of a mask put after each history (ragged, oldest first): [B, H]."""
@@ -67,7 +69,7 @@ class BERT4Rec(nn.Module):
         ends = np.cumsum(lengths)
         layout = Layout(lengths + 1, self.max_items, False, device)
         full = torch.from_numpy(np.insert(items, ends, 0)).to(device)
-        return self(full, full == 0, layout)[layout.last]
+        return self(full, full == 0, layout, layout.last)
 
     def scorer(self):
         """(table [n + 1, H], bias [n + 1]): score of item i = state . table[i] + bias[i]."""
@@ -87,8 +89,6 @@ class BERT4Rec(nn.Module):
         masked, other = chosen & (only_last | (how < 0.8)), chosen & ~only_last & (how >= 0.8) & (how < 0.9)
         put = lambda x: torch.from_numpy(x).to(device)
         shown = np.where(other, rng.integers(1, len(self.item_embedding.weight), len(items)), items)
-        x = self(put(shown), put(masked), Layout(lengths, self.max_items, False, device))
         rows = np.flatnonzero(chosen)
-        if not len(rows):
-            return x.sum() * 0
-        return softmax_loss(F.embedding(put(rows), x), *self.scorer(), put(items[rows]))
+        x = self(put(shown), put(masked), Layout(lengths, self.max_items, False, device), put(rows))
+        return softmax_loss(x, *self.scorer(), put(items[rows])) if len(rows) else x.sum() * 0

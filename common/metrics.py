@@ -5,6 +5,7 @@ users, n = items; item ids 1..n, column 0 of a score table is padding and never 
 """
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.files import Diverged, UserError, load_json, same, save_json, whole
 
@@ -25,11 +26,10 @@ def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chun
     targets, negatives = torch.from_numpy(targets.astype(np.int64)), torch.from_numpy(negatives.astype(np.int64))
     for index in np.array_split(np.arange(len(targets)), max(1, min(len(targets) // 2, -(-len(targets) * (n + 1) // chunk)))):
         rows = slice(index[0], index[-1] + 1)
-        scores = states[rows].to(device).float() @ table.float().T
-        scores = scores if bias is None else scores + bias
+        scores = F.linear(states[rows].to(device).float(), table.float(), bias)
         target, negative = targets[rows].to(device)[:, None], negatives[rows].to(device)
         own = scores.gather(1, target)
-        if not torch.isfinite(scores[:, 1:]).all():
+        if not torch.isfinite(scores[:, 1:].sum()):  # one number that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; train again with a lower --lr')
         scores[:, 0] = -torch.inf
         among = scores.gather(1, negative)                                     # padding has score -inf
@@ -41,7 +41,7 @@ def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chun
             scores[row, column] = -torch.inf
             scores.scatter_(1, target, own)
         for name, s, itself in (('sampled', among, 0), ('full', scores, 1)):
-            counts = torch.stack([(s > own).sum(1), (s == own).sum(1) - itself], 1)
+            counts = torch.stack([(s > own).sum(1, dtype=torch.int32), (s == own).sum(1, dtype=torch.int32) - itself], 1)
             out[name][rows] = counts.cpu().numpy()
     return out
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from common.files import UserError, load_pt, save_pt, sha256
 from common.sources import fetch_plm
 from common.text import micro_batches, pack_items, ragged
+from common.training import dropout, half
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 DENSE = 160  # up to this length a sequence is one block, all tokens against all; a matter of speed only
@@ -138,7 +139,7 @@ class Output(nn.Module):
         self.dropout = c.dropout
 
     def forward(self, y, x):
-        return self.LayerNorm(F.dropout(self.dense(y), self.dropout, self.training) + x)
+        return self.LayerNorm(dropout(self.dense(y), self.dropout, self.training) + x)
 
 
 class Attention(nn.Module):
@@ -179,7 +180,7 @@ class Embeddings(nn.Module):
     def forward(self, batch):
         x = self.word_embeddings(batch.tokens) + self.position_embeddings(batch.positions + self.offset) \
             + self.token_type_embeddings(batch.types) + self.item_position_embeddings(batch.item_positions)
-        return F.dropout(self.LayerNorm(x), self.dropout, self.training)
+        return dropout(self.LayerNorm(x), self.dropout, self.training)
 
 
 class RecFormer(nn.Module):
@@ -198,9 +199,7 @@ class RecFormer(nn.Module):
 
     def forward(self, batch, last='cls'):
         """Last layer's states: of each CLS [B, H]; of the row numbers `last` [R, H]; of all tokens [T, H] with last=None."""
-        x = self.longformer.embeddings(batch)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = half(self.longformer.embeddings(batch))
         for layer in self.layers[:-1]:
             x = layer(x, batch)
         return self.layers[-1](x, batch, last)

@@ -12,6 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
 from common.text import ragged
+from common.training import dropout, half
+
+SIZES = (4, 8, 16, 32)  # lengths up to which sequences share a rectangle of attention; a matter of speed only
 
 
 class ItemTable(nn.Module):
@@ -27,29 +30,33 @@ class ItemTable(nn.Module):
 
 
 class Layout:
-    """Where the T items of B sequences stand in a [B, L] square; the same for every layer.
+    """Where the T items of B sequences stand when attention lays them out; the same for every layer.
 
-    `padded` [B, L] rows of the packed items, `place` [T] the way back, `mask` [B, 1, L, L] True where a query (second last)
-    attends a key, `position` [T]: the newest item has the last position, max_items - 1; `last` [B] row of the newest.
+    Sequences of similar length share a rectangle. `groups`: of each its rows of the packed items [b, L], and a mask
+    [b, 1, L, L], True where a query (second last) attends a key; `place` [T] finds item t in all rectangles' outputs;
+    `position` [T]: the newest item has the last position, max_items - 1; `last` [B] row of the newest.
     """
 
     def __init__(self, lengths, max_items, causal, device):
-        begin, longest = np.cumsum(lengths) - lengths, int(lengths.max())
-        inside = ragged(np.zeros(len(lengths), np.int64), lengths)
-        columns = np.arange(longest)
-        valid = columns < lengths[:, None]
-        mask = np.repeat(valid[:, None], longest, 1)
-        if causal:
-            mask &= columns <= columns[:, None]
         put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        self.padded = put(np.where(valid, begin[:, None] + columns, begin[:, None]))
-        self.place = put(np.repeat(np.arange(len(lengths)) * longest, lengths) + inside)
-        self.mask, self.last = put(mask[:, None]), put(begin + lengths - 1)
+        begin, start, done, self.groups = np.cumsum(lengths) - lengths, np.zeros(len(lengths), np.int64), 0, []
+        size = np.searchsorted(SIZES, lengths)
+        for i in np.unique(size):
+            rows = np.flatnonzero(size == i)
+            columns = np.arange(lengths[rows].max())
+            valid = columns < lengths[rows, None]
+            mask = np.repeat(valid[:, None], len(columns), 1) & ((columns <= columns[:, None]) | (not causal))
+            self.groups.append((put(begin[rows, None] + np.where(valid, columns, 0)), put(mask[:, None])))
+            start[rows] = done + np.arange(len(rows)) * len(columns)
+            done += valid.size
+        inside = ragged(np.zeros(len(lengths), np.int64), lengths)
+        self.place, self.last = put(np.repeat(start, lengths) + inside), put(begin + lengths - 1)
         self.position = put(max_items - np.repeat(lengths, lengths) + inside)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over packed rows: queries from one tensor, keys and values from another, both [T, H]."""
+    """Multi-head attention over packed rows: queries from one tensor, keys and values from another, both [T, H].
+    With `rows` [R] only these rows' outputs are made: [R, H]."""
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -58,11 +65,15 @@ class SelfAttention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
 
-    def forward(self, q, x, layout):
-        split = lambda y: F.embedding(layout.padded, y).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, h, L, d]
-        y = F.scaled_dot_product_attention(split(self.query(q)), split(self.key(x)), split(self.value(x)),
-                                           attn_mask=layout.mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(F.embedding(layout.place, y.transpose(1, 2).flatten(2).flatten(0, 1)))
+    def forward(self, q, x, layout, rows=None):
+        q, x = (half(q), half(x)) if q is not x else [half(x)] * 2
+        qkv, outputs = (self.query(q), self.key(x), self.value(x)), []
+        for padded, mask in layout.groups:
+            split = [F.embedding(padded, y).unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv]  # [b, h, L, d]
+            y = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+        place = layout.place if rows is None else layout.place[rows]
+        return self.out(F.embedding(place, torch.cat(outputs)))
 
 
 class Block(nn.Module):
@@ -74,10 +85,12 @@ class Block(nn.Module):
         self.attention = SelfAttention(hidden, heads, dropout)
         self.inner, self.outer, self.dropout = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden), dropout
 
-    def forward(self, x, layout):
-        drop = lambda y: F.dropout(y, self.dropout, self.training)
+    def forward(self, x, layout, rows=None):
+        """[T, H] -> [T, H], or with `rows` [R] their outputs alone: [R, H]."""
+        drop = lambda y: dropout(y, self.dropout, self.training)
         q = self.attention_norm(x)
-        x = self.ffn_norm(q + self.attention(q, x, layout))
+        y = self.attention(q, x, layout, rows)
+        x = self.ffn_norm((q if rows is None else F.embedding(rows, q)) + y)
         return x + drop(self.outer(drop(F.relu(self.inner(x)))))
 
 
@@ -104,19 +117,19 @@ class SASRec(nn.Module):
         table[0] = 0
         return table
 
-    def forward(self, items, layout):
-        """items [T] -> states [T, H]."""
+    def forward(self, items, layout, rows=None):
+        """items [T] -> states [T, H], or of `rows` alone [R, H]."""
         x = F.embedding(items, self.item_embedding()) * self.norm.normalized_shape[0] ** 0.5
-        x = F.dropout(x + self.position_embedding(layout.position), self.dropout, self.training)
-        for block in self.blocks:
+        x = dropout(x + self.position_embedding(layout.position), self.dropout, self.training)
+        for block in self.blocks[:-1]:
             x = block(x, layout)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, layout, rows))
 
     def states(self, items, offsets, device):
         """State after each history (ragged, oldest first, its newest max_items used): [B, H]."""
         items, lengths = newest(items, offsets, self.max_items)
         layout = Layout(lengths, self.max_items, True, device)
-        return self(torch.from_numpy(items).to(device), layout)[layout.last]
+        return self(torch.from_numpy(items).to(device), layout, layout.last)
 
     def scorer(self):
         """(table [n + 1, H], bias): score of item i = state . table[i] + bias[i]."""

@@ -122,7 +122,7 @@ def test_bert4rec_masks_15_percent_and_learns_at_masked_places_only():
     m, rng = model(BERT4Rec), np.random.default_rng(0)
     items, offsets = np.tile(np.arange(1, 11, dtype=np.int32), 400), np.arange(0, 4001, 10)
     seen = {}
-    m.forward = lambda shown, masked, layout: (seen.update(shown=shown, masked=masked), torch.randn(len(shown), H))[1]
+    m.forward = lambda shown, masked, layout, rows: (seen.update(shown=shown, masked=masked), torch.randn(len(rows), H))[1]
     import common.bert4rec as module
     original, module.softmax_loss = module.softmax_loss, lambda s, t, b, target: seen.update(target=target) or s.sum()
     try:
