@@ -11,7 +11,9 @@ Reads:  data/<source>/prepared.npz (python -m common.data <source>), the languag
 Writes: --out (.pt, and its readable .json), while it runs <out>.resume.
 """
 import argparse
+import contextlib
 import pathlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,8 +24,8 @@ from common.data import load
 from common.files import UserError, command, lock, made_from, provenance
 from common.recformer import Batch, cosine_logits, from_backbone, save_model
 from common.sources import fetch_plm
-from common.text import Packed, load_tokenizer, mask_words, micro_batches, pack, pack_items, ragged, tokenize
-from common.training import (EarlyStopping, State, adamw, add_runtime_options, apply_gradients, linear_schedule, positive,
+from common.text import load_tokenizer, mask_words, micro_batches, pack, pack_items, ragged, tokenize
+from common.training import (EarlyStopping, Ranks, State, adamw, add_runtime_options, apply_gradients, linear_schedule, positive,
                              seed_all, start)
 
 
@@ -46,7 +48,7 @@ def parse_args(argv=None):
     g.add_argument('--max_steps', type=positive(), help='at most this many optimizer steps in all (ours, for small budgets)')
     g.add_argument('--patience', type=positive(), default=5, help='epochs without a better accuracy (ours)')
     g.add_argument('--batch', type=positive(), default=64, help='users whose targets are each other\'s negatives '
-                   '(RecFormer: 16 on each of 4 GPUs)')
+                   '(RecFormer: 16 on each of 4 GPUs; torchrun splits them)')
     g.add_argument('--accumulate', type=positive(), default=8, help='batches per optimizer step (RecFormer)')
     g.add_argument('--lr', type=positive(float), default=5e-5, help='peak learning rate (RecFormer)')
     g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (ours; as in FT1)')
@@ -96,14 +98,17 @@ class Sources:
 
 # ---------------------------------------------------------------------------- losses
 
-def contrastive(model, histories, targets, items, device):
+def contrastive(model, histories, targets, items, device, ranks=None):
     """Cosine / 0.05 of each history's CLS with each target's: (loss, accuracy) over B pairs.
 
-    Another row with the same target item is no negative of it (SPEC of ours; published code counts it).
+    Another row with the same target item is no negative of it (ours; published code counts it). With `ranks` each process
+    encodes its share, and all compute the same loss over all pairs: summed over them, the gradients are those of one process.
     """
-    a = model(Batch(histories, model.config.window, device))
-    b = model(Batch(targets, model.config.window, device))
-    logits = cosine_logits(a, b)
+    def encode(packed):
+        part = packed if ranks is None else packed.rows(ranks.share(len(items)))
+        states = model(Batch(part, model.config.window, device)).float()
+        return states if ranks is None else ranks.gather(states, len(items))
+    logits = cosine_logits(encode(histories), encode(targets))
     same = torch.from_numpy(items[:, None] == items).to(device)
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
@@ -111,18 +116,18 @@ def contrastive(model, histories, targets, items, device):
     return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
 
 
-def masked_model(model, packed, rng, tokenizer, args, device, autocast, scale):
+def masked_model(model, packed, rng, tokenizer, args, device, autocast, scale, ranks):
     """Masked-language-model loss of packed sequences, in passes of bounded size; gradients are added as it goes.
 
-    scale: factor of the loss before backward. Returns the mean loss over the masked tokens (float).
+    scale: factor of the loss before backward. Returns this process's part of the mean loss over the masked tokens (float).
     """
     tokens, chosen = mask_words(packed, rng, tokenizer.mask_token_id, model.config.vocab_size)
-    total, begin = 0.0, np.cumsum(packed.lengths) - packed.lengths
-    picked = np.zeros(len(tokens), bool)
+    total, picked = 0.0, np.zeros(len(tokens), bool)
     picked[chosen] = True
-    for group in micro_batches(packed.lengths, args.micro_tokens):
-        index = ragged(begin[group], packed.lengths[group])
-        part = Packed(tokens[index], packed.types[index], packed.item_positions[index], packed.starts[index], packed.lengths[group])
+    mine = ranks.share(len(packed.lengths))
+    for group in micro_batches(packed.lengths[mine], args.micro_tokens):
+        index = packed.index(mine[group])
+        part = replace(packed.rows(mine[group]), tokens=tokens[index])
         rows = np.flatnonzero(picked[index])
         if not len(rows):
             continue
@@ -136,23 +141,26 @@ def masked_model(model, packed, rng, tokenizer, args, device, autocast, scale):
 
 
 @torch.no_grad()
-def accuracy(model, sources, args, tokenizer, device, autocast):
+def accuracy(model, sources, args, tokenizer, device, autocast, ranks):
     """Share of held-out users whose target scores highest among those of their group of --batch; the same draws each time."""
     model.eval()
-    right, rng = 0.0, np.random.default_rng([args.seed, 2])
-    for users in np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch))):
-        histories, targets = sources.draw(users, rng, tokenizer.cls)
+    right = torch.zeros(1, device=device)
+    groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
+    for number, users in list(enumerate(groups))[ranks.rank::ranks.world]:
+        histories, targets = sources.draw(users, np.random.default_rng([args.seed, 2, number]), tokenizer.cls)
         with autocast():
             _, share = contrastive(model, histories, pack_items(targets, sources.tokens, tokenizer.cls), targets, device)
-        right += float(share) * len(users)
+        right += share * len(users)
     model.train()
-    return right / len(sources.valid)
+    ranks.sum([right])
+    return float(right) / len(sources.valid)
 
 
 # ---------------------------------------------------------------------------- main
 
 def main(args):
     device, autocast = start(args)
+    ranks = Ranks(device)
     seed_all(args.seed)
     folder = fetch_plm(args.plm)
     tokenizer = load_tokenizer(folder)
@@ -160,7 +168,7 @@ def main(args):
     options = {k: v for k, v in vars(args).items() if k not in ('out', 'device', 'save_every', 'deterministic', 'micro_tokens')}
     identity = {'options': options, 'sources': sources.fingerprints, 'tokenizer': tokenizer.fingerprint}
     out = pathlib.Path(args.out)
-    with lock(out.parent):
+    with lock(out.parent) if not ranks.rank else contextlib.nullcontext():
         if made_from(out, 'recformer', identity):
             return print(f'{out} is up to date')
         model = from_backbone(folder, args.layers).to(device).train()
@@ -168,13 +176,15 @@ def main(args):
 
         # ------------------------------------------------ optimizer
         group = args.batch * args.accumulate
-        steps = -(-len(sources.train) // group)                                   # per epoch; the last one may be smaller
+        steps = -(-len(sources.train) // group)                                   # per epoch
         total = min(args.epochs * steps, args.max_steps or args.epochs * steps)
         optimizer = adamw(model, args.lr, args.weight_decay)
         schedule = linear_schedule(optimizer, args.warmup, total)
         best = EarlyStopping(model, args.patience)
         state = State(out.with_suffix('.resume'), identity, args.save_every, model=model, optimizer=optimizer,
                       schedule=schedule, best=best)
+        if min(args.batch, len(sources.train)) < 2 * ranks.world:
+            raise UserError(f'--batch {args.batch}: {ranks.world} processes share it; each needs two users')
         print(f'stage-PT: {len(sources.train):,} users to train on, {len(sources.valid):,} held out, at most {total:,} steps')
 
         # ------------------------------------------------ loop
@@ -183,26 +193,28 @@ def main(args):
             order = np.random.default_rng([args.seed, 3, state.epoch]).permutation(sources.train)
             for step in range(state.step, min(steps, total - state.epoch * steps)):
                 rng = np.random.default_rng([args.seed, 4, state.epoch, step])
-                chunk = order[step * group:(step + 1) * group]
-                batches = np.array_split(chunk, -(-len(chunk) // args.batch))     # of equal size: none of a single user
+                torch.manual_seed(rng.integers(2 ** 62) + ranks.rank)             # dropout
+                chunk = np.array_split(order, steps)[step]                        # of equal size: none of a single user
+                batches = np.array_split(chunk, -(-len(chunk) // args.batch))
                 losses = np.zeros(3)
                 for users in batches:
                     histories, items = sources.draw(users, rng, tokenizer.cls)
                     targets = pack_items(items, sources.tokens, tokenizer.cls)
                     with autocast():
-                        loss, right = contrastive(model, histories, targets, items, device)
+                        loss, right = contrastive(model, histories, targets, items, device, ranks)
                     (loss / len(batches)).backward()
                     losses += [float(loss.detach()), 0, float(right)]
                     for packed in (histories, targets) if args.mlm_weight else ():
                         losses[1] += masked_model(model, packed, rng, tokenizer, args, device, autocast,
-                                                  args.mlm_weight / len(batches))
+                                                  args.mlm_weight / len(batches), ranks)
                 losses /= len(batches)
+                ranks.sum(p.grad for p in model.parameters() if p.grad is not None)
                 apply_gradients(losses[0] + losses[1], model, optimizer, state, clip=1.0)
                 schedule.step()
                 bar.set_postfix_str(f'contrastive {losses[0]:.3f} mlm {losses[1]:.3f} accuracy {losses[2]:.2f}')
                 bar.update()
                 state.advance()
-            value = accuracy(model, sources, args, tokenizer, device, autocast)
+            value = accuracy(model, sources, args, tokenizer, device, autocast, ranks)
             best.update(value, state.epoch)
             bar.write(f'epoch {state.epoch + 1}: held-out accuracy {value:.4f} (best {best.best:.4f})')
             state.next_epoch()
@@ -210,6 +222,8 @@ def main(args):
 
         # ------------------------------------------------ result
         best.restore()
+        if ranks.rank:
+            return
         save_model(out, model, {'identity': identity, 'plm': args.plm, 'tokenizer': tokenizer.fingerprint, 'stage': 'pt',
                                 'accuracy': best.best, 'epoch': best.best_epoch + 1, **provenance()})
         state.finish()

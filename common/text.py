@@ -34,6 +34,15 @@ class Packed:
     starts: np.ndarray          # bool [T], first token of a word; CLS is not part of one
     lengths: np.ndarray         # int64 [B]
 
+    def index(self, sequences):
+        """Rows of the tokens of these sequences."""
+        return ragged((np.cumsum(self.lengths) - self.lengths)[sequences], self.lengths[sequences])
+
+    def rows(self, sequences):
+        """These sequences alone."""
+        i = self.index(sequences)
+        return Packed(self.tokens[i], self.types[i], self.item_positions[i], self.starts[i], self.lengths[sequences])
+
 
 def load_tokenizer(path):
     """The backbone's tokenizer, from a local folder or hub name. Errors: UserError where there is none."""

@@ -6,11 +6,13 @@ A script shows its own loop. Each draw that a loop makes comes either from torch
 import contextlib
 import copy
 import math
+import os
 import pathlib
 import random
 import signal
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +49,8 @@ def add_runtime_options(parser):
 def start(args):
     """(device, autocast) for these options: `with autocast():` runs matrix products in the chosen precision."""
     try:
-        device = torch.device(('cuda' if torch.cuda.is_available() else 'cpu') if args.device == 'auto' else args.device)
+        device = torch.device((f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu')
+                              if args.device == 'auto' else args.device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; try --device cpu') from None
@@ -56,6 +59,46 @@ def start(args):
     bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and (
         torch.cuda.is_bf16_supported() if device.type == 'cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False))
     return device, lambda: torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+
+class Ranks:
+    """The processes that share one training run (torchrun starts them; without it there is one).
+
+    Each draws the same numbers, computes its share of the sequences, and ends every step with the same gradients: those of
+    one process that computed them all. The first one alone prints, saves and is stopped.
+    """
+
+    def __init__(self, device):
+        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+        if self.world > 1:
+            if device.type == 'cuda':
+                torch.cuda.set_device(device)
+            torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+            if self.rank:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends this one after the first has saved
+                sys.stdout = sys.stderr = open(os.devnull, 'w')
+
+    def share(self, n):
+        """This process's part of 0 ... n - 1."""
+        return np.array_split(np.arange(n), self.world)[self.rank]
+
+    def gather(self, x, n):
+        """All processes' rows [n, H] from this one's `share(n)`; a gradient flows into its own rows alone."""
+        if self.world == 1:
+            return x
+        sizes = [len(part) for part in np.array_split(np.arange(n), self.world)]
+        own = F.pad(x.detach(), (0, 0, 0, sizes[0] - len(x)))
+        rows = [torch.empty_like(own) for _ in sizes]
+        torch.distributed.all_gather(rows, own)
+        rows = [r[:size] for r, size in zip(rows, sizes)]
+        rows[self.rank] = x
+        return torch.cat(rows)
+
+    def sum(self, tensors):
+        """Replace each tensor by its sum over the processes."""
+        if self.world > 1:
+            for x in tensors:
+                torch.distributed.all_reduce(x)
 
 
 def _ask_to_stop(*_):
@@ -156,7 +199,9 @@ class State:
         self.path, self.identity, self.save_every, self.parts = pathlib.Path(path), identity, save_every, parts
         self.epoch = self.step = 0
         self.tensors = {}  # what a loop carries besides its parts, e.g. the item table of this epoch
-        signal.signal(signal.SIGTERM, _ask_to_stop)
+        self.writes = not int(os.environ.get('RANK', 0))  # of several processes the first
+        if self.writes:
+            signal.signal(signal.SIGTERM, _ask_to_stop)
         saved = made_from(self.path, 'resume', identity)
         if saved:
             self.epoch, self.step, self.tensors = saved['epoch'], saved['step'], saved['tensors']
@@ -185,7 +230,7 @@ class State:
         self._save_if(True)
 
     def _save_if(self, due):
-        if due or _stop:
+        if self.writes and (due or _stop):
             self.save()
         if _stop:
             print(f'stopped by SIGTERM before {self.where()}; the same command goes on from {self.path}', file=sys.stderr)
@@ -193,4 +238,5 @@ class State:
 
     def finish(self):
         """The result is written: the resume file has done its work."""
-        self.path.unlink(missing_ok=True)
+        if self.writes:
+            self.path.unlink(missing_ok=True)

@@ -1,4 +1,9 @@
 """Stage-PT's draws and losses, FT1's prefixes, by hand. Run: python -m pytest tests/test_pretrain.py"""
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +12,7 @@ import torch.nn.functional as F
 import finetune
 import pretrain
 from common.data import prepare
+from common.files import ROOT, load_pt
 from common.recformer import Batch, cosine_logits, from_backbone
 from common.text import load_tokenizer, pack_items
 from tests.toy import canonical, tiny_bert
@@ -65,7 +71,7 @@ def test_masked_model_in_parts_equals_the_whole(setting):
     for size in ('100000', '40'):
         model.zero_grad()
         args = pretrain.parse_args(['one', '--out', 'x', '--micro_tokens', size])
-        value = pretrain.masked_model(model, packed, np.random.default_rng(3), tokenizer, args, 'cpu', contextlib.nullcontext, 0.5)
+        value = pretrain.masked_model(model, packed, np.random.default_rng(3), tokenizer, args, 'cpu', contextlib.nullcontext, 0.5, pretrain.Ranks(torch.device('cpu')))
         grads.append((value, model.lm_head.dense.weight.grad.clone(), model.layers[0].attention.self.key.weight.grad.clone()))
     assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
     for a, b in zip(grads[0][1:], grads[1][1:]):
@@ -90,3 +96,28 @@ def test_tuned_layers(setting):
     _, _, model = setting
     finetune.choose_layers(model, '1')
     assert {n.split('.')[3] for n, p in model.named_parameters() if p.requires_grad} == {'1'}
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    """torchrun on two CPU processes: negatives gathered, gradients summed, masks shared. No dropout, so it can be compared."""
+    canonical(tmp_path / 'data' / 'one')
+    plm = tiny_bert(tmp_path / 'plm')
+    config = json.loads((plm / 'config.json').read_text())
+    (plm / 'config.json').write_text(json.dumps({**config, 'hidden_dropout_prob': 0.0}))
+    environment = {**os.environ, 'ELEPHANT_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
+    run = lambda *command: subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run('-m', 'common.data', 'one').returncode == 0
+    options = ['pretrain.py', 'one', '--plm', plm, '--batch', '9', '--accumulate', '2', '--epochs', '2', '--lr', '0.01', '--warmup', '0',
+               '--precision', 'float32', '--device', 'cpu', '--out']
+    alone, shared = tmp_path / 'a' / 'pt.pt', tmp_path / 'b' / 'pt.pt'
+    assert run(*options, alone).returncode == 0
+    out = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *options, shared)
+    assert out.returncode == 0, out.stderr
+    a, b = (load_pt(p, 'recformer') for p in (alone, shared))
+    torch.manual_seed(0)
+    start = from_backbone(plm).state_dict()
+    # against how far each tensor moved; Adam blows up the rounding of gradients near zero, such as a key.s bias, so: the median
+    apart = [float((v - b['model'][k]).norm() / (v - start[k]).norm()) for k, v in a['model'].items() if not torch.equal(v, start[k])]
+    assert np.median(apart) < 0.01
+    assert a['meta']['accuracy'] == pytest.approx(b['meta']['accuracy'])
+    assert out.stdout.count('written to') == 1
