@@ -29,8 +29,7 @@ def parse_args(argv=None):
     p.add_argument('--checkpoint', help="pretrain.py's or finetune.py's, or a published RecFormer state dict (with --plm)")
     p.add_argument('--plm', help='without --checkpoint: the language model itself (longformer, minilm, hub name, folder)')
     p.add_argument('--layers', type=positive(), help='with --plm: its first LAYERS layers only (default: all)')
-    p.add_argument('--micro_tokens', type=positive(), default=16384, help='tokens in one pass of the model: memory only')
-    add_runtime_options(p)
+    add_runtime_options(p, language_model=True)
     args = p.parse_args(argv)
     if not args.checkpoint and not args.plm:
         p.error('name a --checkpoint or a --plm')

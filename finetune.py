@@ -52,10 +52,9 @@ def parse_args(argv=None):
     g.add_argument('--lr', type=positive(float), default=5e-5, help='peak learning rate (RecFormer)')
     g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (RecFormer)')
     g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
-    g.add_argument('--micro_tokens', type=positive(), default=8192, help='tokens in one pass of the model: memory only')
     g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
     g.add_argument('--seed', type=int, default=0)
-    add_runtime_options(p)
+    add_runtime_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.trainable_items and args.stage != 2:
         p.error('--trainable_items belongs to --stage 2')
@@ -90,13 +89,29 @@ def prefixes(data, users, rng):
     return data.items[ragged(begin, size)], np.concatenate([[0], np.cumsum(size)]), data.items[begin + size]
 
 
+def add_gradients(model, table, users, labels, tokens, cls, args, device, autocast):
+    """Softmax loss of users' prefixes (ragged) with their labels over the item table, in passes of bounded size; gradients are
+    added as it goes. table float [n + 1, H]; labels [B] item ids. Returns the mean loss over users (float)."""
+    total, lengths = 0.0, pack(*users, tokens, cls).lengths
+    for group in micro_batches(lengths, args.micro_tokens):
+        with autocast():
+            states = model(Batch(pack(*take(*users, group), tokens, cls), model.config.window, device))
+        logits = cosine_logits(states, table)
+        logits[:, 0] = -torch.inf                                                  # padding is no target
+        label = torch.from_numpy(labels[group].astype(np.int64)).to(device)
+        loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
 @torch.no_grad()
 def user_states(model, data, which, tokens, cls, args, device, autocast):
     """CLS state of every evaluated user's history: ([E, H] float32 on the CPU, targets [E])."""
     items, offsets, targets = data.split(which)
     packed = pack(items, offsets, tokens, cls)
     states = torch.empty(len(targets), model.config.hidden)
-    for rows in tqdm(micro_batches(packed.lengths, 2 * args.micro_tokens), desc=f'{which} users', unit='batch', leave=False):
+    for rows in tqdm(micro_batches(packed.lengths, args.micro_tokens), desc=f'{which} users', unit='batch', leave=False):
         with autocast():
             states[rows] = model(Batch(pack(*take(items, offsets, rows), tokens, cls), model.config.window, device)).float().cpu()
     return states, targets
@@ -147,7 +162,7 @@ def main(args):
     init = meta.get('stage', 'lf')
     run = f'recformer-{init if args.stage == 0 else mode}' + (f'-layers{args.tune_layers}' if args.tune_layers != 'all' else '') \
         + ('-nohistory' if args.exclude_history else '') + f'-seed{args.seed}'
-    encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, 2 * args.micro_tokens)
+    encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, args.micro_tokens)
 
     with lock(out.parent):
         done = made_from(out, 'recformer', identity) if args.stage else None
@@ -187,21 +202,11 @@ def main(args):
             bar = tqdm(range(state.step, steps), initial=state.step, total=steps, unit='step', desc=f'{stage} epoch {state.epoch + 1}')
             for step in bar:
                 chunk = np.arange(step * args.batch, min((step + 1) * args.batch, len(order)))
-                packed = pack(*take(history, offsets, chunk), tokens, tokenizer.cls)
-                total = 0.0
-                for group in micro_batches(packed.lengths, args.micro_tokens):
-                    part = pack(*take(history, offsets, chunk[group]), tokens, tokenizer.cls)
-                    with autocast():
-                        states = model(Batch(part, model.config.window, device))
-                    logits = cosine_logits(states, items.weight)
-                    logits[:, 0] = -torch.inf                              # padding is no target
-                    label = torch.from_numpy(labels[chunk[group]].astype(np.int64)).to(device)
-                    loss = F.cross_entropy(logits, label, reduction='sum') / len(chunk)
-                    loss.backward()
-                    total += float(loss.detach())
-                apply_gradients(total, tuned, optimizer, state, clip=None)
+                loss = add_gradients(model, items.weight, take(history, offsets, chunk), labels[chunk], tokens, tokenizer.cls,
+                                     args, device, autocast)
+                apply_gradients(loss, tuned, optimizer, state)
                 schedule.step()
-                bar.set_postfix_str(f'loss {total:.3f}')
+                bar.set_postfix_str(f'loss {loss:.3f}')
                 state.advance()
             if args.stage == 1:
                 table = encode()

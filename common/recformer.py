@@ -22,6 +22,7 @@ from common.text import micro_batches, pack_items, ragged
 from common.training import dropout, half
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
+SIZES = (64, 128, 256, 512)  # lengths up to which sequences share a rectangle; a matter of speed only
 DENSE = 160  # up to this length a sequence is one block, all tokens against all; a matter of speed only
 
 
@@ -48,17 +49,25 @@ class Batch:
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are rows of the packed
     tokens, `mask` [N, 1, Q, K] is True where a query attends, `place` [T] finds token t in the blocks' [N * Q] outputs.
     Every query attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to each side.
-    Global attention: `padded` [B, L] rows, `valid` [B, L].
+    Global attention: `groups` of sequences of similar length, of each the rows and which are real, both [b, L]; `grouped`
+    [B] are the sequences in the groups' order, `order` [B] the way back.
     """
 
-    def __init__(self, packed, window, device, tokens=None):
+    def __init__(self, packed, window, device):
         lengths, half = packed.lengths, window // 2
         begin, longest = np.cumsum(lengths) - lengths, int(lengths.max())
         position = ragged(np.zeros(len(lengths), np.int64), lengths)
         columns = np.arange(longest)
-        valid = columns < lengths[:, None]
-        padded = np.where(valid, begin[:, None] + columns, begin[:, None])
+        put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+        size = np.searchsorted(SIZES, lengths)
+        grouped, self.groups = np.argsort(size, kind='stable'), []
+        self.grouped, self.order = put(grouped), put(np.argsort(grouped))
+        for i in np.unique(size):
+            valid = columns[:lengths[size == i].max()] < lengths[size == i, None]
+            self.groups.append((put(begin[size == i, None] + np.where(valid, columns[:valid.shape[1]], 0)), put(valid)))
         if longest <= DENSE:
+            valid = columns < lengths[:, None]
+            padded = begin[:, None] + np.where(valid, columns, 0)
             queries = keys = padded
             mask = ((np.abs(columns[:, None] - columns) <= half) | (columns == 0)) & valid[:, None]
             place = np.repeat(np.arange(len(lengths)) * longest, lengths) + position
@@ -74,10 +83,9 @@ class Batch:
             queries = start + np.where(q < lengths[owner, None], q, 0)
             keys = np.concatenate([start, start + np.where(known, k, 0)], 1)
             place = np.repeat((np.cumsum(blocks) - blocks) * BLOCK, lengths) + position
-        put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        self.tokens, self.types = put(packed.tokens if tokens is None else tokens), put(packed.types)
+        self.tokens, self.types = put(packed.tokens), put(packed.types)
         self.item_positions, self.positions = put(packed.item_positions), put(position)
-        self.cls, self.padded, self.valid = put(begin), put(padded), put(valid)
+        self.cls, self.longest = put(begin), longest
         self.queries, self.keys, self.mask, self.place = put(queries), put(keys), put(mask[:, None]), put(place)
 
 
@@ -105,16 +113,19 @@ class SelfAttention(nn.Module):
     def global_(self, x, batch, weights=False):
         """Attention of each sequence's CLS over all its tokens: [B, H] (with `weights`, the weights [B, h, L])."""
         b, h = len(batch.cls), self.heads
-        padded = rows(x, batch.padded)                                                     # [B, L, H]
         q = self.query_global(rows(x, batch.cls)).view(b, h, -1)                           # [B, h, d]
         by_head = lambda w: w.view(h, -1, w.shape[1])                                      # [h, d, H]
         # the key's bias adds the same to every score of a head, so it drops out of the softmax
         qk = torch.einsum('bhd,hdk->bhk', q, by_head(self.key_global.weight)) / q.shape[-1] ** 0.5
-        scores = torch.bmm(qk, padded.transpose(1, 2)).float()                             # [B, h, L]
-        a = scores.masked_fill(~batch.valid[:, None], -torch.inf).softmax(-1)
+        found = []
+        for qk_, (index, valid) in zip(qk[batch.grouped].split([len(v) for _, v in batch.groups]), batch.groups):
+            padded = rows(x, index)                                                        # [b, L, H]
+            scores = torch.bmm(qk_, padded.transpose(1, 2)).float()                        # [b, h, L]
+            a = scores.masked_fill(~valid[:, None], -torch.inf).softmax(-1)
+            found.append(F.pad(a, (0, batch.longest - a.shape[2])) if weights else torch.bmm(a.to(padded.dtype), padded))
+        mixed = torch.cat(found)[batch.order]                                              # [B, h, H]
         if weights:
-            return a
-        mixed = torch.bmm(a.to(padded.dtype), padded)                                      # [B, h, H]
+            return mixed
         out = torch.einsum('bhk,hdk->bhd', mixed, by_head(self.value_global.weight)).reshape(b, -1)
         return out + self.value_global.bias.to(out.dtype)
 
@@ -156,11 +167,12 @@ class Layer(nn.Module):
 
     def forward(self, x, batch, last=None):
         """[T, H] -> [T, H]; with `last`, only what is asked for leaves: 'cls' -> [B, H], or row numbers [R] -> [R, H]."""
-        cls = self.attention.self.global_(x, batch)
+        h = half(x)
+        cls = self.attention.self.global_(h, batch)
         if isinstance(last, str):
             y, x = cls, rows(x, batch.cls)
         else:
-            y = self.attention.self.local(x, batch).index_copy(0, batch.cls, cls.to(x.dtype))
+            y = self.attention.self.local(h, batch).index_copy(0, batch.cls, cls.to(x.dtype))
             if last is not None:
                 y, x = rows(y, last), rows(x, last)
         x = self.attention.output(y, x)
@@ -199,7 +211,7 @@ class RecFormer(nn.Module):
 
     def forward(self, batch, last='cls'):
         """Last layer's states: of each CLS [B, H]; of the row numbers `last` [R, H]; of all tokens [T, H] with last=None."""
-        x = half(self.longformer.embeddings(batch))
+        x = self.longformer.embeddings(batch)
         for layer in self.layers[:-1]:
             x = layer(x, batch)
         return self.layers[-1](x, batch, last)

@@ -35,8 +35,11 @@ def positive(kind=int, zero=False, most=None):
     return number
 
 
-def add_runtime_options(parser):
+def add_runtime_options(parser, language_model=False):
     group = parser.add_argument_group('machine')
+    if language_model:
+        group.add_argument('--micro_tokens', type=positive(),
+                           help='tokens in one pass of the model, a matter of memory only (default: 2048 on a CPU, 16384 on CUDA)')
     group.add_argument('--device', default='auto', help='auto (CUDA where there is one), cpu, cuda, cuda:1, ...')
     group.add_argument('--precision', default='auto', choices=['auto', 'bfloat16', 'float32'],
                        help='of matrix products; weights stay float32. auto: bfloat16 where the hardware has it')
@@ -54,6 +57,8 @@ def start(args):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; try --device cpu') from None
+    if getattr(args, 'micro_tokens', 1) is None:
+        args.micro_tokens = 16384 if device.type == 'cuda' else 2048
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
     bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and (
