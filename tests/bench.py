@@ -66,21 +66,15 @@ def lm_flops(c, lengths, layers_of_all=None):
 
 
 class LanguageModel:
-    """Both models of one shape, and the data."""
+    """One of the two models of a shape, and the data. A step is its loss and gradients; the optimizer is the same for both."""
 
     def __init__(self, ours, shape, items, tokens):
         from common.recformer import Config, RecFormer
         torch.manual_seed(0)
         self.ours, self.tokens, self.published = ours, item_tokens(items, tokens), None if ours else baseline()
         self.model = RecFormer(Config(**shape)) if ours else self.published.longformer(Config(**shape))
-        self.device, self.autocast = runtime()
-
-    def optimizer(self):
-        from common.training import adamw
         self.model.train()
-        if self.ours:
-            return adamw(self.model, 5e-5, 0.0)
-        return torch.optim.AdamW(self.model.parameters(), lr=5e-5)
+        self.device, self.autocast = runtime()
 
 
 def encode(ours, shape, items, tokens):
@@ -105,7 +99,6 @@ def finetune_step(ours, shape, users, tokens, items=8249):
     rows = histories(users, tokens / users / per_item, 512, most=27)
     packed = pack(*rows, s.tokens, 0)
     table, labels = torch.randn(items + 1, shape['hidden']), np.arange(1, users + 1)
-    optimizer = s.optimizer()
     args = argparse.Namespace(micro_tokens=2048)
 
     def run():
@@ -114,8 +107,7 @@ def finetune_step(ours, shape, users, tokens, items=8249):
         else:
             logits = s.published.cosine(s.published.cls(s.model, packed), table)
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        s.model.zero_grad(set_to_none=True)
     return Work(run, flops=3 * (lm_flops(shape, packed.lengths) + 2 * users * items * shape['hidden']))
 
 
@@ -128,7 +120,7 @@ def pretrain_step(ours, shape, users, tokens):
     rows = histories(users, tokens / users / per_item, 512, most=27)
     history, items = pack(*rows, s.tokens, 0), np.arange(1, users + 1)
     target = pack_items(items, s.tokens, 0)
-    optimizer, rng = s.optimizer(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     args, ranks = argparse.Namespace(micro_tokens=2048), Ranks(s.device)
     tokenizer = argparse.Namespace(mask_token_id=3)
     word = s.model.longformer.embeddings.word_embeddings
@@ -148,8 +140,7 @@ def pretrain_step(ours, shape, users, tokens):
                 ids, chosen = mask_words(packed, rng, 3, shape['vocab_size'])
                 loss = loss + 0.1 * s.published.masked_loss(s.model, packed, ids, chosen)
             loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        s.model.zero_grad(set_to_none=True)
     lengths = np.concatenate([history.lengths, target.lengths])
     masked = 0.15 * lengths.sum()
     head = masked * 2 * shape['hidden'] * (shape['vocab_size'] + 4 * shape['hidden'] + 2 * shape['intermediate'])
@@ -188,6 +179,7 @@ class Sequences:
         self.model = own(own.random_table(items, hidden)) if ours else getattr(self.published, kind)(items, hidden)
         self.batch, self.rows = own.batch, histories(users, mean, items)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, betas=own.betas, fused=ours)
+        self.model.train()
         self.device, self.autocast = runtime()
 
     def step(self, users, loss, rng):
