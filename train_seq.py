@@ -41,7 +41,7 @@ def parse_args(argv=None):
                    choices=['random'] + [f'{s}-{m}' for s in SOURCES for m in MODES], help='see above')
     g.add_argument('--init_scale', default='raw', choices=['raw', 'rescaled', 'centred', 'whitened', 'permuted'],
                    help="of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or whitened, then "
-                        'rescaled; permuted = rescaled, in a random order of items (a control)')
+                        'rescaled; permuted = centred, in a random order of items (a control)')
     g.add_argument('--pca', type=positive(), metavar='DIM', help='reduce the embeddings to DIM dimensions first (ours)')
     g.add_argument('--hidden', type=positive(zero=True), default=0,
                    help="of `random`; 0: the embeddings' width where there are any, else 768 (paper sec. 4.2)")
@@ -85,7 +85,7 @@ def initial_table(matrix, scale, norm, seed):
     rows = matrix[1:]
     if scale == 'raw':
         return matrix
-    if scale in ('centred', 'whitened'):
+    if scale != 'rescaled':
         rows = rows - rows.mean(0)
     if scale == 'whitened':  # to unit covariance along the principal axes; directions of no variance stay zero
         u, s, v = torch.linalg.svd(rows, full_matrices=False)

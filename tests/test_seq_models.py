@@ -203,7 +203,7 @@ def test_scales():
     c = torch.cov(made['whitened'][1:].T)
     torch.testing.assert_close(c, torch.eye(H) * c[0, 0], atol=1e-5, rtol=1e-3)
     rows = lambda t: sorted(map(tuple, (t * 1e4).round().tolist()))
-    assert rows(made['permuted']) == rows(made['rescaled']) and not torch.equal(made['permuted'], made['rescaled'])
+    assert rows(made['permuted']) == rows(made['centred']) and not torch.equal(made['permuted'], made['centred'])
     small = train_seq.reduce_dimensions(matrix, 3, 'x')
     full = matrix[1:] - matrix[1:].mean(0)
     assert small.shape == (N + 1, 3) and (small[1:].norm() / full.norm()).item() == pytest.approx(
