@@ -10,6 +10,7 @@ from common.data import prepare
 from common.files import UserError, load_pt, save_pt
 from common.metrics import load_rows
 from common.sasrec import Layout, SASRec, SelfAttention, draw_negatives, softmax_loss
+from common.training import dropout
 from tests.toy import canonical
 
 N, H = 20, 16
@@ -134,6 +135,36 @@ def test_bert4rec_masks_15_percent_and_learns_at_masked_places_only():
     assert abs(seen['masked'].float().mean().item() - (0.91 * 0.15 * 0.8 + 0.09 * 0.1)) < 0.02
     untouched = torch.from_numpy(items.astype(np.int64)) == seen['shown']
     assert untouched.float().mean() > 0.97
+
+
+@pytest.mark.parametrize('kind', [SASRec, BERT4Rec])
+def test_savings_change_no_loss_and_no_gradient(kind, monkeypatch):
+    """The same batch with lengths in one rectangle, all rows leaving the last block, and the softmax in one piece."""
+    m = model(kind)
+    batch = ragged_of(*[list(range(1, k)) for k in (3, 12, 5, 19, 7, 3, 4)])
+    name = 'ce' if kind is SASRec else 'masked'
+
+    def found():
+        m.zero_grad()
+        loss = m.loss(*batch, np.random.default_rng(5), 'cpu', name)
+        loss.backward()
+        return [loss.detach(), m.states(*batch, 'cpu').detach()] + [p.grad.clone() for p in m.parameters()]
+    ours = found()
+    original, given = kind.forward, 2 if kind is SASRec else 3
+    monkeypatch.setattr('common.sasrec.SIZES', ())
+    monkeypatch.setattr(kind, 'forward', lambda self, *a: original(self, *a[:given]) if len(a) == given else original(self, *a[:given])[a[given]])
+    for a, b in zip(ours, found()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_keeps_its_share_and_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1001, 101, requires_grad=True)
+    y = dropout(x, 0.3, True)
+    y.sum().backward()
+    assert y.detach().unique().tolist() == pytest.approx([0, 1 / 0.7]) and torch.equal(x.grad, y.detach())
+    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
+    assert torch.equal(dropout(x, 0.3, False), x)
 
 
 @pytest.mark.parametrize('tied', [True, False])
