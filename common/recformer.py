@@ -211,7 +211,7 @@ class RecFormer(nn.Module):
 
     def forward(self, batch, last='cls'):
         """Last layer's states: of each CLS [B, H]; of the row numbers `last` [R, H]; of all tokens [T, H] with last=None."""
-        x = self.longformer.embeddings(batch)
+        x = half(self.longformer.embeddings(batch))
         for layer in self.layers[:-1]:
             x = layer(x, batch)
         return self.layers[-1](x, batch, last)

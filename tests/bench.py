@@ -96,7 +96,7 @@ def finetune_step(ours, shape, users, tokens, items=8249):
     from common.text import pack
     per_item = 38
     s = LanguageModel(ours, shape, 512, 512 * per_item)
-    rows = histories(users, tokens / users / per_item, 512, most=27)
+    rows = histories(users, tokens / users / per_item, 512, most=18)
     packed = pack(*rows, s.tokens, 0)
     table, labels = torch.randn(items + 1, shape['hidden']), np.arange(1, users + 1)
     args = argparse.Namespace(micro_tokens=2048)
@@ -117,7 +117,7 @@ def pretrain_step(ours, shape, users, tokens):
     from common.training import Ranks
     per_item = 38
     s = LanguageModel(ours, shape, 512, 512 * per_item)
-    rows = histories(users, tokens / users / per_item, 512, most=27)
+    rows = histories(users, tokens / users / per_item, 512, most=18)
     history, items = pack(*rows, s.tokens, 0), np.arange(1, users + 1)
     target = pack_items(items, s.tokens, 0)
     rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def masking(ours, users=16, tokens=4600):
     from common.text import mask_words, pack, pack_items
     published = None if ours else baseline()
     texts, rng = item_tokens(512, 512 * 38), np.random.default_rng(0)
-    items, offsets = histories(users, tokens / users / 38, 512, most=27)
+    items, offsets = histories(users, tokens / users / 38, 512, most=18)
     targets = np.arange(1, users + 1)
     lists = [items[a:b].tolist() for a, b in zip(offsets[:-1], offsets[1:])], [[t] for t in targets]
 
@@ -208,7 +208,7 @@ class Sequences:
 def epoch(ours, kind, loss, items=8249, hidden=768, users=22601, steps=None):
     s = Sequences(ours, kind, items, hidden, users)
     batches = np.array_split(np.random.default_rng(0).permutation(users), -(-users // s.batch))
-    some = batches[:steps or (max(1, len(batches) // 12) if ours else 2)]
+    some = batches[:steps or (max(1, len(batches) // 12) if ours else 1)]
     s.model.train()
     tokens = sum(np.diff(s.rows[1])[b].sum() for b in some)
     size = 12 if kind == 'SASRec' else 24
