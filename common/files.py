@@ -34,11 +34,20 @@ def command(main, *args):
         sys.exit(fail(error))
     except OSError as error:  # a full disk, a folder without permission: the name and the reason are in its text
         sys.exit(fail(f'{error.filename or "writing"}: {error.strerror or error}'))
-    except torch.OutOfMemoryError:
-        sys.exit(fail('out of GPU memory: lower --micro_tokens (language model) or --chunk (ID models)'))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        sys.exit(fail(out_of_memory(error)))
+    except RuntimeError as error:  # a CPU's allocator has no exception of its own
+        if "can't allocate memory" not in str(error):
+            raise
+        sys.exit(fail(out_of_memory(error)))
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error):
+    return (f'out of memory ({str(error).splitlines()[0] if str(error) else "no more to be had"}): lower --batch, or --micro_tokens '
+            'where the script has it; what was saved is kept')
 
 
 def fail(error):
@@ -156,13 +165,13 @@ def made_from(path, kind, identity):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Hold `folder` for this process; a second holder is refused with the first one's number and command."""
+def lock(folder, wait=False):
+    """Hold `folder` for this process; a second holder waits, or is refused with the first one's number and command."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'a+') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             f.seek(0)
             raise UserError(f'{folder} is in use by {f.read().strip()}: wait for it or stop it') from None

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.files import Diverged, UserError, load_json, same, save_json, whole
+from common.files import Diverged, UserError, load_json, lock, same, save_json, whole
 
 SAMPLED, FULL = (5, 10), (5, 10, 50)  # paper sec. 4.2 and table 4
 
@@ -105,5 +105,5 @@ def save_row(folder, row, ranks):
     path = folder / 'ranks' / f'{row["run"]}.npz'
     with whole(path) as part, open(part, 'wb') as f:
         np.savez_compressed(f, **ranks)
-    rows = [r for r in load_rows(folder) if r['run'] != row['run']] + [row]
-    save_json(folder / 'results.json', rows)
+    with lock(folder / 'ranks', wait=True):  # another script may be adding its row
+        save_json(folder / 'results.json', [r for r in load_rows(folder) if r['run'] != row['run']] + [row])

@@ -279,6 +279,8 @@ def fetch_plm(name):
         local = data_root() / 'plm' / 'longformer'
         return str(local) if local.is_dir() else 'allenai/longformer-base-4096'
     if name != 'minilm':
+        if name.startswith(('.', '/', '~')) and not Path(name).is_dir():
+            raise UserError(f'--plm {name}: no such folder')
         if Path(name).is_dir() and not (Path(name) / 'config.json').exists():
             raise UserError(f'--plm {name}: the folder has no config.json; transformers\' save_pretrained writes one')
         return str(name)

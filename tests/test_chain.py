@@ -113,7 +113,7 @@ WRONG = [
     (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'not prepared'),
     (['finetune.py', 'mine', '--stage', '2'], 'ft1.pt'), (['finetune.py', 'mine', '--stage', '1'], '--checkpoint'),
     (['finetune.py', 'mine', '--stage', '1', '--plm', 'PLM', '--tune_layers', '9'], 'layers 0 to 1'),
-    (['finetune.py', 'mine', '--stage', '1', '--plm', '/nosuch/model'], 'language model'), (['finetune.py', 'mine', '--stage', '1', '--plm', 'PLM', '--layers', '5'], '--layers 5'),
+    (['finetune.py', 'mine', '--stage', '1', '--plm', '/nosuch/model'], 'no such folder'), (['finetune.py', 'mine', '--stage', '1', '--plm', 'PLM', '--layers', '5'], '--layers 5'),
     (['pretrain.py', 'mine', '--plm', 'PLM', '--batch', '1', '--out', 'X'], '--batch'), (['pretrain.py', 'mine', '--plm', 'PLM'], '--out'),
     (['pretrain.py', 'mine', '--plm', 'PLM', '--share', '0', '--out', 'X'], '--share'), (['pretrain.py', 'mine', '--plm', 'PLM', '--lr', 'inf', '--out', 'X'], '--lr'),
     (['export_embeddings.py', 'mine', '--out', 'X'], '--checkpoint'), (['export_embeddings.py', 'mine', '--out', 'X', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),

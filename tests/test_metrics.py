@@ -1,4 +1,6 @@
 """Ranks, ties and metrics worked by hand. Run: python -m pytest tests/test_metrics.py"""
+from multiprocessing import Process
+
 import numpy as np
 import pytest
 import torch
@@ -86,3 +88,13 @@ def test_rows_replace_their_earlier_selves_and_damage_is_named(tmp_path):
         (tmp_path / 'results.json').write_text(text)
         with pytest.raises(UserError, match='results.json'):
             load_rows(tmp_path)
+
+
+def test_rows_written_at_the_same_time_are_all_kept(tmp_path):
+    ranks = {'users': np.zeros(1, np.int32), 'sampled': np.zeros((1, 2), np.int32), 'full': np.zeros((1, 2), np.int32)}
+    jobs = [Process(target=save_row, args=(tmp_path, {'run': f'r{i}', 'metrics': {}}, ranks)) for i in range(8)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert {r['run'] for r in load_rows(tmp_path)} == {f'r{i}' for i in range(8)}
