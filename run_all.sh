@@ -55,7 +55,7 @@ case $BUDGET in
   full)    PT=(--batch 64 --accumulate 8) FT1=() FT2=() SASREC=(--lrs 0.0003 0.001 0.003 0.01) BERT4REC=("${SASREC[@]}") ;;  # the paper's
   longer)  PT=(--batch 32 --accumulate 1 --max_steps 134 --warmup 10)
            FT1=(--batch 32 --epochs 6 --patience 2 --warmup 20) FT2=(--batch 32 --epochs 3 --patience 2 --warmup 20)
-           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 40 --patience 3) ;;
+           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 30 --patience 3) ;;
   small)   PT=(--batch 32 --accumulate 1 --max_steps 40 --warmup 10)
            FT1=(--batch 32 --epochs 2 --warmup 10) FT2=(--batch 32 --epochs 1 --warmup 10)
            SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
