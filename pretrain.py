@@ -54,7 +54,7 @@ def parse_args(argv=None):
     g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (ours; as in FT1)')
     g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
     g.add_argument('--mlm_weight', type=positive(float, zero=True), default=0.1, help='of the masked language model loss (RecFormer)')
-    g.add_argument('--seed', type=int, default=0)
+    g.add_argument('--seed', type=positive(zero=True), default=0)
     add_runtime_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.batch < 2:

@@ -43,10 +43,10 @@ def parse_args(argv=None):
                    help="of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or whitened, then "
                         'rescaled; permuted = centred, in a random order of items (a control)')
     g.add_argument('--pca', type=positive(), metavar='DIM', help='reduce the embeddings to DIM dimensions first (ours)')
-    g.add_argument('--hidden', type=positive(zero=True), default=0,
+    g.add_argument('--hidden', type=positive(zero=True, most=65_536), default=0,
                    help="of `random`; 0: the embeddings' width where there are any, else 768 (paper sec. 4.2)")
     g.add_argument('--tie_output', action='store_true', help='BERT4Rec: score with the item table (authors\' code does not)')
-    g.add_argument('--max_items', type=positive(), default=50, help='newest items of a history (authors\' code)')
+    g.add_argument('--max_items', type=positive(most=10_000), default=50, help='newest items of a history (authors\' code)')
     g = p.add_argument_group('optimisation')
     g.add_argument('--loss', choices=['bce', 'ce'], default='bce', help='SASRec: one negative (table 3), full softmax (table 4)')
     g.add_argument('--lrs', type=positive(float), nargs='+', default=[0.0003, 0.001, 0.003, 0.01], help="Adam's (paper sec. 4.2)")

@@ -265,11 +265,14 @@ def from_backbone(path, layers=None):
     logging.set_verbosity_error()  # its report of unused pooler weights; the names are accounted for below
     try:
         backbone, info = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--plm {path}: no language model could be loaded ({str(error).splitlines()[0]})') from None
+    except Exception as error:  # transformers and torch raise many kinds for a missing, damaged or foreign file
+        raise UserError(f'--plm {path}: no language model could be loaded ({(str(error) or repr(error)).splitlines()[0]})') from None
     b, prefix = backbone.config, f'{backbone.base_model_prefix}.'
     if b.model_type not in ('bert', 'roberta', 'longformer'):
         raise UserError(f'--plm {path}: is a {b.model_type}; a BERT-, RoBERTa- or Longformer-like encoder is needed')
+    lost = [k for k in info['missing_keys'] if k.startswith(prefix) and 'pooler' not in k]
+    if lost:  # transformers would go on with random weights
+        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
     if layers is not None and not 1 <= layers <= b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     offset = 0 if b.model_type == 'bert' else b.pad_token_id + 1
