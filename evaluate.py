@@ -4,23 +4,39 @@
     python evaluate.py compare grocery RUN_A RUN_B                # names of rows in runs/grocery/results.json
     python evaluate.py checkpoint grocery runs/grocery/seq/X.pt   # computes its metrics again
     python evaluate.py topk grocery runs/grocery/seq/X.pt --user 1 --k 10
+    python evaluate.py cold grocery runs/grocery/seq/X.pt runs/grocery/seq/Y.pt    # users whose test item nobody trained on
+    python evaluate.py footprint grocery runs/grocery/seq/X.pt    # size and time at inference
+    python evaluate.py attention grocery --seq runs/grocery/seq/X.pt               # figure 1: figure1.png, figure1.md
+    python evaluate.py curve grocery                              # figure 2, after run_all.sh --figure2
 
-Reads: runs/<dataset>/results.json, ranks/<run>.npz, seq/*.pt, data/<dataset>/prepared.npz.    Writes: results.md.
+Reads: runs/<dataset>/results.json, ranks/<run>.npz, seq/*.pt, recformer/*.pt, data/<dataset>/prepared.npz.
+Writes: runs/<dataset>/results.md, cold.md, footprint.md, figure1.*, figure2.*
 """
 import argparse
+import pathlib
+import time
 import zipfile
+from statistics import mean, median, stdev
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from common.bert4rec import BERT4Rec
-from common.data import load
+from common.data import draw_negatives, load
+from common.figures import average, cls_attention, draw_attention, draw_curve, findings, numbers, sasrec_attention
 from common.files import UserError, command, load_pt, runs_root, save_text
 from common.metrics import FULL, SAMPLED, compare, load_rows, per_user, rank_counts, summarise
+from common.recformer import from_backbone, lf_untouched
+from common.recformer import load_model as load_recformer
 from common.report import render
-from common.sasrec import SASRec
-from common.text import take
+from common.report import table as markdown
+from common.sasrec import SASRec, all_states
+from common.sources import fetch_plm
+from common.text import load_tokenizer, ragged, tokenize
 from common.training import positive, start
+
+COLD = [('sampled', 'HR@10'), ('sampled', 'NDCG@10'), ('full', 'HR@10'), ('full', 'HR@50'), ('full', 'NDCG@10')]
 
 
 def parse_args(argv=None):
@@ -28,7 +44,9 @@ def parse_args(argv=None):
     commands = p.add_subparsers(dest='action', required=True)
     add = lambda name, text: commands.add_parser(name, help=text)
     for name, text in (('table', 'all tables that the results have rows for'), ('compare', 'paired difference of two runs'),
-                       ('checkpoint', 'metrics of a saved ID model'), ('topk', 'recommendations of a saved ID model')):
+                       ('checkpoint', 'metrics of a saved ID model'), ('topk', 'recommendations of a saved ID model'),
+                       ('cold', "saved ID models on the users that the paper leaves out"), ('footprint', 'size and speed of saved ID models'),
+                       ('attention', 'figure 1: what CLS attends to'), ('curve', 'figure 2: quality over the share of source users')):
         sub = add(name, text)
         sub.add_argument('dataset')
         if name == 'compare':
@@ -37,6 +55,13 @@ def parse_args(argv=None):
             sub.add_argument('--draws', type=positive(), default=10_000, help='of the bootstrap and of the permutation test')
         if name in ('checkpoint', 'topk'):
             sub.add_argument('file', help='runs/<dataset>/seq/*.pt')
+        if name in ('cold', 'footprint'):
+            sub.add_argument('files', nargs='+', metavar='FILE', help='runs/<dataset>/seq/*.pt')
+        if name == 'attention':
+            sub.add_argument('--checkpoint', help='tuned language model (default: runs/<dataset>/recformer/ft1.pt)')
+            sub.add_argument('--seq', metavar='FILE', help='SASRec to compare with: runs/<dataset>/seq/sasrec-*.pt')
+            sub.add_argument('--user', help='user of the maps, as in interactions.csv (default: one with three items)')
+            sub.add_argument('--users', type=positive(), default=200, help='users of the numbers')
         if name == 'topk':
             sub.add_argument('--user', required=True, help='user id as in interactions.csv')
             sub.add_argument('--k', type=positive(), default=10)
@@ -99,21 +124,118 @@ def load_model(file, data):
     return model.eval(), meta
 
 
-@torch.no_grad()
+def metrics_of(model, meta, data, users=None, negatives=None):
+    """Metrics of a model for test items, in the precision of its own run: bfloat16 moves the ranks of a few users in a hundred."""
+    items, offsets, targets = data.split('test', users)
+    autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision=meta['identity']['options']['precision']))[1]
+    table, bias = model.scorer()
+    return summarise(rank_counts(all_states(model, items, offsets, 'cpu', autocast), table, targets,
+                                 data.negatives if negatives is None else negatives, bias))
+
+
 def show_checkpoint(file, data):
     model, meta = load_model(file, data)
-    items, offsets, targets = data.split('test')
-    # the precision of the run's own evaluation: bfloat16 against float32 moves the ranks of a few users in a hundred
-    precision = meta['identity']['options']['precision']
-    _, autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision=precision))
-    chunks = np.array_split(np.arange(len(targets)), -(-len(targets) // 512))
-    with autocast():
-        states = torch.cat([model.states(*take(items, offsets, rows), 'cpu').float() for rows in chunks])
-        table, bias = model.scorer()
-    metrics = summarise(rank_counts(states, table, targets, data.negatives, bias))
-    print(f'{meta["run"]}, lr {meta["lr"]:g}, {len(targets):,} users, precision {precision}, history among the candidates, percent')
-    for ranking, values in metrics.items():
+    print(f'{meta["run"]}, lr {meta["lr"]:g}, {len(data.evaluated):,} users, history among the candidates, percent')
+    for ranking, values in metrics_of(model, meta, data).items():
         print(f'  {ranking:8}' + '  '.join(f'{k} {100 * v:.2f}' for k, v in values.items()))
+
+
+def show_cold(files, data, folder):
+    """Users whose test item is in nobody's training part: the paper leaves them out, the embeddings know these items all the same.
+
+    Candidates are all items, or 100 drawn as for the others. A trained table has met cold items as negatives only.
+    """
+    rest = np.setdiff1d(np.arange(data.n_users), data.evaluated)
+    trained = np.unique(data.items[ragged(data.offsets[:-1], data.lengths - 2)])
+    users = rest[~np.isin(data.items[data.offsets[rest + 1] - 1], trained)]
+    if not len(users):
+        raise UserError(f"{data.name}: every user's test item is in somebody's training part; there is nothing cold")
+    negatives, body = draw_negatives(data.items, data.offsets, users, data.n_items), []
+    for file in files:
+        model, meta = load_model(file, data)
+        found = metrics_of(model, meta, data, users, negatives)
+        body.append([meta['run']] + [f'{100 * found[r][m]:.2f}' for r, m in COLD])
+    finish(folder / 'cold.md', f'{len(users):,} users of {data.name} whose test item is in nobody\'s training part, percent\n\n'
+           + markdown([''] + [f'{"100 neg." if r == "sampled" else "full"} {m}' for r, m in COLD], body))
+
+
+def show_footprint(files, data, folder):
+    """What each checkpoint costs: size, time of an epoch (as trained), milliseconds for the top 10 of 1,000 users here."""
+    rows, body = {r['run']: r for r in load_rows(folder)}, []
+    users = np.resize(data.evaluated, 1000)
+    items, offsets, _ = data.split('test', users)
+    for file in files:
+        model, meta = load_model(file, data)
+        autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision='auto'))[1]
+        table, bias = model.scorer()
+        times = []
+        for _ in range(6):
+            began = time.perf_counter()
+            torch.nn.functional.linear(all_states(model, items, offsets, 'cpu', autocast), table, bias).topk(10)
+            times.append(time.perf_counter() - began)
+        m = rows[meta['run']]['metrics'] if meta['run'] in rows else None
+        body.append([meta['run'], str(meta['hidden']), f'{meta["parameters"]:,}', f'{pathlib.Path(file).stat().st_size / 1e6:.1f}',
+                     f'{meta["seconds"] / meta["epochs"]:.1f}', f'{1000 * median(times[1:]):.0f}']
+                    + [f'{100 * m[r]["NDCG@10"]:.2f}' if m else '-' for r in ('sampled', 'full')])
+    finish(folder / 'footprint.md', markdown(['', 'width', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'full NDCG@10'],
+                                             body))
+
+
+# ---------------------------------------------------------------------------- figures
+
+def show_attention(args, data, folder):
+    """Figure 1: maps of one user as a PNG, and the paper's four findings as numbers over many users."""
+    tuned, meta = load_recformer(args.checkpoint or folder / 'recformer' / 'ft1.pt')
+    plm = fetch_plm(meta['plm'])
+    vanilla, tokenizer = lf_untouched(from_backbone(plm, tuned.config.layers)), load_tokenizer(plm)
+    seq = load_model(args.seq, data)[0] if args.seq else None
+    if seq is not None and not isinstance(seq, SASRec):
+        raise UserError(f'--seq {args.seq}: SASRec is needed here')
+    tokens = tokenize(data.attributes, tokenizer)
+    if args.user is not None and args.user not in data.user_ids:
+        raise UserError(f'--user {args.user}: no such user in {data.name}')
+    users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
+    short = [u for u in data.evaluated if data.lengths[u] == 4] or [data.evaluated[np.argmin(data.lengths[data.evaluated])]]
+    one = data.user_ids.index(args.user) if args.user is not None else short[0]
+    items, offsets, _ = data.split('test', np.append(users, one))
+    maps, averages = {}, {}
+    for name, model in (('vanilla', vanilla.eval()), ('tuned', tuned.eval())):
+        found = []
+        for u, (packed, weights) in enumerate(tqdm(cls_attention(model, items, offsets, tokens, tokenizer.cls, 'cpu'), total=len(offsets) - 1,
+                                                   desc=name, unit='user', leave=False)):
+            like = None if seq is None else sasrec_attention(seq, items[offsets[u]:offsets[u + 1]])[:, ::-1]
+            found.append(numbers(packed, weights, None if like is None else like.mean(0)))
+        maps[f'{name} ({meta["plm"] if name == "vanilla" else meta.get("stage", "published")})'] = weights  # the last user is the one
+        averages[name] = average(found[:-1])
+    shown = items[offsets[-2]:][::-1]
+    draw_attention(folder / 'figure1.png', maps, packed, tokenizer.convert_ids_to_tokens(packed.tokens.tolist()),
+                   [next((v for _, v in data.attributes[i - 1] if v), data.item_ids[i - 1]) for i in shown], like)
+    body = [[name, s] + [f'{v:.3f}' for v in averages[name][s].values()] for name in averages for s in averages[name]]
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n' + markdown(['model', 'third', *averages['tuned']['top']], body)
+    text += '\n' + ''.join(f'- {what}: {"yes" if true else "no"} ({how})\n' for what, true, how in findings(averages['vanilla'], averages['tuned']))
+    finish(folder / 'figure1.md', text)
+    print(f'the maps of user {data.user_ids[one]}: {folder / "figure1.png"}')
+
+
+def show_curve(data, folder):
+    """Figure 2: SASRec from PT of a share of the source users (runs/figure2/<share>/, `run_all.sh --figure2`) against LF and random."""
+    def cell(rows, init):
+        values = [100 * r['metrics']['sampled']['NDCG@10'] for r in rows if (r['model'], r['loss'], r['init'], r['scale'], r['mode']) ==
+                  ('sasrec', 'bce', init, 'raw' if init == 'random' else 'centred', 'random' if init == 'random' else 'trainable')]
+        return (mean(values), stdev(values) if len(values) > 1 else 0.0) if values else None
+    folders = {float(p.parts[-3]): p.parent for p in runs_root().glob(f'figure2/*/{data.name}/results.json')}
+    points = {share: found for share, path in sorted(folders.items()) if (found := cell(load_rows(path), 'pt'))}
+    bands = {name: found for name, init in (('random', 'random'), ('LF', 'lf')) if (found := cell(load_rows(folder), init))}
+    if not points:
+        raise UserError(f'{runs_root() / "figure2"}: no runs of {data.name}; bash run_all.sh {data.name} --figure2 makes them')
+    draw_curve(folder / 'figure2.png', list(points), list(points.values()), bands, 'NDCG@10 (100 negatives)')
+    finish(folder / 'figure2.md', markdown(['source users', 'NDCG@10'], [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in (
+        bands | {f'{share:g} %': p for share, p in points.items()}).items()]))
+
+
+def finish(path, text):
+    save_text(path, text)
+    print(f'{text}\nwritten to {path}')
 
 
 @torch.no_grad()
@@ -141,6 +263,14 @@ def main(args):
         show_comparison(folder, args)
     elif args.action == 'checkpoint':
         show_checkpoint(args.file, data)
+    elif args.action == 'cold':
+        show_cold(args.files, data, folder)
+    elif args.action == 'footprint':
+        show_footprint(args.files, data, folder)
+    elif args.action == 'attention':
+        show_attention(args, data, folder)
+    elif args.action == 'curve':
+        show_curve(data, folder)
     else:
         show_topk(args.file, data, args.user, args.k)
 

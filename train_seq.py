@@ -22,7 +22,7 @@ from common.bert4rec import BERT4Rec
 from common.data import load
 from common.files import Diverged, UserError, command, digest, load_pt, lock, made_from, provenance, runs_root, save_pt
 from common.metrics import find_row, rank_counts, save_row, summarise, tie_share
-from common.sasrec import SASRec, draw_negatives
+from common.sasrec import SASRec, all_states, draw_negatives
 from common.text import ragged, take
 from common.training import EarlyStopping, State, add_runtime_options, apply_gradients, positive, seed_all, start
 
@@ -156,14 +156,11 @@ class Experiment:
     def ranks(self, model, which):
         items, offsets, targets = self.data.split(which)
         model.eval()
-        states = []
-        with torch.no_grad(), self.autocast():
-            for rows in np.array_split(np.arange(len(targets)), -(-len(targets) // 512)):
-                states.append(model.states(*take(items, offsets, rows), self.device).float())
-            table, bias = model.scorer()
+        states = all_states(model, items, offsets, self.device, self.autocast)
         model.train()
+        table, bias = model.scorer()
         exclude = (items, offsets) if self.args.exclude_history else None
-        return rank_counts(torch.cat(states), table, targets, self.data.negatives, bias, exclude)
+        return rank_counts(states, table, targets, self.data.negatives, bias, exclude)
 
     def checkpoint(self, run, lr):
         return self.folder / 'seq' / f'{run}-lr{lr:g}.pt'

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
-from common.text import ragged
+from common.text import ragged, take
 from common.training import dropout, half
 
 SIZES = (4, 8, 16, 32)  # lengths up to which sequences share a rectangle of attention; a matter of speed only
@@ -150,6 +150,14 @@ class SASRec(nn.Module):
             return softmax_loss(x, table, None, target)
         score = lambda ids: (x * F.embedding(ids, table)).sum(1).float()
         return F.softplus(-score(target)).mean() + F.softplus(score(put(negatives[rows + 1]))).mean()
+
+
+@torch.no_grad()
+def all_states(model, items, offsets, device, autocast, at_once=512):
+    """model.states of many histories, in parts: float32 [B, H]."""
+    with autocast():
+        return torch.cat([model.states(*take(items, offsets, rows), device).float()
+                          for rows in np.array_split(np.arange(len(offsets) - 1), -(-(len(offsets) - 1) // at_once))])
 
 
 def newest(items, offsets, most):

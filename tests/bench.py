@@ -222,7 +222,7 @@ def epoch(ours, kind, loss, items=8249, hidden=768, users=22601, steps=None):
 
 def evaluation(ours, kind, items=8249, hidden=768, users=21300):
     from common.metrics import rank_counts
-    from common.text import take
+    from common.sasrec import all_states
     part = users // 4 if ours else 512
     s = Sequences(ours, kind, items, hidden, part, 7)
     rng = np.random.default_rng(0)
@@ -231,10 +231,8 @@ def evaluation(ours, kind, items=8249, hidden=768, users=21300):
 
     def run():
         if ours:
-            with torch.no_grad(), s.autocast():
-                states = torch.cat([s.model.states(*take(*s.rows, r), s.device).float() for r in np.array_split(np.arange(part), -(-part // 512))])
-                table, bias = s.model.scorer()
-            rank_counts(states, table, targets, negatives, bias)
+            table, bias = s.model.scorer()
+            rank_counts(all_states(s.model, *s.rows, s.device, s.autocast), table, targets, negatives, bias)
         else:
             rows, t, n = s.published.squares(*s.rows), torch.from_numpy(targets), torch.from_numpy(negatives)
             for sampled in (True, False):  # two passes, as published
