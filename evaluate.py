@@ -25,7 +25,8 @@ from tqdm import tqdm
 from common.bert4rec import BERT4Rec
 from common.data import draw_negatives, load
 from common.figures import average, cls_attention, draw_attention, draw_curve, findings, numbers, sasrec_attention
-from common.files import UserError, command, load_pt, runs_root, save_text
+from common.files import UserError, command, digest, load_pt, runs_root, save_text
+from common.initial import read_embeddings, reduce_dimensions, starting_table
 from common.metrics import FULL, SAMPLED, compare, load_rows, per_user, rank_counts, summarise
 from common.recformer import from_backbone, lf_untouched
 from common.recformer import load_model as load_recformer
@@ -34,7 +35,7 @@ from common.report import table as markdown
 from common.sasrec import SASRec, all_states
 from common.sources import fetch_plm
 from common.text import load_tokenizer, ragged, tokenize
-from common.training import positive, start
+from common.training import positive, seed_all, start
 
 COLD = [('sampled', 'HR@10'), ('sampled', 'NDCG@10'), ('full', 'HR@10'), ('full', 'HR@50'), ('full', 'NDCG@10')]
 
@@ -140,10 +141,26 @@ def show_checkpoint(file, data):
         print(f'  {ranking:8}' + '  '.join(f'{k} {100 * v:.2f}' for k, v in values.items()))
 
 
+@torch.no_grad()
+def give_back(model, meta, cold, data, folder):
+    """Set these items' rows of a trained table to what they were before training."""
+    embeddings = None
+    if meta['source'] != 'random':
+        path = folder / 'embeddings' / f'{meta["source"]}.pt'
+        embeddings = read_embeddings(path, data)[0]
+        if digest(embeddings.numpy()) != meta['identity']['embedding'] and not meta['pca']:
+            raise UserError(f'{path}: has changed since {meta["run"]} was trained from it; train it again')
+        embeddings = reduce_dimensions(embeddings, meta['pca'], path) if meta['pca'] else embeddings
+    seed_all(meta['seed'])
+    table, given = starting_table(type(model), data.n_items, meta['hidden'], embeddings, meta['scale'], meta['seed'])
+    model.item_embedding.weight[cold] = (table if meta['mode'] in ('random', 'id+text') else given)[cold]
+
+
 def show_cold(files, data, folder):
     """Users whose test item is in nobody's training part: the paper leaves them out, the embeddings know these items all the same.
 
-    Candidates are all items, or 100 drawn as for the others. A trained table has met cold items as negatives only.
+    Candidates are all items, or 100 drawn as for the others. Training meets a cold item as a negative only, and pushes it down;
+    so each cold item gets back the row that it started from. BERT4Rec's untied output has no such row: refused.
     """
     rest = np.setdiff1d(np.arange(data.n_users), data.evaluated)
     trained = np.unique(data.items[ragged(data.offsets[:-1], data.lengths - 2)])
@@ -153,6 +170,9 @@ def show_cold(files, data, folder):
     negatives, body = draw_negatives(data.items, data.offsets, users, data.n_items), []
     for file in files:
         model, meta = load_model(file, data)
+        if meta['model'] == 'bert4rec' and not meta['tied']:
+            raise UserError(f'{file}: its output table knows no embeddings; train BERT4Rec with --tie_output')
+        give_back(model, meta, np.setdiff1d(np.arange(1, data.n_items + 1), trained), data, folder)
         found = metrics_of(model, meta, data, users, negatives)
         body.append([meta['run']] + [f'{100 * found[r][m]:.2f}' for r, m in COLD])
     finish(folder / 'cold.md', f'{len(users):,} users of {data.name} whose test item is in nobody\'s training part, percent\n\n'

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from common.bert4rec import BERT4Rec
 from common.data import load
 from common.files import Diverged, UserError, command, digest, load_pt, lock, made_from, provenance, runs_root, save_pt
+from common.initial import read_embeddings, reduce_dimensions, starting_table
 from common.metrics import find_row, rank_counts, save_row, summarise, tie_share
 from common.sasrec import SASRec, all_states, draw_negatives
 from common.text import ragged, take
@@ -63,46 +64,6 @@ def parse_args(argv=None):
     return args
 
 
-# ---------------------------------------------------------------------------- initial item table
-
-def read_embeddings(path, data):
-    """(matrix [n + 1, H], meta) of an export for exactly this dataset; UserError where anything is off."""
-    content = load_pt(path, 'embeddings')
-    matrix, meta = content['matrix'], content['meta']
-    again = f'export it again for {data.name}'
-    if meta['fingerprint'] != data.fingerprint or meta['items'] != data.item_ids:
-        raise UserError(f'{path}: is of another version of {meta["dataset"]}, or of other items; {again}')
-    if matrix.shape != (data.n_items + 1, meta['hidden']) or not torch.isfinite(matrix).all() or matrix[0].any():
-        raise UserError(f'{path}: its matrix is not {data.n_items + 1} x {meta["hidden"]} finite numbers with a zero row 0; {again}')
-    return matrix.float(), meta
-
-
-def initial_table(matrix, scale, norm, seed):
-    """The embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table, where `scale` asks for it.
-
-    raw: unchanged (paper). The others are ours; each ends with one factor for all rows.
-    """
-    rows = matrix[1:]
-    if scale == 'raw':
-        return matrix
-    if scale != 'rescaled':
-        rows = rows - rows.mean(0)
-    if scale == 'whitened':  # to unit covariance along the principal axes; directions of no variance stay zero
-        u, s, v = torch.linalg.svd(rows, full_matrices=False)
-        rows = u * (s > s[0] * 1e-4) @ v
-    if scale == 'permuted':
-        rows = rows[torch.from_numpy(np.random.default_rng([seed, 6]).permutation(len(rows)))]
-    return torch.cat([matrix[:1], rows * (norm / rows.norm(dim=1).mean())])
-
-
-def reduce_dimensions(matrix, dim, path):
-    """Principal components: [n + 1, H] -> [n + 1, dim], row 0 zeros."""
-    if dim > min(len(matrix) - 1, matrix.shape[1]):
-        raise UserError(f'--pca {dim}: {path} has {len(matrix) - 1} items of {matrix.shape[1]} dimensions')
-    rows = matrix[1:] - matrix[1:].mean(0)
-    return torch.cat([matrix.new_zeros(1, dim), rows @ torch.linalg.svd(rows, full_matrices=False)[2][:dim].T])
-
-
 # ---------------------------------------------------------------------------- one run
 
 class Experiment:
@@ -139,11 +100,9 @@ class Experiment:
         """The model at the start of training."""
         seed_all(seed)
         width = self.hidden() if source == 'random' else self.embedding(source)[0].shape[1]
-        table, text = self.kind.random_table(self.data.n_items, width), None
-        if source != 'random':
-            norm = float(table[1:].norm(dim=1).mean())
-            given = initial_table(self.embedding(source)[0], self.args.init_scale, norm, seed)
-            table, text = (table, given) if mode == 'id+text' else (given, None)
+        embeddings = None if source == 'random' else self.embedding(source)[0]
+        table, given = starting_table(self.kind, self.data.n_items, width, embeddings, self.args.init_scale, seed)
+        table, text = (table, given) if mode in ('random', 'id+text') else (given, None)
         options = {'tied': self.args.tie_output} if self.args.model == 'bert4rec' else {}
         model = self.kind(table, mode != 'freeze', text, max_items=self.args.max_items, **options)
         if freeze_file:

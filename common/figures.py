@@ -54,18 +54,20 @@ def cosine(a, b):
 def numbers(packed, weights, sasrec=None):
     """What one user's CLS weights [layers, h, L] say: {stratum: {name: value}}.
 
-    heads: mean cosine of two heads of a layer; layers: of two neighbouring layers of the stratum (mean over heads), and 'border' of
-    the layer before the stratum with its first; first, newest: attention per token on the items' first tokens, and on the
-    newest item's, over that on an average token (1 = no preference); sasrec: correlation over items with SASRec's weights
-    (sasrec [items], newest first), where it has three items at least.
+    itself: attention of CLS on CLS; all others look at what is left, on the items' tokens. heads: mean cosine of two heads of a
+    layer; layers: of two neighbouring layers of the stratum (mean over heads), and border: of the layer before the stratum with
+    its first; first, newest: attention per token on the items' first tokens, and on the newest item's, over that on an average
+    token (1 = no preference); sasrec: correlation over items with SASRec's weights (sasrec [items], newest first), where it
+    has three items at least.
     """
     real = packed.item_positions > 0
     share = lambda row, chosen: (row[chosen].sum() / row[real].sum()) / (chosen.sum() / real.sum())
-    mean = weights.mean(1)
-    found = {}
+    itself, weights = weights[:, :, 0].mean(1), weights * real
+    mean, found = weights.mean(1), {}
     for name, layers in zip(STRATA, np.array_split(np.arange(len(weights)), 3)):
         part = mean[layers].mean(0)
         found[name] = {
+            'itself': itself[layers].mean(),
             'heads': np.mean([cosine(a, b) for i in layers for a, b in itertools.combinations(weights[i], 2)]),
             'layers': np.mean([cosine(mean[i], mean[i + 1]) for i in layers[:-1]] or [np.nan]),
             'border': cosine(mean[layers[0] - 1], mean[layers[0]]) if layers[0] else np.nan,
@@ -123,11 +125,11 @@ def draw_attention(path, maps, packed, words, titles, sasrec=None):
     for axis, (title, weights) in zip(axes[:, 0], maps.items()):
         layers, heads, _ = weights.shape
         rows = weights.reshape(layers * heads, length)
-        axis.imshow(rows / rows.max(1, keepdims=True), aspect='auto', cmap='viridis', interpolation='nearest')
+        axis.imshow(np.minimum(1, rows / rows[:, 1:].max(1, keepdims=True)), aspect='auto', cmap='viridis', interpolation='nearest')
         axis.set_yticks(np.arange(layers) * heads + heads / 2 - 0.5, [f'layer {i}' for i in range(layers)], fontsize=7)
         for i in range(1, layers):
             axis.axhline(i * heads - 0.5, color='white', lw=1.6 if i * 3 % layers == 0 else 0.4)
-        axis.set_title(f'{title} (each row over its maximum)', fontsize=9, loc='left', pad=16)
+        axis.set_title(f'{title} (each row over its maximum outside CLS)', fontsize=9, loc='left', pad=16)
     if sasrec is not None:
         axis = axes[-1, 0]
         rows = np.zeros((len(sasrec), length))

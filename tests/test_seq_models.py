@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import train_seq
+from common import initial
 from common.bert4rec import BERT4Rec, Block
 from common.data import prepare
 from common.files import UserError, load_pt, save_pt
@@ -224,7 +225,7 @@ def test_every_mode_trains_exactly_what_it_names(toy, kind):
 def test_scales():
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, H), 4 + torch.randn(N, H)])
-    made = {s: train_seq.initial_table(matrix, s, 0.4, 0) for s in ('raw', 'rescaled', 'centred', 'whitened', 'permuted')}
+    made = {s: initial.initial_table(matrix, s, 0.4, 0) for s in ('raw', 'rescaled', 'centred', 'whitened', 'permuted')}
     assert torch.equal(made['raw'], matrix)
     for name, t in made.items():
         assert not t[0].any()
@@ -235,7 +236,7 @@ def test_scales():
     torch.testing.assert_close(c, torch.eye(H) * c[0, 0], atol=1e-5, rtol=1e-3)
     rows = lambda t: sorted(map(tuple, (t * 1e4).round().tolist()))
     assert rows(made['permuted']) == rows(made['centred']) and not torch.equal(made['permuted'], made['centred'])
-    small = train_seq.reduce_dimensions(matrix, 3, 'x')
+    small = initial.reduce_dimensions(matrix, 3, 'x')
     full = matrix[1:] - matrix[1:].mean(0)
     assert small.shape == (N + 1, 3) and (small[1:].norm() / full.norm()).item() == pytest.approx(
         (torch.linalg.svdvals(full)[:3].norm() / torch.linalg.svdvals(full).norm()).item(), rel=1e-4)
