@@ -239,18 +239,21 @@ def show_attention(args, data, folder):
 
 def show_curve(data, folder):
     """Figure 2: SASRec from PT of a share of the source users (runs/figure2/<share>/, `run_all.sh --figure2`) against LF and random."""
-    def cell(rows, init):
-        values = [100 * r['metrics']['sampled']['NDCG@10'] for r in rows if (r['model'], r['loss'], r['init'], r['scale'], r['mode']) ==
-                  ('sasrec', 'bce', init, 'raw' if init == 'random' else 'centred', 'random' if init == 'random' else 'trainable')]
-        return (mean(values), stdev(values) if len(values) > 1 else 0.0) if values else None
-    folders = {float(p.parts[-3]): p.parent for p in runs_root().glob(f'figure2/*/{data.name}/results.json')}
-    points = {share: found for share, path in sorted(folders.items()) if (found := cell(load_rows(path), 'pt'))}
-    bands = {name: found for name, init in (('random', 'random'), ('LF', 'lf')) if (found := cell(load_rows(folder), init))}
-    if not points:
+    def cell(rows, init, scale):
+        values = [100 * r['metrics']['sampled']['NDCG@10'] for r in rows if (r['model'], r['loss'], r['init'], r['scale'], r['mode'])
+                  == ('sasrec', 'bce', init, scale, 'random' if init == 'random' else 'trainable')]
+        return [(mean(values), stdev(values) if len(values) > 1 else 0.0)] if values else []
+    rows = {'': load_rows(folder)} | {float(p.parts[-3]): load_rows(p.parent) for p in runs_root().glob(f'figure2/*/{data.name}/results.json')}
+    found = {(scale, share): value for scale in ('raw', 'centred') for share in sorted(k for k in rows if k != '')
+             for value in cell(rows[share], 'pt', scale)}
+    bands = {name: value for name, init, scale in (('random', 'random', 'raw'), ('LF raw', 'lf', 'raw'), ('LF centred', 'lf', 'centred'))
+             for value in cell(rows[''], init, scale)}
+    if not found:
         raise UserError(f'{runs_root() / "figure2"}: no runs of {data.name}; bash run_all.sh {data.name} --figure2 makes them')
-    draw_curve(folder / 'figure2.png', list(points), list(points.values()), bands, 'NDCG@10 (100 negatives)')
-    finish(folder / 'figure2.md', markdown(['source users', 'NDCG@10'], [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in (
-        bands | {f'{share:g} %': p for share, p in points.items()}).items()]))
+    draw_curve(folder / 'figure2.png', found, bands, 'NDCG@10 (100 negatives)')
+    body = [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in bands.items()]
+    body += [[f'PT {scale}, {share:g} % of the source users', f'{m:.2f} ± {s:.2f}'] for (scale, share), (m, s) in found.items()]
+    finish(folder / 'figure2.md', markdown(['SASRec from', 'NDCG@10'], body))
 
 
 def finish(path, text):

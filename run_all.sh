@@ -20,11 +20,13 @@ options
   --longer       between the two: README's tables
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
   --quick-table  without the centred initialisations
+  --table1       also stage-FT1 and FT2 with a few layers tuned: none, one of each third of the depth, single ones
+  --figure2      also stage-PT on 0.01 to 100 % of the source users, SASRec from each, and the curve
   --help
 EOF
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK=
+NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= TABLE1= FIGURE2=
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -35,6 +37,8 @@ while [ $# -gt 0 ]; do
     --longer) BUDGET=longer; shift ;;
     --toy) BUDGET=toy; shift ;;
     --quick-table) QUICK=1; shift ;;
+    --table1) TABLE1=1; shift ;;
+    --figure2) FIGURE2=1; shift ;;
     -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
     *) NAME=$1; shift ;;
   esac
@@ -99,6 +103,31 @@ case $BUDGET in longer|full)  # table 4; scale and meaning told apart
   train --model sasrec --init_scale rescaled --variants $SCALED "${SASREC[@]}"
   train --model sasrec --init_scale permuted --variants lf-trainable "${SASREC[@]}" ;;
 esac
+
+# ---------------------------------------------------------------- table 1, figure 2
+if [ -n "$TABLE1" ]; then
+  $PYTHON finetune.py "$NAME" --stage 0 --plm "$PLM"
+  depth=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/recformer/ft1.json")
+  third=$((depth / 3)) sets=
+  for ((i = 0; i < third; i++)); do sets+=" $i,$((i + third)),$((i + 2 * third))"; done
+  for layers in $sets $((third - 1)) $((2 * third - 1)) $((depth - 1)); do
+    one=$RUN/recformer/ft1-$layers.pt two=$RUN/recformer/ft2-$layers.pt
+    $PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" --tune_layers "$layers" --out "$one" ${FT1[@]+"${FT1[@]}"}
+    $PYTHON finetune.py "$NAME" --stage 2 --checkpoint "$one" --tune_layers "$layers" --out "$two" ${FT2[@]+"${FT2[@]}"}
+  done
+fi
+if [ -n "$FIGURE2" ]; then
+  [ -n "$SOURCE" ] || fail "--figure2 needs a --source for stage-PT"
+  for share in 0.01 0.1 1 2 10 20 50 100; do
+    runs=${ELEPHANT_RUNS:-runs}/figure2/$share
+    $PYTHON pretrain.py $SOURCE --plm "$PLM" --share $share --out "$runs/$NAME/recformer/pt.pt" "${PT[@]}"
+    $PYTHON export_embeddings.py "$NAME" --checkpoint "$runs/$NAME/recformer/pt.pt" --out "$runs/$NAME/embeddings/pt.pt"
+    for scale in raw centred; do
+      ELEPHANT_RUNS=$runs train --model sasrec --init_scale $scale --variants pt-trainable "${SASREC[@]}"
+    done
+  done
+  $PYTHON evaluate.py curve "$NAME"
+fi
 
 # ---------------------------------------------------------------- 5. table
 $PYTHON evaluate.py table "$NAME"

@@ -148,13 +148,15 @@ def draw_attention(path, maps, packed, words, titles, sasrec=None):
     figure.savefig(path, dpi=140, format='png')
 
 
-def draw_curve(path, shares, points, bands, metric):
-    """points [(mean, sd)] of PT per share (percent); bands {name: (mean, sd)} of initialisations that know no share."""
+def draw_curve(path, points, bands, metric):
+    """points {(scale, share in percent): (mean, sd)} of PT; bands {name: (mean, sd)} of initialisations that know no share."""
     figure, axis = canvas(figsize=(6, 4), layout='constrained')
-    for colour, (name, (mean, spread)) in zip(('tab:grey', 'tab:orange'), bands.items()):
+    for colour, (name, (mean, spread)) in zip(('tab:grey', 'tab:orange', 'tab:red'), bands.items()):
         axis.axhline(mean, color=colour, label=name)
         axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.2)
-    axis.errorbar(shares, [m for m, _ in points], [s for _, s in points], marker='o', capsize=3, label='PT', color='tab:blue')
+    for scale, colour in (('raw', 'tab:cyan'), ('centred', 'tab:blue')):
+        if mine := {share: value for (s, share), value in points.items() if s == scale}:
+            axis.errorbar(list(mine), *zip(*mine.values()), marker='o', capsize=3, label=f'PT {scale}', color=colour)
     axis.set_xscale('log')
     axis.set_xlabel('share of the source users in stage-PT, percent')
     axis.set_ylabel(f'{metric}, percent')
