@@ -44,7 +44,8 @@ def main(args):
     if args.checkpoint:
         model, meta = load_model(args.checkpoint, args.plm)
     else:
-        model, meta = lf_untouched(from_backbone(fetch_plm(args.plm), args.layers)), {'plm': args.plm, 'stage': 'lf', 'identity': None}
+        model = lf_untouched(from_backbone(fetch_plm(args.plm), args.layers))
+        meta = {'plm': args.plm, 'stage': 'lf', 'identity': None}
     tokenizer = load_tokenizer(fetch_plm(meta['plm']))
     if meta.get('tokenizer', tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(f'{args.checkpoint}: was made with another tokenizer than {meta["plm"]} has now')
@@ -59,8 +60,9 @@ def main(args):
         matrix = encode_items(model.to(device), tokens, tokenizer.cls, device, autocast, args.micro_tokens)
         if not torch.isfinite(matrix).all():
             raise UserError(f'{args.checkpoint or args.plm}: gives embeddings that are not finite; try --precision float32')
-        save_pt(out, 'embeddings', {'identity': identity, 'dataset': data.name, 'fingerprint': data.fingerprint, 'source': meta.get('stage', 'published'),
-                                    'plm': meta['plm'], 'hidden': matrix.shape[1], **provenance(), 'items': data.item_ids}, matrix=matrix)
+        save_pt(out, 'embeddings', {
+            'identity': identity, 'dataset': data.name, 'fingerprint': data.fingerprint, 'source': meta.get('stage', 'published'),
+            'plm': meta['plm'], 'hidden': matrix.shape[1], **provenance(), 'items': data.item_ids}, matrix=matrix)
         print(f'{data.n_items:,} items x {matrix.shape[1]}, mean norm {matrix[1:].norm(dim=1).mean():.2f}, written to {out}')
 
 

@@ -37,12 +37,12 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('dataset', help='name of a prepared dataset')
     p.add_argument('--stage', type=int, choices=[0, 1, 2], required=True)
-    p.add_argument('--checkpoint', help="where to start (default: stage 2 from this dataset's ft1.pt, else --plm's own weights)")
+    p.add_argument('--checkpoint', help="where to start (default: stage 2 this dataset's ft1.pt, else --plm's weights)")
     p.add_argument('--out', help='checkpoint to write (default: runs/<dataset>/recformer/ft1.pt or ft2.pt)')
     g = p.add_argument_group('model')
     g.add_argument('--plm', help='language model where there is no checkpoint: longformer (paper), minilm, hub name, folder')
     g.add_argument('--layers', type=positive(), help='with --plm: its first LAYERS layers only (default: all)')
-    g.add_argument('--tune_layers', default='all', help='encoder layers that train, e.g. 3,7,11 (paper table 1); all: everything')
+    g.add_argument('--tune_layers', default='all', help='encoder layers that train: 3,7,11 (paper table 1); all: everything')
     g.add_argument('--trainable_items', action='store_true', help='stage 2: the item table trains too (paper table 5)')
     g.add_argument('--freeze_words', action='store_true', help='word embeddings stay (published code trains them)')
     g = p.add_argument_group('optimisation')
@@ -83,15 +83,17 @@ def choose_layers(model, text):
 
 
 def prefixes(data, users, rng):
-    """One prefix of each user's training part and the item after it: (items, offsets, labels). Users have two items there."""
+    """One prefix of each user's training part (two items at least) and the item after it: (items, offsets, labels)."""
     begin, n = data.offsets[users], data.lengths[users] - 2
     size = rng.integers(1, n)  # 1 ... n - 1
     return data.items[ragged(begin, size)], np.concatenate([[0], np.cumsum(size)]), data.items[begin + size]
 
 
 def add_gradients(model, table, users, labels, tokens, cls, args, device, autocast):
-    """Softmax loss of users' prefixes (ragged) with their labels over the item table, in passes of bounded size; gradients are
-    added as it goes. table float [n + 1, H]; labels [B] item ids. Returns the mean loss over users (float)."""
+    """Softmax loss of users' prefixes (ragged) with their labels over the item table, in passes of bounded size.
+
+    Gradients are added as it goes. table float [n + 1, H]; labels [B] item ids. Returns the mean loss over users (float).
+    """
     total, lengths = 0.0, pack(*users, tokens, cls).lengths
     for group in micro_batches(lengths, args.micro_tokens):
         with autocast():
@@ -113,7 +115,8 @@ def user_states(model, data, which, tokens, cls, args, device, autocast):
     states = torch.empty(len(targets), model.config.hidden)
     for rows in tqdm(micro_batches(packed.lengths, args.micro_tokens), desc=f'{which} users', unit='batch', leave=False):
         with autocast():
-            states[rows] = model(Batch(pack(*take(items, offsets, rows), tokens, cls), model.config.window, device)).float().cpu()
+            batch = Batch(pack(*take(items, offsets, rows), tokens, cls), model.config.window, device)
+            states[rows] = model(batch).float().cpu()
     return states, targets
 
 
@@ -160,8 +163,8 @@ def main(args):
     stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
     mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
     init = meta.get('stage', 'lf')
-    run = f'recformer-{init if args.stage == 0 else mode}' + (f'-layers{args.tune_layers}' if args.tune_layers != 'all' else '') \
-        + ('-nohistory' if args.exclude_history else '') + f'-seed{args.seed}'
+    run = '-'.join(['recformer', init if args.stage == 0 else mode] + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all')
+                   + ['nohistory'] * args.exclude_history + [f'seed{args.seed}'])
     encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, args.micro_tokens)
 
     with lock(out.parent):
@@ -199,11 +202,12 @@ def main(args):
             rng = np.random.default_rng([args.seed, 5, state.epoch])
             order = rng.permutation(users)
             history, offsets, labels = prefixes(data, order, rng)
-            bar = tqdm(range(state.step, steps), initial=state.step, total=steps, unit='step', desc=f'{stage} epoch {state.epoch + 1}')
+            bar = tqdm(range(state.step, steps), initial=state.step, total=steps, unit='step',
+                       desc=f'{stage} epoch {state.epoch + 1}')
             for step in bar:
                 chunk = np.arange(step * args.batch, min((step + 1) * args.batch, len(order)))
-                loss = add_gradients(model, items.weight, take(history, offsets, chunk), labels[chunk], tokens, tokenizer.cls,
-                                     args, device, autocast)
+                loss = add_gradients(model, items.weight, take(history, offsets, chunk), labels[chunk], tokens,
+                                     tokenizer.cls, args, device, autocast)
                 apply_gradients(loss, tuned, optimizer, state)
                 schedule.step()
                 bar.set_postfix_str(f'loss {loss:.3f}')
@@ -214,9 +218,10 @@ def main(args):
                 state.tensors['items'] = table
             else:
                 table = items.weight.detach().cpu()
-            value = summarise(evaluate(model, table, data, 'valid', tokens, tokenizer.cls, args, device, autocast))['sampled']['NDCG@10']
+            ranks = evaluate(model, table, data, 'valid', tokens, tokenizer.cls, args, device, autocast)
+            value = summarise(ranks)['sampled']['NDCG@10']
             best.update(value, state.epoch)
-            print(f'epoch {state.epoch + 1}: validation NDCG@10 {value:.4f} (best {best.best:.4f} after epoch {best.best_epoch + 1})')
+            print(f'epoch {state.epoch + 1}: validation NDCG@10 {value:.4f} (best {best.best:.4f}, epoch {best.best_epoch + 1})')
             state.next_epoch()
 
         # ------------------------------------------------ result
@@ -225,8 +230,8 @@ def main(args):
             best.restore()
             table = encode() if args.stage == 1 else items.weight.detach().cpu()  # encoded after the best was chosen
             found = {'valid_ndcg10': best.best, 'epoch': best.best_epoch + 1, 'epochs': state.epoch}
-            save_model(out, model, {'identity': identity, 'plm': meta['plm'], 'tokenizer': tokenizer.fingerprint, 'stage': f'ft{args.stage}',
-                                    'data': data.fingerprint, **found, **provenance()}, items=table)
+            save_model(out, model, {'identity': identity, 'plm': meta['plm'], 'tokenizer': tokenizer.fingerprint,
+                                    'stage': f'ft{args.stage}', 'data': data.fingerprint, **found, **provenance()}, items=table)
             state.finish()
         elif done:  # trained, but stopped before its row was written
             model.load_state_dict(done['model'])
@@ -234,14 +239,15 @@ def main(args):
         ranks = evaluate(model, table, data, 'test', tokens, tokenizer.cls, args, device, autocast)
         metrics = summarise(ranks)
         save_row(folder, {
-            'run': run, 'identity': identity, 'dataset': data.name, 'plm': meta['plm'], 'model': 'recformer', 'init': init, 'mode': mode,
-            'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': args.seed, 'users': len(data.evaluated),
-            'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks), 'valid_ndcg10': found['valid_ndcg10'], 'metrics': metrics,
-            'exclude_history': args.exclude_history, 'seconds': round(time.time() - began, 1), 'epochs': found['epochs'],
-            'best_epoch': found['epoch'], 'parameters': sum(p.numel() for p in model.parameters()),
-            'device': str(device), 'date': datetime.date.today().isoformat(), **provenance()}, {'users': data.evaluated, **ranks})
-        print(f'{stage}: NDCG@10 {metrics["sampled"]["NDCG@10"]:.4f} (100 negatives), {metrics["full"]["NDCG@10"]:.4f} (all items)'
-              f' -> {folder / "results.json"}' + (f', {out}' if args.stage else ''))
+            'run': run, 'identity': identity, 'dataset': data.name, 'plm': meta['plm'], 'model': 'recformer', 'init': init,
+            'mode': mode, 'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': args.seed,
+            'users': len(data.evaluated), 'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks),
+            'valid_ndcg10': found['valid_ndcg10'], 'metrics': metrics, 'exclude_history': args.exclude_history,
+            'seconds': round(time.time() - began, 1), 'epochs': found['epochs'], 'best_epoch': found['epoch'],
+            'parameters': sum(p.numel() for p in model.parameters()), 'device': str(device),
+            'date': datetime.date.today().isoformat(), **provenance()}, {'users': data.evaluated, **ranks})
+        print(f'{stage}: NDCG@10 {metrics["sampled"]["NDCG@10"]:.4f} (100 negatives), '
+              f'{metrics["full"]["NDCG@10"]:.4f} (all items) -> {folder / "results.json"}' + (f', {out}' if args.stage else ''))
 
 
 if __name__ == '__main__':

@@ -25,8 +25,8 @@ from common.files import UserError, command, lock, made_from, provenance
 from common.recformer import Batch, cosine_logits, from_backbone, save_model
 from common.sources import fetch_plm
 from common.text import load_tokenizer, mask_words, micro_batches, pack, pack_items, ragged, tokenize
-from common.training import (EarlyStopping, Ranks, State, adamw, add_runtime_options, apply_gradients, linear_schedule, positive,
-                             seed_all, start)
+from common.training import (EarlyStopping, Ranks, State, adamw, add_runtime_options, apply_gradients, linear_schedule,
+                             positive, seed_all, start)
 
 
 # ---------------------------------------------------------------------------- options
@@ -41,7 +41,8 @@ def parse_args(argv=None):
     g = p.add_argument_group('data')
     g.add_argument('--leave_out', action='store_true',
                    help="leave out each user's last two items (for sources that are targets too; paper silent)")
-    g.add_argument('--share', type=positive(float, most=100), default=100., help='percent of the source users (paper sec. 4.6)')
+    g.add_argument('--share', type=positive(float, most=100), default=100.,
+                   help='percent of the source users (paper sec. 4.6)')
     g.add_argument('--valid_share', type=positive(float, most=50), default=5., help='percent of users held out (ours)')
     g = p.add_argument_group('optimisation')
     g.add_argument('--epochs', type=positive(), default=32, help='at most (RecFormer)')
@@ -53,7 +54,8 @@ def parse_args(argv=None):
     g.add_argument('--lr', type=positive(float), default=5e-5, help='peak learning rate (RecFormer)')
     g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (ours; as in FT1)')
     g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
-    g.add_argument('--mlm_weight', type=positive(float, zero=True), default=0.1, help='of the masked language model loss (RecFormer)')
+    g.add_argument('--mlm_weight', type=positive(float, zero=True), default=0.1,
+                   help='of the masked language model loss (RecFormer)')
     g.add_argument('--seed', type=positive(zero=True), default=0)
     add_runtime_options(p, language_model=True)
     args = p.parse_args(argv)
@@ -83,7 +85,7 @@ class Sources:
         held = max(2, round(len(users) * args.valid_share / 100))
         self.valid, self.train = users[:held], users[held:][:max(args.batch, round((len(users) - held) * args.share / 100))]
         if len(self.train) < 2:
-            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users with two items; more are needed to pre-train')
+            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users have two items; stage-PT needs more')
 
     def draw(self, users, rng, cls):
         """One split point a user, from the second half of the sequence: (packed histories, target items).
@@ -101,7 +103,7 @@ def contrastive(model, histories, targets, items, device, ranks=None):
     """Cosine / 0.05 of each history's CLS with each target's: (loss, accuracy) over B pairs.
 
     Another row with the same target item is no negative of it (ours; published code counts it). With `ranks` each process
-    encodes its share, and all compute the same loss over all pairs: summed over them, the gradients are those of one process.
+    encodes its share, and all compute the same loss over all pairs: their gradients' sum is that of one process.
     """
     def encode(packed):
         part = packed if ranks is None else packed.rows(ranks.share(len(items)))
@@ -141,7 +143,7 @@ def masked_model(model, packed, rng, tokenizer, args, device, autocast, scale, r
 
 @torch.no_grad()
 def accuracy(model, sources, args, tokenizer, device, autocast, ranks):
-    """Share of held-out users whose target scores highest among those of their group of --batch; the same draws each time."""
+    """Share of held-out users whose target scores highest in their group of --batch; the same draws each time."""
     model.eval()
     right = torch.zeros(1, device=device)
     groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
@@ -164,7 +166,8 @@ def main(args):
     folder = fetch_plm(args.plm)
     tokenizer = load_tokenizer(folder)
     sources = Sources(args, tokenizer)
-    options = {k: v for k, v in vars(args).items() if k not in ('out', 'device', 'save_every', 'deterministic', 'micro_tokens')}
+    unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens')
+    options = {k: v for k, v in vars(args).items() if k not in unused}
     identity = {'options': options, 'sources': sources.fingerprints, 'tokenizer': tokenizer.fingerprint}
     out = pathlib.Path(args.out)
     with lock(out.parent) if not ranks.rank else contextlib.nullcontext():
@@ -184,7 +187,7 @@ def main(args):
                       schedule=schedule, best=best)
         if min(args.batch, len(sources.train)) < 2 * ranks.world:
             raise UserError(f'--batch {args.batch}: {ranks.world} processes share it; each needs two users')
-        print(f'stage-PT: {len(sources.train):,} users to train on, {len(sources.valid):,} held out, at most {total:,} steps')
+        print(f'stage-PT: {len(sources.train):,} users train, {len(sources.valid):,} are held out, at most {total:,} steps')
 
         # ------------------------------------------------ loop
         bar = tqdm(total=total, initial=min(total, state.epoch * steps + state.step), unit='step', desc='stage-PT')
@@ -226,7 +229,7 @@ def main(args):
         save_model(out, model, {'identity': identity, 'plm': args.plm, 'tokenizer': tokenizer.fingerprint, 'stage': 'pt',
                                 'accuracy': best.best, 'epoch': best.best_epoch + 1, **provenance()})
         state.finish()
-        print(f'stage-PT: held-out accuracy {best.best:.4f} of {args.batch} after epoch {best.best_epoch + 1}, written to {out}')
+        print(f'stage-PT: held-out accuracy {best.best:.4f} of {args.batch}, epoch {best.best_epoch + 1}, written to {out}')
 
 
 if __name__ == '__main__':

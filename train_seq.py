@@ -3,8 +3,8 @@
     python train_seq.py pantry --model sasrec --variants random pt-trainable --lrs 0.0003 0.001 0.003 0.01 --seeds 0 1 2
     python train_seq.py grocery --model bert4rec --variants random --epochs 1 --hidden 64          # a look, seconds
 
-Variants: random; lf-, pt-, ft- with -freeze (item table fixed), -trainable (tuned too), -id+text (fixed, added to a trained ID
-table; paper table 5); -further-all and -further-emb (from the best -freeze model: tune all, or the item table alone).
+Variants: random; lf-, pt-, ft- with -freeze (item table fixed), -trainable (tuned too), -id+text (fixed, added to a trained
+ID table; paper table 5); -further-all and -further-emb (from the best -freeze model: tune all, or the item table alone).
 All --lrs are tried with the first seed; the best by validation NDCG@10 (100 negatives) serves the other seeds.
 
 Reads:  data/<dataset>/prepared.npz, runs/<dataset>/embeddings/{lf,pt,ft}.pt (export_embeddings.py).
@@ -49,11 +49,13 @@ def parse_args(argv=None):
     g.add_argument('--tie_output', action='store_true', help='BERT4Rec: score with the item table (authors\' code does not)')
     g.add_argument('--max_items', type=positive(most=10_000), default=50, help='newest items of a history (authors\' code)')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--loss', choices=['bce', 'ce'], default='bce', help='SASRec: one negative (table 3), full softmax (table 4)')
-    g.add_argument('--lrs', type=positive(float), nargs='+', default=[0.0003, 0.001, 0.003, 0.01], help="Adam's (paper sec. 4.2)")
+    g.add_argument('--loss', choices=['bce', 'ce'], default='bce', 
+                   help='SASRec: one negative (table 3), full softmax (table 4)')
+    g.add_argument('--lrs', type=positive(float), nargs='+', default=[0.0003, 0.001, 0.003, 0.01],
+                   help="Adam's (paper sec. 4.2)")
     g.add_argument('--batch', type=positive(), help='users (paper sec. 4.2: 128 SASRec, 256 BERT4Rec)')
     g.add_argument('--epochs', type=positive(), default=200, help='at most (authors\' code)')
-    g.add_argument('--patience', type=positive(), default=10, help='epochs without a better validation NDCG@10 (paper sec. 4.2)')
+    g.add_argument('--patience', type=positive(), default=10, help='epochs with no better validation NDCG@10 (paper sec. 4.2)')
     g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
     g.add_argument('--seeds', type=positive(zero=True), nargs='+', default=[0])
     add_runtime_options(p)
@@ -79,7 +81,7 @@ class Experiment:
         # SASRec needs an item and the one after it
         self.users = train[lengths >= 2] if args.model == 'sasrec' else train
         if not len(self.users):
-            raise UserError(f'{self.data.name}: SASRec needs users with two training items (four interactions), there are none')
+            raise UserError(f'{self.data.name}: SASRec needs users with two training items (four interactions)')
         self.embeddings, self.chosen = {}, {}  # chosen: variant -> the learning rate that its first seed's validation chose
 
     def embedding(self, source):
@@ -130,7 +132,8 @@ class Experiment:
         if done := made_from(out, 'seq', identity):
             return out, done['meta']
         model = self.build(source, mode, seed, freeze_file).train()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, betas=model.betas, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(trained, lr=lr, betas=model.betas, fused=True)
         best = EarlyStopping(model, args.patience)
         state = State(out.with_suffix('.resume'), identity, args.save_every, model=model, optimizer=optimizer, best=best)
         began, batch = time.time() - state.tensors.get('seconds', 0), args.batch or model.batch
@@ -170,7 +173,8 @@ class Experiment:
         return out, meta
 
     def identity(self, source, mode, seed, freeze_identity):
-        unused = ('device', 'save_every', 'deterministic', 'variants', 'seeds', 'lrs', 'dataset', 'exclude_history', 'hidden')
+        unused = ('device', 'save_every', 'deterministic', 'variants', 'seeds', 'lrs', 'dataset', 'exclude_history',
+                  'hidden')
         options = {k: v for k, v in vars(self.args).items() if k not in unused}
         width = self.hidden() if source == 'random' else None
         if source == 'random':  # the embeddings, and what is done to them, play no part
@@ -213,16 +217,18 @@ class Experiment:
         model = self.build(source, mode, seed, None)
         model.load_state_dict(load_pt(path, 'seq', self.device)['model'])
         ranks = self.ranks(model, 'test')
-        row = {'run': run, 'identity': identity, 'dataset': self.data.name, 'plm': None if source == 'random' else self.embedding(source)[1],
-               'model': args.model, 'init': source, 'mode': mode, 'scale': scale, 'dim': args.pca, 'loss': args.loss, 'tied': args.tie_output,
+        row = {'run': run, 'identity': identity, 'dataset': self.data.name,
+               'plm': None if source == 'random' else self.embedding(source)[1], 'model': args.model, 'init': source,
+               'mode': mode, 'scale': scale, 'dim': args.pca, 'loss': args.loss, 'tied': args.tie_output,
                'exclude_history': args.exclude_history, 'users': len(self.data.evaluated), 'tie_share': tie_share(ranks),
                'metrics': summarise(ranks), 'device': str(self.device), 'date': datetime.date.today().isoformat(),
-               **{k: meta[k] for k in ('lr', 'seed', 'hidden', 'valid_ndcg10', 'seconds', 'epochs', 'best_epoch', 'parameters', 'commit',
-                                       'torch', 'transformers', 'command')}}
+               **{k: meta[k] for k in ('lr', 'seed', 'hidden', 'valid_ndcg10', 'seconds', 'epochs', 'best_epoch', 'parameters',
+                                       'commit', 'torch', 'transformers', 'command')}}
         save_row(self.folder, row, {'users': self.data.evaluated, **ranks})
         m = row['metrics']
         print(f'{run}: lr {row["lr"]:g}, best epoch {row["best_epoch"]} of {row["epochs"]}, {row["seconds"]:.0f} s, NDCG@10 '
-              f'{m["sampled"]["NDCG@10"]:.4f} (100 negatives) {m["full"]["NDCG@10"]:.4f} (all items) -> {self.folder / "results.json"}', flush=True)
+              f'{m["sampled"]["NDCG@10"]:.4f} (100 negatives) {m["full"]["NDCG@10"]:.4f} (all items) '
+              f'-> {self.folder / "results.json"}', flush=True)
         return row, path
 
 

@@ -13,12 +13,13 @@ def read_embeddings(path, data):
     if meta['fingerprint'] != data.fingerprint or meta['items'] != data.item_ids:
         raise UserError(f'{path}: is of another version of {meta["dataset"]}, or of other items; {again}')
     if matrix.shape != (data.n_items + 1, meta['hidden']) or not torch.isfinite(matrix).all() or matrix[0].any():
-        raise UserError(f'{path}: its matrix is not {data.n_items + 1} x {meta["hidden"]} finite numbers with a zero row 0; {again}')
+        size = f'{data.n_items + 1} x {meta["hidden"]}'
+        raise UserError(f'{path}: its matrix is not {size} finite numbers with a zero row 0; {again}')
     return matrix.float(), meta
 
 
 def initial_table(matrix, scale, norm, seed):
-    """The embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table, where `scale` asks for it.
+    """The embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
 
     raw: unchanged (paper). The others are ours; each ends with one factor for all rows.
     """

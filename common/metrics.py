@@ -16,7 +16,7 @@ SAMPLED, FULL = (5, 10), (5, 10, 50)  # paper sec. 4.2 and table 4
 def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chunk=2 ** 26):
     """(g, t) of every target among its 100 negatives and among all items, from one product of scores.
 
-    states float [E, H]; table float [n + 1, H]; bias [n + 1] or None; targets [E] item ids; negatives [E, 100] ids, 0 = none;
+    states float [E, H]; table float [n + 1, H]; bias [n + 1] or None; targets [E] ids; negatives [E, 100] ids, 0 = none;
     exclude: ragged (items, offsets) whose items are no candidates of their row (the target always is one).
     chunk: scores held at a time. Returns {'sampled': int32 [E, 2], 'full': int32 [E, 2]}.
     Errors: UserError where a score is not finite. Never a product of one row alone: it rounds differently, and breaks ties.
@@ -24,7 +24,8 @@ def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chun
     device, n = table.device, len(table) - 1
     out = {k: np.zeros((len(targets), 2), np.int32) for k in ('sampled', 'full')}
     targets, negatives = torch.from_numpy(targets.astype(np.int64)), torch.from_numpy(negatives.astype(np.int64))
-    for index in np.array_split(np.arange(len(targets)), max(1, min(len(targets) // 2, -(-len(targets) * (n + 1) // chunk)))):
+    parts = max(1, min(len(targets) // 2, -(-len(targets) * (n + 1) // chunk)))
+    for index in np.array_split(np.arange(len(targets)), parts):
         rows = slice(index[0], index[-1] + 1)
         scores = F.linear(states[rows].to(device).float(), table.float(), bias)
         target, negative = targets[rows].to(device)[:, None], negatives[rows].to(device)
@@ -101,7 +102,7 @@ def find_row(folder, run, identity):
 
 
 def save_row(folder, row, ranks):
-    """Write the per-user ranks, then the row, in place of an earlier one of the same name. ranks: {'users', 'sampled', 'full'}."""
+    """Write the per-user ranks {'users', 'sampled', 'full'}, then the row, in place of an earlier one of the same name."""
     path = folder / 'ranks' / f'{row["run"]}.npz'
     with whole(path) as part, open(part, 'wb') as f:
         np.savez_compressed(f, **ranks)

@@ -279,8 +279,8 @@ def from_backbone(path, layers=None):
     c = Config(b.vocab_size, b.hidden_size, layers or b.num_hidden_layers, b.num_attention_heads, b.intermediate_size,
                max(b.max_position_embeddings, offset + Config.max_tokens), offset, b.layer_norm_eps, b.hidden_dropout_prob)
     given = {k.replace(prefix, 'longformer.', 1): v for k, v in backbone.state_dict().items()}
-    heads = {'cls.predictions.transform.dense.': 'lm_head.dense.', 'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.',
-             'cls.predictions.bias': 'lm_head.bias'}
+    heads = {'cls.predictions.transform.dense.': 'lm_head.dense.', 'cls.predictions.bias': 'lm_head.bias',
+             'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.'}
     for old, new in heads.items():
         given = {k.replace(old, new): v for k, v in given.items()}
     for key in [k for k in given if '.attention.self.' in k and '_global' not in k]:
@@ -298,7 +298,8 @@ def from_backbone(path, layers=None):
                   'lm_head.layer_norm.weight': torch.ones(c.hidden), 'lm_head.layer_norm.bias': torch.zeros(c.hidden),
                   'lm_head.bias': torch.zeros(c.vocab_size)}
     model = RecFormer(c)
-    load_named(model, given, path, also_dropped=tuple(f'longformer.encoder.layer.{i}.' for i in range(c.layers, b.num_hidden_layers)))
+    beyond = tuple(f'longformer.encoder.layer.{i}.' for i in range(c.layers, b.num_hidden_layers))
+    load_named(model, given, path, also_dropped=beyond)
     return model
 
 
@@ -312,10 +313,11 @@ def load_named(model, state, source, also_dropped=()):
     own = model.state_dict()
     unknown = [k for k in state if k not in own and not k.startswith(DROPPED + also_dropped)]
     missing = [k for k in own if k not in state]
-    wrong = [f'{k} {list(state[k].shape)}, not {list(own[k].shape)}' for k in own if k in state and own[k].shape != state[k].shape]
+    wrong = [f'{k} {list(state[k].shape)}, not {list(own[k].shape)}' for k in own
+             if k in state and own[k].shape != state[k].shape]
     for what, names in (('unknown', unknown), ('missing', missing), ('of another shape', wrong)):
         if names:
-            raise UserError(f'{source}: {len(names)} tensors {what}, the first {names[0]}; it is a checkpoint of another model')
+            raise UserError(f'{source}: {len(names)} tensors {what}, the first {names[0]}; it is of another model')
     model.load_state_dict({k: state[k] for k in own})
 
 

@@ -179,11 +179,12 @@ def softmax_loss(states, table, bias, target, chunk=2 ** 25):
     size = max(1, chunk // len(table))
     if len(states) <= size:
         return part(states, target) / len(states)
-    return sum(checkpoint(part, s, t, use_reentrant=False) for s, t in zip(states.split(size), target.split(size))) / len(states)
+    parts = zip(states.split(size), target.split(size))
+    return sum(checkpoint(part, s, t, use_reentrant=False) for s, t in parts) / len(states)
 
 
 def draw_negatives(items, offsets, n, rng):
-    """For every item of the ragged rows one uniform item outside its row: int32 [N]. A row that holds all n gets any item."""
+    """For every item of the ragged rows one uniform item outside its row: int32 [N] (a row of all n items gets any)."""
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     own = np.unique(row * (n + 1) + items)
     out = rng.integers(1, n + 1, len(items))

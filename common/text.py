@@ -54,7 +54,8 @@ def load_tokenizer(path):
     if not tokenizer.is_fast or tokenizer.mask_token_id is None:
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token (BERT, RoBERTa, Longformer)')
     tokenizer.cls = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    tokenizer.fingerprint = digest(sorted(tokenizer.get_vocab().items()), tokenizer('a B-c', add_special_tokens=False).input_ids)
+    sample = tokenizer('a B-c', add_special_tokens=False).input_ids
+    tokenizer.fingerprint = digest(sorted(tokenizer.get_vocab().items()), sample)
     return tokenizer
 
 
@@ -123,7 +124,7 @@ def pack_items(ids, tokens, cls):
 
 
 def micro_batches(lengths, max_tokens):
-    """Rows in groups of similar length with at most `max_tokens` tokens, counted with the group's padding (at least one row).
+    """Rows in groups of similar length with at most `max_tokens` tokens, the group's padding counted (at least one row).
 
     lengths [B] -> list of int arrays that together hold each row once.
     """

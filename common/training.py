@@ -39,7 +39,7 @@ def add_runtime_options(parser, language_model=False):
     group = parser.add_argument_group('machine')
     if language_model:
         group.add_argument('--micro_tokens', type=positive(),
-                           help='tokens in one pass of the model, a matter of memory only (default: 2048 on a CPU, 16384 on CUDA)')
+                           help='tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)')
     group.add_argument('--device', default='auto', help='auto (CUDA where there is one), cpu, cuda, cuda:1, ...')
     group.add_argument('--precision', default='auto', choices=['auto', 'bfloat16', 'float32'],
                        help='of matrix products; weights stay float32. auto: bfloat16 where the hardware has it')
@@ -118,7 +118,7 @@ def seed_all(seed):
 
 
 def dropout(x, p, training):
-    """F.dropout; on a CPU 16 random bits decide an element (p to 1/65536), which takes a third of the time of torch's draw."""
+    """F.dropout; on a CPU 16 random bits decide an element (p to 1/65536), in a third of the time of torch's draw."""
     if not training or not p or x.device.type != 'cpu':
         return F.dropout(x, p, training)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None).view(torch.int16)[:x.numel()]
@@ -197,7 +197,8 @@ class State:
     """Where a training run stands: epoch (0-based), step within it, torch's generators, and its parts' state dicts.
 
     The file holds everything that the next step depends on (SIGTERM is caught from here on: the loop saves and leaves);
-    `identity` (options and input digests) must match for it to be used. Loops skip the first `state.step` batches of an epoch and call `advance()` after every step.
+    `identity` (options and input digests) must match for it to be used. Loops skip the first `state.step` batches of an
+    epoch and call `advance()` after every step.
     """
 
     def __init__(self, path, identity, save_every, **parts):
