@@ -96,6 +96,9 @@ def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob('.*.part'):  # of a process that was killed while it wrote
+        if not pathlib.Path('/proc', stale.name.split('.')[-2]).exists() and pathlib.Path('/proc/self').exists():
+            stale.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield part

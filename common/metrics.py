@@ -13,7 +13,7 @@ SAMPLED, FULL = (5, 10), (5, 10, 50)  # paper sec. 4.2 and table 4
 
 
 @torch.no_grad()
-def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chunk=2 ** 26):
+def rank_counts(states, table, targets, negatives, bias=None, exclude=None, chunk=2 ** 24):
     """(g, t) of every target among its 100 negatives and among all items, from one product of scores.
 
     states float [E, H]; table float [n + 1, H]; bias [n + 1] or None; targets [E] ids; negatives [E, 100] ids, 0 = none;

@@ -116,6 +116,7 @@ def main():
     p.add_argument('--kills', type=int, default=50)
     p.add_argument('--seed', type=int, default=0)
     args = p.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background may have it ignored
     draw, counts = random.Random(args.seed), collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         plm = str(tiny_bert(Path(folder) / 'plm'))
@@ -140,7 +141,7 @@ def main():
         bar.close()
         a, b = content(calm.folder), content(killed.folder)
     for name in dict.fromkeys(n for n, _ in counts):
-        print(f'{name:34}' + '  '.join(f'{s.name} {counts[name, s.name]:2}' for s in SIGNALS))
+        print(f'{name:36}' + '  '.join(f'{s.name} {counts[name, s.name]:2}' for s in SIGNALS))
     wrong = [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
     print(f'{done} kills; {len(a)} files compared with an undisturbed run: '
           + (f'{len(wrong)} differ: {", ".join(wrong)}' if wrong else 'all equal, bit for bit'))

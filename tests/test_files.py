@@ -51,6 +51,15 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert (tmp_path / 'x').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    for pid in (dead.pid, os.getppid()):
+        (tmp_path / f'.x.pt.{pid}.part').write_text('half')
+    save_text(tmp_path / 'y', 'whole')
+    assert {p.name for p in tmp_path.iterdir()} == {'y', f'.x.pt.{os.getppid()}.part'}
+
+
 def test_a_file_size_limit_leaves_the_earlier_file(tmp_path):
     save_pt(tmp_path / 'x.pt', 'seq', {'identity': 1}, model=torch.ones(3))
     code = f'from common.files import *\ncommand(lambda: save_pt({str(tmp_path / "x.pt")!r}, "seq", {{}}, model=torch.ones(10**6)))'
