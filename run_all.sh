@@ -61,7 +61,7 @@ case $BUDGET in
            FT1=(--batch 32 --epochs 6 --patience 2 --warmup 20) FT2=(--batch 32 --epochs 3 --patience 2 --warmup 20)
            SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 30 --patience 3) ;;
   small)   PT=(--batch 32 --accumulate 1 --max_steps 40 --warmup 10)
-           FT1=(--batch 32 --epochs 2 --warmup 10) FT2=(--batch 32 --epochs 1 --warmup 10)
+           FT1=(--batch 32 --epochs 1 --warmup 10) FT2=("${FT1[@]}")
            SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
   toy)     PT=(--batch 8 --accumulate 1 --max_steps 3) FT1=(--batch 32 --epochs 1 --warmup 2) FT2=("${FT1[@]}")
            SASREC=(--lrs 0.001 --epochs 1) BERT4REC=("${SASREC[@]}") ;;
