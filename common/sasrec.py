@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
 from common.text import ragged, take
@@ -169,18 +168,40 @@ def newest(items, offsets, most):
 def softmax_loss(states, table, bias, target, chunk=2 ** 25):
     """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias [n + 1] or None.
 
-    At most `chunk` logits at a time; where that takes several parts, each is computed again in the backward pass, so
-    memory grows with items and not with positions x items.
+    At most `chunk` logits exist at a time: memory grows with items and not with positions x items.
     """
-    def part(states, target):
-        logits = F.linear(states, table, bias).float()
-        logits[:, 0] = -torch.inf  # padding is no candidate
-        return F.cross_entropy(logits, target, reduction='sum')
-    size = max(1, chunk // len(table))
-    if len(states) <= size:
-        return part(states, target) / len(states)
-    parts = zip(states.split(size), target.split(size))
-    return sum(checkpoint(part, s, t, use_reentrant=False) for s, t in parts) / len(states)
+    return SoftmaxLoss.apply(states, table, bias, target, max(1, chunk // len(table))) / len(states)
+
+
+class SoftmaxLoss(torch.autograd.Function):
+    """Sum of cross-entropies, `size` positions at a time. The gradient is made along with the loss, from the same logits."""
+
+    @staticmethod
+    def forward(ctx, states, table, bias, target, size):
+        weight, total = half(table), 0
+        d_states = torch.empty_like(states, dtype=torch.float32)
+        d_table, d_bias = (torch.zeros_like(x) if needed else None for x, needed in zip((table, bias), ctx.needs_input_grad[1:]))
+        for s, t, d in zip(half(states).split(size), target[:, None].split(size), d_states.split(size)):
+            logits = F.linear(s, weight, bias).float()
+            logits[:, 0] = -torch.inf  # padding is no candidate
+            norm = logits.logsumexp(1, keepdim=True)
+            total = total + (norm - logits.gather(1, t)).sum()
+            p = logits.sub_(norm).exp_()
+            p.scatter_add_(1, t, p.new_full(t.shape, -1))  # the gradient of the logits: softmax, less one at the target
+            if d_bias is not None:
+                d_bias += p.sum(0)
+            p = p.to(weight.dtype)
+            d.copy_(p @ weight)
+            if d_table is not None:
+                d_table += p.T @ s
+        ctx.save_for_backward(d_states, d_table, d_bias)
+        ctx.of = states.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        states, table, bias = (None if x is None else gradient * x for x in ctx.saved_tensors)
+        return states.to(ctx.of), table, bias, None, None
 
 
 def draw_negatives(items, offsets, n, rng):

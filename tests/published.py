@@ -51,31 +51,48 @@ def masked_loss(model, packed, ids, chosen):
     return F.cross_entropy(model(**inputs).logits.flatten(0, 1), square.flatten(), ignore_index=-100)
 
 
-def masked_batch(histories, tokens, rng, mask=3, vocabulary=50265):
-    """Histories (lists of item ids) to padded, whole-word-masked inputs, token by token in Python."""
-    rows, longest = [], 0
+def made_up_tokenizer(size):
+    """A fast tokenizer of `size` made-up tokens; 3 of 5 begin a word."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = {('\u0120' if i % 5 < 3 else '') + f'w{i}': i for i in range(size)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, next(iter(words)))))
+
+
+def masked_batch(histories, tokens, rng, tokenizer, mask=3):
+    """Histories (lists of item ids) to whole-word-masked inputs, token by token in Python; padding is masked like the rest."""
+    rows = [[], [], [], []]
     for history in histories:
-        ids, types, places, words = [0], [0], [0], []
+        ids, types, places = [0], [0], [0]
         for place, item in enumerate(reversed(history), 1):
             for k in range(tokens.offsets[item], tokens.offsets[item + 1]):
-                if tokens.starts[k] or not words:
-                    words.append([])
-                words[-1].append(len(ids))
                 ids.append(int(tokens.ids[k]))
                 types.append(int(tokens.types[k]))
                 places.append(place)
+        for row, values in zip(rows, (ids, types, places)):
+            row.append(values)
+    longest = -(-max(map(len, rows[0])) // 64) * 64
+    for row, fill in zip(rows, (1, 3, 50)):
+        for values in row:
+            values += [fill] * (longest - len(values))
+    for ids in rows[0]:
+        words = []
+        for k, word in enumerate(tokenizer.convert_ids_to_tokens(i) for i in ids):
+            if words and not word.startswith('\u0120'):  # the byte-level mark of a word's first token
+                words[-1].append(k)
+            else:
+                words.append([k])
         labels, left = [-100] * len(ids), 0.15 * len(ids)
         for word in rng.permutation(len(words)):
-            if left <= 0:
-                break
-            for k in words[word]:
-                labels[k], left, draw = ids[k], left - 1, rng.random()
-                ids[k] = mask if draw < 0.8 else int(rng.integers(vocabulary)) if draw < 0.9 else ids[k]
-        rows.append((ids, types, places, labels))
-        longest = max(longest, len(ids))
-    longest = -(-longest // 64) * 64
-    fill = (1, 3, 50, -100)
-    return [torch.tensor([row[i] + [fill[i]] * (longest - len(row[i])) for row in rows]) for i in range(4)]
+            if len(words[word]) <= left:
+                left -= len(words[word])
+                for k in words[word]:
+                    labels[k] = ids[k]
+        rows[3].append(labels)
+    ids, types, places, labels = map(torch.tensor, rows)
+    draw, chosen = torch.rand(ids.shape), labels >= 0
+    ids = torch.where(chosen & (draw < 0.8), mask, ids)
+    return torch.where(chosen & (draw >= 0.9), torch.randint(len(tokenizer), ids.shape), ids), types, places, labels
 
 
 # ---------------------------------------------------------------------------- ID models
