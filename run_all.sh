@@ -21,18 +21,19 @@ options
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
   --quick-table  without the centred initialisations
   --table1       also stage-FT1 and FT2 with a few layers tuned: none, one of each third of the depth, single ones
-  --figure2      also stage-PT on 0.01 to 100 % of the source users, SASRec from each, and the curve
+  --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
+  --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 100; small sources need 2 and more)
   --help
 EOF
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= TABLE1= FIGURE2=
+NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= TABLE1= FIGURE2= SHARES="0.01 0.1 1 2 10 20 50 100"
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --help|-h) usage; exit 0 ;;
-    --plm|--source|--seeds) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
-      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; esac; shift 2 ;;
+    --plm|--source|--seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
+      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; --shares) SHARES=$2 ;; esac; shift 2 ;;
     --full) BUDGET=full; shift ;;
     --longer) BUDGET=longer; shift ;;
     --toy) BUDGET=toy; shift ;;
@@ -118,7 +119,7 @@ if [ -n "$TABLE1" ]; then
 fi
 if [ -n "$FIGURE2" ]; then
   [ -n "$SOURCE" ] || fail "--figure2 needs a --source for stage-PT"
-  for share in 0.01 0.1 1 2 10 20 50 100; do
+  for share in $SHARES; do
     runs=${ELEPHANT_RUNS:-runs}/figure2/$share
     $PYTHON pretrain.py $SOURCE --plm "$PLM" --share $share --out "$runs/$NAME/recformer/pt.pt" "${PT[@]}"
     $PYTHON export_embeddings.py "$NAME" --checkpoint "$runs/$NAME/recformer/pt.pt" --out "$runs/$NAME/embeddings/pt.pt"
