@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import torch
 
+from common.files import whole
 from common.recformer import Batch
 from common.text import pack, take
 
@@ -145,7 +146,8 @@ def draw_attention(path, maps, packed, words, titles, sasrec=None):
                 axis.text(columns[0] - 0.4, -0.8, title[:max(6, len(columns) * 3 // 2)], fontsize=6, color='red', va='bottom')
         axis.set_xticks([])
     axes[-1, 0].set_xticks(range(length), words, rotation=90, fontsize=6)
-    figure.savefig(path, dpi=140, format='png')
+    with whole(path) as part:
+        figure.savefig(part, dpi=140, format='png')
 
 
 def draw_curve(path, points, bands, metric):
@@ -161,4 +163,5 @@ def draw_curve(path, points, bands, metric):
     axis.set_xlabel('share of the source users in stage-PT, percent')
     axis.set_ylabel(f'{metric}, percent')
     axis.legend()
-    figure.savefig(path, dpi=140, format='png')
+    with whole(path) as part:
+        figure.savefig(part, dpi=140, format='png')

@@ -187,7 +187,7 @@ class SoftmaxLoss(torch.autograd.Function):
             norm = logits.logsumexp(1, keepdim=True)
             total = total + (norm - logits.gather(1, t)).sum()
             p = logits.sub_(norm).exp_()
-            p.scatter_add_(1, t, p.new_full(t.shape, -1))  # the gradient of the logits: softmax, less one at the target
+            p[torch.arange(len(t), device=p.device), t[:, 0]] -= 1  # gradient of the logits: softmax, less one at the target
             if d_bias is not None:
                 d_bias += p.sum(0)
             p = p.to(weight.dtype)

@@ -60,6 +60,7 @@ def start(args):
     if getattr(args, 'micro_tokens', 1) is None:
         args.micro_tokens = 16384 if device.type == 'cuda' else 2048
     if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it before its first product
         torch.use_deterministic_algorithms(True)
     bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and (
         torch.cuda.is_bf16_supported() if device.type == 'cuda' else torch.cpu.get_capabilities().get('avx512_bf16', False))
@@ -153,8 +154,9 @@ def apply_gradients(loss, model, optimizer, state, clip=None):
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip) if clip else torch.nn.utils.get_total_norm(
         [p.grad for p in parameters if p.grad is not None])
     if not (math.isfinite(loss) and torch.isfinite(norm)):
-        raise Diverged(f'training went wrong at {state.where()}: loss {loss}, gradient norm {float(norm)}. '
-                        f'{state.path} holds the last good state; try a lower --lr or --precision float32')
+        saved = f'{state.path} holds the last good state' if state.path.exists() else 'nothing was saved yet'
+        raise Diverged(f'training went wrong at {state.where()}: loss {loss}, gradient norm {float(norm)}; {saved}; '
+                       'try a lower --lr or --precision float32')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

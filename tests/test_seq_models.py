@@ -101,17 +101,23 @@ def test_sasrec_losses_equal_the_plain_ones():
     torch.testing.assert_close(m.loss(items, offsets, None, 'cpu', 'bce', negatives), bce)
 
 
-def test_softmax_in_parts_equals_the_whole_with_gradients():
-    torch.manual_seed(0)
-    grads = []
-    for chunk in (10 ** 6, 50):
-        states, table, bias = (torch.randn(*s, generator=torch.Generator().manual_seed(1)).requires_grad_() for s in ((9, H), (N + 1, H), (N + 1,)))
-        loss = softmax_loss(states, table, bias, torch.arange(1, 10), chunk)
+def test_softmax_in_parts_equals_torchs_cross_entropy_with_gradients():
+    plain = lambda states, table, bias, target: F.cross_entropy((states @ table.T + bias)[:, 1:], target - 1)
+    parts = lambda *inputs: softmax_loss(*inputs, chunk=50)
+    found = []
+    for f in (plain, parts, softmax_loss):
+        torch.manual_seed(1)
+        inputs = [torch.randn(*shape, requires_grad=True) for shape in ((9, H), (N + 1, H), (N + 1,))]
+        loss = f(*inputs, torch.arange(1, 10)) * 3
         loss.backward()
-        grads.append([loss, states.grad, table.grad, bias.grad])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b)
-    assert not grads[0][2][0].any(), 'padding gets no gradient'
+        found.append([loss, *(x.grad for x in inputs)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other):
+            torch.testing.assert_close(a, b)
+    assert not found[1][2][0].any(), 'padding gets no gradient'
+    frozen = torch.randn(N + 1, H)
+    softmax_loss(inputs[0], frozen, None, torch.arange(1, 10)).backward()
+    assert frozen.grad is None
 
 
 def test_negatives_of_training_are_never_the_users_own():
