@@ -80,7 +80,7 @@ def protocols(rows):
     for r in (r for r in ids if r['plm']):
         groups.setdefault((r['plm'], *key(r)), []).append(r)
     for r in (r for r in ids if not r['plm']):
-        for g in [g for g in groups if g[0] and g[1:] == key(r)] or [(None, *key(r))]:
+        for g in [g for g in groups if g[0] and g[1:4] + g[5:] == shared(r) + (r.get('hidden'), r['tied'])] or [(None, *key(r))]:
             groups.setdefault(g, []).append(r)
     homes = list(groups)
     for r in (r for r in rows if r['model'] == 'recformer'):
@@ -112,7 +112,8 @@ def foot(cells, ranking=None):
     full = 'all items but the history' if rows[0]['exclude_history'] else 'all items'
     candidates = {'sampled': '100 negatives', 'full': full, None: f'100 negatives or {full}'}[ranking]
     # columns whose ID models had unequal budgets are shown together, but not without saying so
-    given = lambda k: sorted({str(((r.get('identity') or {}).get('options') or {}).get(k)) for r in ids})
+    trained = [r for r in ids if r['mode'] != 'none']
+    given = lambda k: sorted({str(((r.get('identity') or {}).get('options') or {}).get(k)) for r in trained})
     unequal = ''.join(f'; UNEQUAL {k}: {", ".join(given(k))}' for k in ('epochs', 'patience', 'batch', 'max_items')
                       if len(given(k)) > 1)
     days = sorted({r['date'] for r in rows})

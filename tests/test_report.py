@@ -61,6 +61,8 @@ def test_random_joins_only_rows_of_its_width_and_data():
     groups = report.protocols(rows)
     assert list(groups) == ['10 users, p, 384 dimensions', '10 users, p, 384 dimensions, tied output', '10 users, 64 dimensions']
     assert line(report.table3(groups['10 users, p, 384 dimensions'], 'x', 'sasrec', 'sampled'), '| N@10').startswith('| N@10 | 20.00 | 40.00 | - |')
+    smaller = report.protocols(rows + [row('sasrec', 'lf', 'trainable', 0.6, hidden=64, dim=64)])['10 users, p, PCA 64']
+    assert line(report.table3(smaller, 'x', 'sasrec', 'sampled'), '| N@10').startswith('| N@10 | 90.00 | 40.00 | - |')
     old = report.protocols(rows + [row('sasrec', 'random', 'random', 0.7, hidden=384, identity={'data': 'old'})])
     assert '10 users, 384 dimensions, data old' in old and len(old) == 4
 
