@@ -21,13 +21,15 @@ options
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
   --quick-table  without the centred initialisations
   --table1       also stage-FT1 and FT2 with a few layers tuned: none, one of each third of the depth, single ones
+  --table4       also SASRec with full cross-entropy                            (--longer and --full: always)
+  --table5       also texts beside trained IDs, and RecFormer with trainable items
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
   --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 100; small sources need 2 and more)
   --help
 EOF
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= TABLE1= FIGURE2= SHARES="0.01 0.1 1 2 10 20 50 100"
+NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= MORE= SHARES="0.01 0.1 1 2 10 20 50 100"
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -38,8 +40,7 @@ while [ $# -gt 0 ]; do
     --longer) BUDGET=longer; shift ;;
     --toy) BUDGET=toy; shift ;;
     --quick-table) QUICK=1; shift ;;
-    --table1) TABLE1=1; shift ;;
-    --figure2) FIGURE2=1; shift ;;
+    --table1|--table4|--table5|--figure2) MORE+=" $1"; shift ;;
     -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
     *) NAME=$1; shift ;;
   esac
@@ -98,15 +99,19 @@ train() { $PYTHON train_seq.py "$NAME" --seeds $SEEDS "$@"; }
 train --model sasrec --variants $VARIANTS "${SASREC[@]}"
 train --model bert4rec --variants $VARIANTS "${BERT4REC[@]}"
 [ -n "$QUICK" ] || train --model sasrec --init_scale centred --variants $SCALED "${SASREC[@]}"
-case $BUDGET in longer|full)  # table 4; scale and meaning told apart
-  train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}"
+case $BUDGET$MORE in longer*|full*|*--table4*) train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}" ;; esac
+case $BUDGET in longer|full)  # scale and meaning told apart
   train --model bert4rec --init_scale centred --variants $SCALED "${BERT4REC[@]}"
-  train --model sasrec --init_scale rescaled --variants $SCALED "${SASREC[@]}"
+  for scale in rescaled whitened; do train --model sasrec --init_scale $scale --variants $SCALED "${SASREC[@]}"; done
   train --model sasrec --init_scale permuted --variants lf-trainable "${SASREC[@]}" ;;
 esac
 
-# ---------------------------------------------------------------- table 1, figure 2
-if [ -n "$TABLE1" ]; then
+# ---------------------------------------------------------------- tables 5 and 1, figure 2
+if [[ $MORE == *--table5* ]]; then
+  train --model sasrec --variants lf-id+text ft-id+text ${SOURCE:+pt-id+text} "${SASREC[@]}"
+  $PYTHON finetune.py "$NAME" --stage 2 --trainable_items --out "$RUN/recformer/ft2-items.pt" ${FT2[@]+"${FT2[@]}"}
+fi
+if [[ $MORE == *--table1* ]]; then
   $PYTHON finetune.py "$NAME" --stage 0 --plm "$PLM"
   depth=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/recformer/ft1.json")
   third=$((depth / 3)) sets=
@@ -117,7 +122,7 @@ if [ -n "$TABLE1" ]; then
     $PYTHON finetune.py "$NAME" --stage 2 --checkpoint "$one" --tune_layers "$layers" --out "$two" ${FT2[@]+"${FT2[@]}"}
   done
 fi
-if [ -n "$FIGURE2" ]; then
+if [[ $MORE == *--figure2* ]]; then
   [ -n "$SOURCE" ] || fail "--figure2 needs a --source for stage-PT"
   for share in $SHARES; do
     runs=${ELEPHANT_RUNS:-runs}/figure2/$share
