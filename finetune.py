@@ -185,7 +185,7 @@ def main(args):
         train = args.stage and not done
         if train:
             items = torch.nn.Embedding.from_pretrained(table.to(device), freeze=not args.trainable_items)
-            tuned = torch.nn.ModuleDict({'model': model, 'items': items}) if args.trainable_items else model
+            tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}) if args.trainable_items else model
             users = np.flatnonzero(data.lengths >= 4)                      # two training items: a prefix and a label
             steps = -(-len(users) // args.batch)
             optimizer = adamw(tuned, args.lr, args.weight_decay)
