@@ -115,6 +115,7 @@ if [[ $MORE == *--table1* ]]; then
   $PYTHON finetune.py "$NAME" --stage 0 --plm "$PLM"
   depth=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/recformer/ft1.json")
   third=$((depth / 3)) sets=
+  [ $third -gt 0 ] || fail "--table1 tunes thirds of the depth: $PLM has $depth layers, three are needed"
   for ((i = 0; i < third; i++)); do sets+=" $i,$((i + third)),$((i + 2 * third))"; done
   for layers in $sets $((third - 1)) $((2 * third - 1)) $((depth - 1)); do
     one=$RUN/recformer/ft1-$layers.pt two=$RUN/recformer/ft2-$layers.pt
