@@ -46,8 +46,9 @@ def parse_args(argv=None):
     add = lambda name, text: commands.add_parser(name, help=text)
     for name, text in (('table', 'all tables that the results have rows for'), ('compare', 'paired difference of two runs'),
                        ('checkpoint', 'metrics of a saved ID model'), ('topk', 'recommendations of a saved ID model'),
-                       ('cold', "saved ID models on the users that the paper leaves out"), ('footprint', 'size and speed of saved ID models'),
-                       ('attention', 'figure 1: what CLS attends to'), ('curve', 'figure 2: quality over the share of source users')):
+                       ('cold', 'saved ID models on the users that the paper leaves out'),
+                       ('footprint', 'size and speed of saved ID models'), ('attention', 'figure 1: what CLS attends to'),
+                       ('curve', 'figure 2: quality over the share of source users')):
         sub = add(name, text)
         sub.add_argument('dataset')
         if name == 'compare':
@@ -125,10 +126,15 @@ def load_model(file, data):
     return model.eval(), meta
 
 
+def precision(name):
+    """autocast of common/training.py on the CPU."""
+    return start(argparse.Namespace(device='cpu', deterministic=False, precision=name))[1]
+
+
 def metrics_of(model, meta, data, users=None, negatives=None):
-    """Metrics of a model for test items, in the precision of its own run: bfloat16 moves the ranks of a few users in a hundred."""
+    """Metrics of a model for test items, in its own run's precision: bfloat16 moves the ranks of a few users in a hundred."""
     items, offsets, targets = data.split('test', users)
-    autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision=meta['identity']['options']['precision']))[1]
+    autocast = precision(meta['identity']['options']['precision'])
     table, bias = model.scorer()
     return summarise(rank_counts(all_states(model, items, offsets, 'cpu', autocast), table, targets,
                                  data.negatives if negatives is None else negatives, bias))
@@ -157,10 +163,10 @@ def give_back(model, meta, cold, data, folder):
 
 
 def show_cold(files, data, folder):
-    """Users whose test item is in nobody's training part: the paper leaves them out, the embeddings know these items all the same.
+    """Users whose test item is in nobody's training part: the paper leaves them out, the embeddings know these items.
 
-    Candidates are all items, or 100 drawn as for the others. Training meets a cold item as a negative only, and pushes it down;
-    so each cold item gets back the row that it started from. BERT4Rec's untied output has no such row: refused.
+    Candidates are all items, or 100 drawn as for the others. Training meets a cold item as a negative only, and pushes it
+    down; so each cold item gets back the row that it started from. BERT4Rec's untied output has no such row: refused.
     """
     rest = np.setdiff1d(np.arange(data.n_users), data.evaluated)
     trained = np.unique(data.items[ragged(data.offsets[:-1], data.lengths - 2)])
@@ -175,8 +181,9 @@ def show_cold(files, data, folder):
         give_back(model, meta, np.setdiff1d(np.arange(1, data.n_items + 1), trained), data, folder)
         found = metrics_of(model, meta, data, users, negatives)
         body.append([meta['run']] + [f'{100 * found[r][m]:.2f}' for r, m in COLD])
-    finish(folder / 'cold.md', f'{len(users):,} users of {data.name} whose test item is in nobody\'s training part, percent\n\n'
-           + markdown([''] + [f'{"100 neg." if r == "sampled" else "full"} {m}' for r, m in COLD], body))
+    head = [''] + [f'{"100 neg." if r == "sampled" else "full"} {m}' for r, m in COLD]
+    finish(folder / 'cold.md', f"{len(users):,} users of {data.name} whose test item is in nobody's training part, percent\n\n"
+           + markdown(head, body))
 
 
 def show_footprint(files, data, folder):
@@ -186,7 +193,7 @@ def show_footprint(files, data, folder):
     items, offsets, _ = data.split('test', users)
     for file in files:
         model, meta = load_model(file, data)
-        autocast = start(argparse.Namespace(device='cpu', deterministic=False, precision='auto'))[1]
+        autocast = precision('auto')
         table, bias = model.scorer()
         times = []
         for _ in range(6):
@@ -194,11 +201,11 @@ def show_footprint(files, data, folder):
             torch.nn.functional.linear(all_states(model, items, offsets, 'cpu', autocast), table, bias).topk(10)
             times.append(time.perf_counter() - began)
         m = rows[meta['run']]['metrics'] if meta['run'] in rows else None
-        body.append([meta['run'], str(meta['hidden']), f'{meta["parameters"]:,}', f'{pathlib.Path(file).stat().st_size / 1e6:.1f}',
-                     f'{meta["seconds"] / meta["epochs"]:.1f}', f'{1000 * median(times[1:]):.0f}']
+        size = pathlib.Path(file).stat().st_size / 1e6
+        body.append([meta['run'], str(meta['hidden']), f'{meta["parameters"]:,}', f'{size:.1f}', f'{meta["seconds"] / meta["epochs"]:.1f}', f'{1000 * median(times[1:]):.0f}']
                     + [f'{100 * m[r]["NDCG@10"]:.2f}' if m else '-' for r in ('sampled', 'full')])
-    finish(folder / 'footprint.md', markdown(['', 'width', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'full NDCG@10'],
-                                             body))
+    head = ['', 'width', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'full NDCG@10']
+    finish(folder / 'footprint.md', markdown(head, body))
 
 
 # ---------------------------------------------------------------------------- figures
@@ -221,38 +228,45 @@ def show_attention(args, data, folder):
     maps, averages = {}, {}
     for name, model in (('vanilla', vanilla.eval()), ('tuned', tuned.eval())):
         found = []
-        for u, (packed, weights) in enumerate(tqdm(cls_attention(model, items, offsets, tokens, tokenizer.cls, 'cpu'), total=len(offsets) - 1,
-                                                   desc=name, unit='user', leave=False)):
+        each = cls_attention(model, items, offsets, tokens, tokenizer.cls, 'cpu')
+        for u, (packed, weights) in enumerate(tqdm(each, total=len(offsets) - 1, desc=name, unit='user', leave=False)):
             like = None if seq is None else sasrec_attention(seq, items[offsets[u]:offsets[u + 1]])[:, ::-1]
             found.append(numbers(packed, weights, None if like is None else like.mean(0)))
-        maps[f'{name} ({meta["plm"] if name == "vanilla" else meta.get("stage", "published")})'] = weights  # the last user is the one
+        which = meta['plm'] if name == 'vanilla' else meta.get('stage', 'published')
+        maps[f'{name} ({which})'] = weights  # the last user is the one of the maps
         averages[name] = average(found[:-1])
     shown = items[offsets[-2]:][::-1]
     draw_attention(folder / 'figure1.png', maps, packed, tokenizer.convert_ids_to_tokens(packed.tokens.tolist()),
                    [next((v for _, v in data.attributes[i - 1] if v), data.item_ids[i - 1]) for i in shown], like)
     body = [[name, s] + [f'{v:.3f}' for v in averages[name][s].values()] for name in averages for s in averages[name]]
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n' + markdown(['model', 'third', *averages['tuned']['top']], body)
-    text += '\n' + ''.join(f'- {what}: {"yes" if true else "no"} ({how})\n' for what, true, how in findings(averages['vanilla'], averages['tuned']))
+    found = findings(averages['vanilla'], averages['tuned'])
+    text = (f'CLS attention of {len(users)} users of {data.name}\n\n'
+            + markdown(['model', 'third', *averages['tuned']['top']], body) + '\n'
+            + ''.join(f'- {what}: {"yes" if true else "no"} ({how})\n' for what, true, how in found))
     finish(folder / 'figure1.md', text)
     print(f'the maps of user {data.user_ids[one]}: {folder / "figure1.png"}')
 
 
 def show_curve(data, folder):
-    """Figure 2: SASRec from PT of a share of the source users (runs/figure2/<share>/, `run_all.sh --figure2`) against LF and random."""
-    def cell(rows, init, scale):
-        values = [100 * r['metrics']['sampled']['NDCG@10'] for r in rows if (r['model'], r['loss'], r['init'], r['scale'], r['mode'])
-                  == ('sasrec', 'bce', init, scale, 'random' if init == 'random' else 'trainable')]
+    """Figure 2: SASRec from PT of a share of the source users (`run_all.sh --figure2`) against LF and random."""
+    def spread(rows, init, scale):
+        """[(mean, standard deviation)] over the seeds of an initialisation, [] where there are no rows."""
+        wanted = 'sasrec', 'bce', init, scale, 'random' if init == 'random' else 'trainable'
+        values = [100 * r['metrics']['sampled']['NDCG@10'] for r in rows
+                  if (r['model'], r['loss'], r['init'], r['scale'], r['mode']) == wanted]
         return [(mean(values), stdev(values) if len(values) > 1 else 0.0)] if values else []
-    rows = {'': load_rows(folder)} | {float(p.parts[-3]): load_rows(p.parent) for p in runs_root().glob(f'figure2/*/{data.name}/results.json')}
-    found = {(scale, share): value for scale in ('raw', 'centred') for share in sorted(k for k in rows if k != '')
-             for value in cell(rows[share], 'pt', scale)}
-    bands = {name: value for name, init, scale in (('random', 'random', 'raw'), ('LF raw', 'lf', 'raw'), ('LF centred', 'lf', 'centred'))
-             for value in cell(rows[''], init, scale)}
-    if not found:
-        raise UserError(f'{runs_root() / "figure2"}: no runs of {data.name}; bash run_all.sh {data.name} --figure2 makes them')
-    draw_curve(folder / 'figure2.png', found, bands, 'NDCG@10 (100 negatives)')
+    files = runs_root().glob(f'figure2/*/{data.name}/results.json')
+    shares = sorted(((float(p.parts[-3]), load_rows(p.parent)) for p in files), key=lambda pair: pair[0])
+    points = {(scale, share): value for scale in ('raw', 'centred') for share, rows in shares
+              for value in spread(rows, 'pt', scale)}
+    others = {'random': ('random', 'raw'), 'LF raw': ('lf', 'raw'), 'LF centred': ('lf', 'centred')}
+    bands = {name: value for name, what in others.items() for value in spread(load_rows(folder), *what)}
+    if not points:
+        raise UserError(f'{runs_root() / "figure2"}: no runs of {data.name}; '
+                        f'bash run_all.sh {data.name} --figure2 makes them')
+    draw_curve(folder / 'figure2.png', points, bands, 'NDCG@10 (100 negatives)')
     body = [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in bands.items()]
-    body += [[f'PT {scale}, {share:g} % of the source users', f'{m:.2f} ± {s:.2f}'] for (scale, share), (m, s) in found.items()]
+    body += [[f'PT {scale}, {share:g} % of the source users', f'{m:.2f} ± {s:.2f}'] for (scale, share), (m, s) in points.items()]
     finish(folder / 'figure2.md', markdown(['SASRec from', 'NDCG@10'], body))
 
 

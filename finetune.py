@@ -163,8 +163,8 @@ def main(args):
     stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
     mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
     init = meta.get('stage', 'lf')
-    run = '-'.join(['recformer', init if args.stage == 0 else mode] + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all')
-                   + ['nohistory'] * args.exclude_history + [f'seed{args.seed}'])
+    run = '-'.join(['recformer', init if args.stage == 0 else mode]
+                   + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all') + ['nohistory'] * args.exclude_history + [f'seed{args.seed}'])
     encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, args.micro_tokens)
 
     with lock(out.parent):
@@ -221,7 +221,8 @@ def main(args):
             ranks = evaluate(model, table, data, 'valid', tokens, tokenizer.cls, args, device, autocast)
             value = summarise(ranks)['sampled']['NDCG@10']
             best.update(value, state.epoch)
-            print(f'epoch {state.epoch + 1}: validation NDCG@10 {value:.4f} (best {best.best:.4f}, epoch {best.best_epoch + 1})')
+            print(f'epoch {state.epoch + 1}: validation NDCG@10 {value:.4f} '
+                  f'(best {best.best:.4f}, epoch {best.best_epoch + 1})')
             state.next_epoch()
 
         # ------------------------------------------------ result
@@ -247,7 +248,8 @@ def main(args):
             'parameters': sum(p.numel() for p in model.parameters()), 'device': str(device),
             'date': datetime.date.today().isoformat(), **provenance()}, {'users': data.evaluated, **ranks})
         print(f'{stage}: NDCG@10 {metrics["sampled"]["NDCG@10"]:.4f} (100 negatives), '
-              f'{metrics["full"]["NDCG@10"]:.4f} (all items) -> {folder / "results.json"}' + (f', {out}' if args.stage else ''))
+              f'{metrics["full"]["NDCG@10"]:.4f} (all items) -> {folder / "results.json"}'
+              + (f', {out}' if args.stage else ''))
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Stage-PT: tune a language model on users' histories in source domains (RecFormer's pre-training).
 
     python pretrain.py books clothing sports movies --plm longformer --batch 64 --leave_out --out runs/pretrained/paper.pt
-    python pretrain.py household --plm minilm --max_steps 20 --batch 16 --accumulate 1 --out runs/grocery/recformer/pt.pt   # a look
+    python pretrain.py household --plm minilm --max_steps 20 --batch 16 --accumulate 1 --out /tmp/look.pt          # a look
 
 For each user and epoch: a split point drawn from the second half of the sequence, history = items before it, target = the
 item there. Loss = cross-entropy of cosine / 0.05 between a history's CLS and the targets' CLS of the batch, + 0.1 x masked

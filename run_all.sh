@@ -52,7 +52,8 @@ case $NAME in
   grocery) : "${SOURCE:=household}" ;;
   industrial) : "${SOURCE:=office}" ;;
   office) : "${SOURCE:=industrial}" ;;
-  pantry|instruments|arts|movies|sports) PAPER=1; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${BUDGET:=full}" "${SEEDS:=0 1 2}" ;;
+  pantry|instruments|arts|movies|sports)
+    PAPER=1; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${BUDGET:=full}" "${SEEDS:=0 1 2}" ;;
 esac
 : "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=small}"
 
@@ -99,7 +100,9 @@ train() { $PYTHON train_seq.py "$NAME" --seeds $SEEDS "$@"; }
 train --model sasrec --variants $VARIANTS "${SASREC[@]}"
 train --model bert4rec --variants $VARIANTS "${BERT4REC[@]}"
 [ -n "$QUICK" ] || train --model sasrec --init_scale centred --variants $SCALED "${SASREC[@]}"
-case $BUDGET$MORE in longer*|full*|*--table4*) train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}" ;; esac
+case $BUDGET$MORE in
+  longer*|full*|*--table4*) train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}" ;;
+esac
 case $BUDGET in longer|full)  # scale and meaning told apart
   train --model bert4rec --init_scale centred --variants $SCALED "${BERT4REC[@]}"
   for scale in rescaled whitened; do train --model sasrec --init_scale $scale --variants $SCALED "${SASREC[@]}"; done

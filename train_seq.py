@@ -49,13 +49,14 @@ def parse_args(argv=None):
     g.add_argument('--tie_output', action='store_true', help='BERT4Rec: score with the item table (authors\' code does not)')
     g.add_argument('--max_items', type=positive(most=10_000), default=50, help='newest items of a history (authors\' code)')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--loss', choices=['bce', 'ce'], default='bce', 
+    g.add_argument('--loss', choices=['bce', 'ce'], default='bce',
                    help='SASRec: one negative (table 3), full softmax (table 4)')
     g.add_argument('--lrs', type=positive(float), nargs='+', default=[0.0003, 0.001, 0.003, 0.01],
                    help="Adam's (paper sec. 4.2)")
     g.add_argument('--batch', type=positive(), help='users (paper sec. 4.2: 128 SASRec, 256 BERT4Rec)')
     g.add_argument('--epochs', type=positive(), default=200, help='at most (authors\' code)')
-    g.add_argument('--patience', type=positive(), default=10, help='epochs with no better validation NDCG@10 (paper sec. 4.2)')
+    g.add_argument('--patience', type=positive(), default=10, 
+                   help='epochs with no better validation NDCG@10 (paper sec. 4.2)')
     g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
     g.add_argument('--seeds', type=positive(zero=True), nargs='+', default=[0])
     add_runtime_options(p)

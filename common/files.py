@@ -46,8 +46,8 @@ def command(main, *args):
 
 
 def out_of_memory(error):
-    return (f'out of memory ({str(error).splitlines()[0] if str(error) else "no more to be had"}): lower --batch, or --micro_tokens '
-            'where the script has it; what was saved is kept')
+    why = str(error).splitlines()[0] if str(error) else 'no more to be had'
+    return f'out of memory ({why}): lower --batch, or --micro_tokens where the script has it; what was saved is kept'
 
 
 def fail(error):

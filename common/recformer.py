@@ -266,7 +266,8 @@ def from_backbone(path, layers=None):
     try:
         backbone, info = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # transformers and torch raise many kinds for a missing, damaged or foreign file
-        raise UserError(f'--plm {path}: no language model could be loaded ({(str(error) or repr(error)).splitlines()[0]})') from None
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f'--plm {path}: no language model could be loaded ({why})') from None
     b, prefix = backbone.config, f'{backbone.base_model_prefix}.'
     if b.model_type not in ('bert', 'roberta', 'longformer'):
         raise UserError(f'--plm {path}: is a {b.model_type}; a BERT-, RoBERTa- or Longformer-like encoder is needed')

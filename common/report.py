@@ -80,7 +80,8 @@ def protocols(rows):
     for r in (r for r in ids if r['plm']):
         groups.setdefault((r['plm'], *key(r)), []).append(r)
     for r in (r for r in ids if not r['plm']):
-        for g in [g for g in groups if g[0] and g[1:4] + g[5:] == shared(r) + (r.get('hidden'), r['tied'])] or [(None, *key(r))]:
+        wanted = shared(r) + (r.get('hidden'), r['tied'])  # PCA or not
+        for g in [g for g in groups if g[0] and g[1:4] + g[5:] == wanted] or [(None, *key(r))]:
             groups.setdefault(g, []).append(r)
     homes = list(groups)
     for r in (r for r in rows if r['model'] == 'recformer'):

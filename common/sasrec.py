@@ -180,7 +180,8 @@ class SoftmaxLoss(torch.autograd.Function):
     def forward(ctx, states, table, bias, target, size):
         weight, total = half(table), 0
         d_states = torch.empty_like(states, dtype=torch.float32)
-        d_table, d_bias = (torch.zeros_like(x) if needed else None for x, needed in zip((table, bias), ctx.needs_input_grad[1:]))
+        d_table, d_bias = (torch.zeros_like(x) if needed else None
+                           for x, needed in zip((table, bias), ctx.needs_input_grad[1:]))
         for s, t, d in zip(half(states).split(size), target[:, None].split(size), d_states.split(size)):
             logits = F.linear(s, weight, bias).float()
             logits[:, 0] = -torch.inf  # padding is no candidate
