@@ -55,7 +55,7 @@ def parse_args(argv=None):
                    help="Adam's (paper sec. 4.2)")
     g.add_argument('--batch', type=positive(), help='users (paper sec. 4.2: 128 SASRec, 256 BERT4Rec)')
     g.add_argument('--epochs', type=positive(), default=200, help='at most (authors\' code)')
-    g.add_argument('--patience', type=positive(), default=10, 
+    g.add_argument('--patience', type=positive(), default=10,
                    help='epochs with no better validation NDCG@10 (paper sec. 4.2)')
     g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
     g.add_argument('--seeds', type=positive(zero=True), nargs='+', default=[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.files import ROOT, UserError, digest, load_pt, lock, made_from, save_pt, save_text, whole
-from common.training import EarlyStopping, State, adamw, linear_schedule
+from common.training import EarlyStopping, State, adamw, apply_gradients, linear_schedule
 
 
 class Trap:
@@ -118,3 +118,17 @@ def test_state_of_other_options_is_not_used(tmp_path):
     assert State(tmp_path / 'r.resume', {'lr': 2}, 5, model=model, best=fresh).epoch == 0
     with pytest.raises(UserError, match='validation metric is nan'):
         best.update(float('nan'), 1)
+
+
+@pytest.mark.parametrize('saved', [False, True])
+def test_training_that_goes_wrong_names_the_step_and_the_last_good_state(tmp_path, saved):
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    state = State(tmp_path / 'x.resume', {}, 10, model=model)
+    if saved:
+        state.save()
+    model.weight.grad = torch.tensor([[float('nan'), 1.0]])
+    before = model.weight.detach().clone()
+    with pytest.raises(UserError, match=f'epoch 1, step 1.*{"x.resume holds" if saved else "nothing was saved yet"}.*--lr'):
+        apply_gradients(1.0, model, optimizer, state)
+    assert torch.equal(model.weight, before), 'the step was not taken'
