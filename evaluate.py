@@ -213,6 +213,8 @@ def show_footprint(files, data, folder):
 def show_attention(args, data, folder):
     """Figure 1: maps of one user as a PNG, and the paper's four findings as numbers over many users."""
     tuned, meta = load_recformer(args.checkpoint or folder / 'recformer' / 'ft1.pt')
+    if tuned.config.layers < 3:
+        raise UserError(f'{data.name}: its language model has {tuned.config.layers} layers; thirds of the depth need three')
     plm = fetch_plm(meta['plm'])
     vanilla, tokenizer = lf_untouched(from_backbone(plm, tuned.config.layers)), load_tokenizer(plm)
     seq = load_model(args.seq, data)[0] if args.seq else None

@@ -105,6 +105,9 @@ def whole(path):
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as error:  # of a full disk, which names no file
+        error.filename = error.filename or str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -60,12 +60,24 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {'y', f'.x.pt.{os.getppid()}.part'}
 
 
-def test_a_file_size_limit_leaves_the_earlier_file(tmp_path):
-    save_pt(tmp_path / 'x.pt', 'seq', {'identity': 1}, model=torch.ones(3))
-    code = f'from common.files import *\ncommand(lambda: save_pt({str(tmp_path / "x.pt")!r}, "seq", {{}}, model=torch.ones(10**6)))'
-    out = subprocess.run(['bash', '-c', 'trap "" XFSZ; ulimit -f 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith('error: ') and 'x.pt' in out.stderr and 'Traceback' not in out.stderr, out.stderr
-    assert load_pt(tmp_path / 'x.pt', 'seq')['model'].sum() == 3 and {p.name for p in tmp_path.iterdir()} == {'x.pt', 'x.json'}
+WRITES = {  # file: (how a script writes it, with 100 kB too many)
+    'x.pt': 'save_pt(path, "seq", {}, model=torch.ones(10 ** 6))', 'results.json': 'save_json(path, ["x" * 10 ** 6])',
+    'results.md': 'save_text(path, "x" * 10 ** 6)',
+    'ranks/run.npz': 'metrics.save_row(path.parent.parent, {"run": "run"}, {"users": np.random.default_rng(0).random(10 ** 6)})'}
+
+
+@pytest.mark.parametrize('name', WRITES)
+def test_a_file_size_limit_leaves_the_earlier_file(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('earlier')
+    code = ('import pathlib; from common import metrics; from common.files import *\n'
+            f'path = pathlib.Path({str(path)!r})\ncommand(lambda: {WRITES[name]})')
+    out = subprocess.run(['bash', '-c', 'ulimit -f 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT,
+                         capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith('error: '), out.stderr
+    assert path.name in out.stderr and len(out.stderr.splitlines()) == 1, out.stderr
+    assert path.read_text() == 'earlier' and [p for p in tmp_path.rglob('*') if p.is_file()] == [path]
 
 
 def test_a_second_user_of_a_folder_is_refused_by_name(tmp_path):
