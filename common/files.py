@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+HOST = platform.node() or 'here'
 
 
 class UserError(Exception):
@@ -96,10 +98,10 @@ def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob('.*.part'):  # of a process that was killed while it wrote
+    for stale in path.parent.glob(f'.*.{HOST}.*.part'):  # of a process of this machine that was killed while it wrote
         if not pathlib.Path('/proc', stale.name.split('.')[-2]).exists() and pathlib.Path('/proc/self').exists():
             stale.unlink(missing_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.{HOST}.{os.getpid()}.part')
     try:
         yield part
         with open(part, 'rb+') as f:

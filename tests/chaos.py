@@ -1,6 +1,6 @@
 """Kills every stage at random moments, starts it again, and compares the end with an undisturbed run, bit for bit.
 
-    python -m tests.chaos --kills 50          # about ten minutes; exit code 1 where anything differs
+    python -m tests.chaos --kills 50          # five to ten minutes; exit code 1 where anything differs
 
 Made-up data, a tiny language model. Each command of a small chain is killed its share of times (SIGKILL, SIGTERM or SIGINT, to the
 process or to its whole group), then let through; at last `bash run_all.sh --toy` is killed as a whole.

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from common.files import ROOT, UserError, digest, load_pt, lock, made_from, save_pt, save_text, whole
+from common.files import HOST, ROOT, UserError, digest, load_pt, lock, made_from, save_pt, save_text, whole
 from common.training import EarlyStopping, State, adamw, apply_gradients, linear_schedule
 
 
@@ -54,10 +54,11 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
 def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
     dead = subprocess.Popen(['true'])
     dead.wait()
-    for pid in (dead.pid, os.getppid()):
-        (tmp_path / f'.x.pt.{pid}.part').write_text('half')
+    left = [f'.x.pt.{HOST}.{os.getppid()}.part', f'.x.pt.another-{HOST}.{dead.pid}.part']  # of a living process; of another machine
+    for name in (f'.x.pt.{HOST}.{dead.pid}.part', *left):
+        (tmp_path / name).write_text('half')
     save_text(tmp_path / 'y', 'whole')
-    assert {p.name for p in tmp_path.iterdir()} == {'y', f'.x.pt.{os.getppid()}.part'}
+    assert {p.name for p in tmp_path.iterdir()} == {'y', *left}
 
 
 WRITES = {  # file: (how a script writes it, with 100 kB too many)
