@@ -56,6 +56,7 @@ case $NAME in
     PAPER=1; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${BUDGET:=full}" "${SEEDS:=0 1 2}" ;;
 esac
 : "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=small}"
+[[ $MORE != *--figure2* || -n $SOURCE ]] || fail "--figure2 needs a --source for stage-PT"
 
 # ---------------------------------------------------------------- budgets: the only place where numbers differ
 case $BUDGET in
@@ -127,7 +128,6 @@ if [[ $MORE == *--table1* ]]; then
   done
 fi
 if [[ $MORE == *--figure2* ]]; then
-  [ -n "$SOURCE" ] || fail "--figure2 needs a --source for stage-PT"
   for share in $SHARES; do
     runs=${ELEPHANT_RUNS:-runs}/figure2/$share
     $PYTHON pretrain.py $SOURCE --plm "$PLM" --share $share --out "$runs/$NAME/recformer/pt.pt" "${PT[@]}"

@@ -115,6 +115,11 @@ def canvas(*args, **options):
     return pyplot.subplots(*args, **options)
 
 
+def save(figure, path):
+    with whole(path) as part:
+        figure.savefig(part, dpi=140, format='png')
+
+
 def draw_attention(path, maps, packed, words, titles, sasrec=None):
     """maps: {panel title: weights [layers, h, L]}; words [L]; titles: of the items, newest first; sasrec [blocks, items] or None."""
     length, count = len(words), int(packed.item_positions.max())
@@ -146,8 +151,7 @@ def draw_attention(path, maps, packed, words, titles, sasrec=None):
                 axis.text(columns[0] - 0.4, -0.8, title[:max(6, len(columns) * 3 // 2)], fontsize=6, color='red', va='bottom')
         axis.set_xticks([])
     axes[-1, 0].set_xticks(range(length), words, rotation=90, fontsize=6)
-    with whole(path) as part:
-        figure.savefig(part, dpi=140, format='png')
+    save(figure, path)
 
 
 def draw_curve(path, points, bands, metric):
@@ -163,5 +167,4 @@ def draw_curve(path, points, bands, metric):
     axis.set_xlabel('share of the source users in stage-PT, percent')
     axis.set_ylabel(f'{metric}, percent')
     axis.legend()
-    with whole(path) as part:
-        figure.savefig(part, dpi=140, format='png')
+    save(figure, path)
