@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.layers import dropout
 from common.sasrec import ItemTable, Layout, SelfAttention, newest, softmax_loss
-from common.training import dropout
 
 MASK_SHARE, LAST_ONLY = 0.15, 0.09  # of the items; of the draws (paper's code)
 

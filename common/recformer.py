@@ -17,13 +17,12 @@ from torch import nn
 from tqdm import tqdm
 
 from common.files import UserError, load_pt, save_pt, sha256
+from common.layers import additive, attend, dropout, half, remade
 from common.sources import fetch_plm
-from common.text import micro_batches, pack_items, ragged
-from common.training import dropout, half
+from common.text import RECTANGLE, micro_batches, pack_items, ragged
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 SIZES = (64, 128, 256, 512)  # lengths up to which sequences share a rectangle; a matter of speed only
-DENSE = 160  # up to this length a sequence is one block, all tokens against all; a matter of speed only
 
 
 @dataclass
@@ -47,14 +46,14 @@ class Batch:
     """Tensors of packed sequences (text.Packed) and the layout of their attention, the same for every layer.
 
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are rows of the packed
-    tokens, `mask` [N, 1, Q, K] is True where a query attends, `place` [T] finds token t in the blocks' [N * Q] outputs.
+    tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place` [T] finds token t in the blocks' [N * Q] outputs.
     Every query attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to each side.
     Global attention: `groups` of sequences of similar length, of each the rows and which are real, both [b, L]; `grouped`
     [B] are the sequences in the groups' order, `order` [B] the way back.
     """
 
     def __init__(self, packed, window, device):
-        lengths, half = packed.lengths, window // 2
+        lengths, side = packed.lengths, window // 2
         begin, longest = np.cumsum(lengths) - lengths, int(lengths.max())
         position = ragged(np.zeros(len(lengths), np.int64), lengths)
         columns = np.arange(longest)
@@ -65,19 +64,19 @@ class Batch:
         for i in np.unique(size):
             valid = columns[:lengths[size == i].max()] < lengths[size == i, None]
             self.groups.append((put(begin[size == i, None] + np.where(valid, columns[:valid.shape[1]], 0)), put(valid)))
-        if longest <= DENSE:
+        if longest <= RECTANGLE:
             valid = columns < lengths[:, None]
             padded = begin[:, None] + np.where(valid, columns, 0)
             queries = keys = padded
-            mask = ((np.abs(columns[:, None] - columns) <= half) | (columns == 0)) & valid[:, None]
+            mask = ((np.abs(columns[:, None] - columns) <= side) | (columns == 0)) & valid[:, None]
             place = np.repeat(np.arange(len(lengths)) * longest, lengths) + position
         else:
             blocks = -(-lengths // BLOCK)                                     # per sequence
             owner = np.repeat(np.arange(len(lengths)), blocks)
             q = ragged(np.zeros(len(lengths), np.int64), blocks)[:, None] * BLOCK + np.arange(BLOCK)
-            k = q[:, :1] + np.arange(-half, BLOCK + half)
+            k = q[:, :1] + np.arange(-side, BLOCK + side)
             known = (k >= 1) & (k < lengths[owner, None])
-            near = (np.abs(np.arange(BLOCK)[:, None] + half - np.arange(BLOCK + 2 * half)) <= half) & known[:, None]
+            near = (np.abs(np.arange(BLOCK)[:, None] + side - np.arange(BLOCK + 2 * side)) <= side) & known[:, None]
             mask = np.concatenate([np.ones((*near.shape[:2], 1), bool), near], 2)
             start = begin[owner, None]
             queries = start + np.where(q < lengths[owner, None], q, 0)
@@ -86,7 +85,8 @@ class Batch:
         self.tokens, self.types = put(packed.tokens), put(packed.types)
         self.item_positions, self.positions = put(packed.item_positions), put(position)
         self.cls, self.longest = put(begin), longest
-        self.queries, self.keys, self.mask, self.place = put(queries), put(keys), put(mask[:, None]), put(place)
+        self.queries, self.keys, self.place = put(queries), put(keys), put(place)
+        self.mask = half(put(additive(mask[:, None])))
 
 
 def rows(x, index):
@@ -101,14 +101,18 @@ class SelfAttention(nn.Module):
         for name in ('query', 'key', 'value', 'query_global', 'key_global', 'value_global'):
             setattr(self, name, nn.Linear(c.hidden, c.hidden))
 
-    def local(self, x, batch):
-        """Windowed attention of all T tokens: [T, H]. The CLS rows are to be replaced by global_'s."""
-        n, q = batch.queries.shape
-        split = lambda y, index: rows(y, index).view(n, index.shape[1], self.heads, -1).transpose(1, 2)  # [N, h, Q|K, d]
-        q_, k_, v_ = (split(f(x), index) for f, index in
-                      ((self.query, batch.queries), (self.key, batch.keys), (self.value, batch.keys)))
-        out = attend(q_, k_, v_, batch.mask).transpose(1, 2).reshape(n * q, -1)
-        return rows(out, batch.place)
+    def forward(self, x, batch):
+        """Windowed attention of all tokens, but global attention of each CLS: [T, H] -> [T, H]."""
+        return remade(self.mix, x, self.query(x), self.key(x), self.value(x), batch)
+
+    def mix(self, x, q, k, v, batch):
+        return self.local(q, k, v, batch).index_copy(0, batch.cls, self.global_(x, batch).to(x.dtype))
+
+    def local(self, q, k, v, batch):
+        """Windowed attention, with a CLS as any other token: [T, H]."""
+        split = lambda y, index: rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)                # [N, h, Q|K, d]
+        y = attend(split(q, batch.queries), split(k, batch.keys), split(v, batch.keys), batch.mask)
+        return rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)
 
     def global_(self, x, batch, weights=False):
         """Attention of each sequence's CLS over all its tokens: [B, H] (with `weights`, the weights [B, h, L])."""
@@ -130,19 +134,8 @@ class SelfAttention(nn.Module):
         return out + self.value_global.bias.to(out.dtype)
 
 
-def attend(q, k, v, mask):
-    """softmax(q k' / sqrt(d)) v where mask is True. Attention weights get no dropout (README, differences).
-
-    A CPU's fused kernel is faster in float32 than in bfloat16 once a gradient is needed, so it is run in that.
-    """
-    if q.device.type == 'cpu' and torch.is_grad_enabled():
-        with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
 class Output(nn.Module):
-    """Linear, dropout, residual, LayerNorm."""
+    """Linear (the layer applies it), dropout, residual, LayerNorm."""
 
     def __init__(self, inside, c):
         super().__init__()
@@ -150,7 +143,7 @@ class Output(nn.Module):
         self.dropout = c.dropout
 
     def forward(self, y, x):
-        return self.LayerNorm(dropout(self.dense(y), self.dropout, self.training) + x)
+        return self.LayerNorm(dropout(y, self.dropout, self.training) + x)
 
 
 class Attention(nn.Module):
@@ -167,16 +160,15 @@ class Layer(nn.Module):
 
     def forward(self, x, batch, last=None):
         """[T, H] -> [T, H]; with `last`, only what is asked for leaves: 'cls' -> [B, H], or row numbers [R] -> [R, H]."""
-        h = half(x)
-        cls = self.attention.self.global_(h, batch)
+        attention, h = self.attention.self, half(x)
         if isinstance(last, str):
-            y, x = cls, rows(x, batch.cls)
+            y, x = attention.global_(h, batch), rows(x, batch.cls)
         else:
-            y = self.attention.self.local(h, batch).index_copy(0, batch.cls, cls.to(x.dtype))
+            y = attention(h, batch)
             if last is not None:
                 y, x = rows(y, last), rows(x, last)
-        x = self.attention.output(y, x)
-        return self.output(F.gelu(self.intermediate.dense(x)), x)
+        x = self.attention.output(self.attention.output.dense(y), x)
+        return self.output(remade(lambda h: self.output.dense(F.gelu(self.intermediate.dense(h))), x), x)
 
 
 class Embeddings(nn.Module):
@@ -233,7 +225,8 @@ class RecFormer(nn.Module):
 
 def cosine_logits(states, table, temperature=0.05):
     """RecFormer's score: cosine / 0.05 of states [B, H] with table rows [n, H] -> float32 [B, n]."""
-    return F.linear(F.normalize(states.float(), dim=-1), F.normalize(table.float(), dim=-1)) / temperature
+    table = table.float()
+    return F.linear(F.normalize(states.float(), dim=-1), table) / (temperature * table.norm(dim=-1)).clamp_min(1e-12)
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.files import UserError
+from common.layers import additive, attend, dropout, half
 from common.text import ragged, take
-from common.training import dropout, half
 
-SIZES = (4, 8, 16, 32)  # lengths up to which sequences share a rectangle of attention; a matter of speed only
+SIZES = (8, 16, 32)  # lengths up to which sequences share a rectangle of attention; a matter of speed only
 
 
 class ItemTable(nn.Module):
@@ -32,7 +32,7 @@ class Layout:
     """Where the T items of B sequences stand when attention lays them out; the same for every layer.
 
     Sequences of similar length share a rectangle. `groups`: of each its rows of the packed items [b, L], and a mask
-    [b, 1, L, L], True where a query (second last) attends a key; `place` [T] finds item t in all rectangles' outputs;
+    [b, 1, L, L], 0 where a query (second last) attends a key, else -inf; `place` [T] finds item t in all rectangles' outputs;
     `position` [T]: the newest item has the last position, max_items - 1; `last` [B] row of the newest.
     """
 
@@ -45,7 +45,7 @@ class Layout:
             columns = np.arange(lengths[rows].max())
             valid = columns < lengths[rows, None]
             mask = np.repeat(valid[:, None], len(columns), 1) & ((columns <= columns[:, None]) | (not causal))
-            self.groups.append((put(begin[rows, None] + np.where(valid, columns, 0)), put(mask[:, None])))
+            self.groups.append((put(begin[rows, None] + np.where(valid, columns, 0)), half(put(additive(mask[:, None])))))
             start[rows] = done + np.arange(len(rows)) * len(columns)
             done += valid.size
         inside = ragged(np.zeros(len(lengths), np.int64), lengths)
@@ -69,7 +69,7 @@ class SelfAttention(nn.Module):
         qkv, outputs = (self.query(q), self.key(x), self.value(x)), []
         for padded, mask in layout.groups:
             split = [F.embedding(padded, y).unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv]  # [b, h, L, d]
-            y = F.scaled_dot_product_attention(*split, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+            y = attend(*split, mask, self.dropout, self.training)
             outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
         place = layout.place if rows is None else layout.place[rows]
         return self.out(F.embedding(place, torch.cat(outputs)))
@@ -116,9 +116,9 @@ class SASRec(nn.Module):
         table[0] = 0
         return table
 
-    def forward(self, items, layout, rows=None):
-        """items [T] -> states [T, H], or of `rows` alone [R, H]."""
-        x = F.embedding(items, self.item_embedding()) * self.norm.normalized_shape[0] ** 0.5
+    def forward(self, x, layout, rows=None):
+        """Rows of the item table [T, H] -> states [T, H], or of `rows` alone [R, H]."""
+        x = x * self.norm.normalized_shape[0] ** 0.5
         x = dropout(x + self.position_embedding(layout.position), self.dropout, self.training)
         for block in self.blocks[:-1]:
             x = block(x, layout)
@@ -128,7 +128,7 @@ class SASRec(nn.Module):
         """State after each history (ragged, oldest first, its newest max_items used): [B, H]."""
         items, lengths = newest(items, offsets, self.max_items)
         layout = Layout(lengths, self.max_items, True, device)
-        return self(torch.from_numpy(items).to(device), layout, layout.last)
+        return self(F.embedding(torch.from_numpy(items).to(device), self.item_embedding()), layout, layout.last)
 
     def scorer(self):
         """(table [n + 1, H], bias): score of item i = state . table[i] + bias[i]."""
@@ -142,13 +142,14 @@ class SASRec(nn.Module):
         # input: all but the last item of each (its newest max_items); target: the item after each
         lengths = np.minimum(np.diff(offsets) - 1, self.max_items)
         rows = ragged(offsets[1:] - 1 - lengths, lengths)
-        put = lambda x: torch.from_numpy(x.astype(np.int64)).to(device)
-        x = self(put(items[rows]), Layout(lengths, self.max_items, True, device))
-        table, target = self.item_embedding(), put(items[rows + 1])
+        put = lambda ids: torch.from_numpy(ids.astype(np.int64)).to(device)
+        layout, table, target = Layout(lengths, self.max_items, True, device), self.item_embedding(), put(items[rows + 1])
         if kind == 'ce':
-            return softmax_loss(x, table, None, target)
-        score = lambda ids: (x * F.embedding(ids, table)).sum(1).float()
-        return F.softplus(-score(target)).mean() + F.softplus(score(put(negatives[rows + 1]))).mean()
+            return softmax_loss(self(F.embedding(put(items[rows]), table), layout), table, None, target)
+        x, right, wrong = F.embedding(torch.stack([put(items[rows]), target, put(negatives[rows + 1])]), table)  # at once: one gradient
+        x = self(x, layout)
+        score = lambda candidates: (x * candidates).sum(1).float()
+        return F.softplus(-score(right)).mean() + F.softplus(score(wrong)).mean()
 
 
 @torch.no_grad()
@@ -165,44 +166,39 @@ def newest(items, offsets, most):
     return items[ragged(offsets[1:] - lengths, lengths)].astype(np.int64), lengths
 
 
-def softmax_loss(states, table, bias, target, chunk=2 ** 25):
+def softmax_loss(states, table, bias, target, chunk=2 ** 27):
     """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias [n + 1] or None.
 
     At most `chunk` logits exist at a time: memory grows with items and not with positions x items.
     """
-    return SoftmaxLoss.apply(states, table, bias, target, max(1, chunk // len(table))) / len(states)
+    return SoftmaxLoss.apply(states, table, bias, target, max(1, chunk // len(table)))
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """Sum of cross-entropies, `size` positions at a time. The gradient is made along with the loss, from the same logits."""
+    """Mean of cross-entropies, `size` positions at a time. The gradient is made along with the loss, from the same softmax:
+    in autocast's type (float32 inside), as the products that follow need it."""
 
     @staticmethod
     def forward(ctx, states, table, bias, target, size):
-        weight, total = half(table), 0
-        d_states = torch.empty_like(states, dtype=torch.float32)
-        d_table, d_bias = (torch.zeros_like(x) if needed else None
-                           for x, needed in zip((table, bias), ctx.needs_input_grad[1:]))
-        for s, t, d in zip(half(states).split(size), target[:, None].split(size), d_states.split(size)):
-            logits = F.linear(s, weight, bias).float()
+        weight, total, d_states, d_table, d_bias = half(table), None, [], None, None
+        mean = lambda so_far, x: x.float().div_(len(states)) if so_far is None else so_far.add_(x.float(), alpha=1 / len(states))
+        for s, t in zip(half(states).split(size), target[:, None].split(size)):
+            logits = F.linear(s, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
-            norm = logits.logsumexp(1, keepdim=True)
-            total = total + (norm - logits.gather(1, t)).sum()
-            p = logits.sub_(norm).exp_()
+            p = logits.softmax(1, dtype=logits.dtype)
+            norm = logits.amax(1, True).float() - p.amax(1, True).float().log()  # log of the sum of exponentials
+            total = mean(total, (norm - logits.gather(1, t)).sum())
             p[torch.arange(len(t), device=p.device), t[:, 0]] -= 1  # gradient of the logits: softmax, less one at the target
-            if d_bias is not None:
-                d_bias += p.sum(0)
-            p = p.to(weight.dtype)
-            d.copy_(p @ weight)
-            if d_table is not None:
-                d_table += p.T @ s
-        ctx.save_for_backward(d_states, d_table, d_bias)
-        ctx.of = states.dtype
+            d_states.append(mean(None, p @ weight))
+            d_table = mean(d_table, p.T @ s) if ctx.needs_input_grad[1] else None
+            d_bias = mean(d_bias, p.sum(0, dtype=torch.float32)) if ctx.needs_input_grad[2] else None
+        ctx.gradients = torch.cat(d_states).to(states.dtype), d_table, d_bias
         return total
 
     @staticmethod
     def backward(ctx, gradient):
-        states, table, bias = (None if x is None else gradient * x for x in ctx.saved_tensors)
-        return states.to(ctx.of), table, bias, None, None
+        made, ctx.gradients = ctx.gradients, None  # handed over, so that they need not be copied
+        return *(x if x is None or gradient == 1 else gradient * x for x in made), None, None
 
 
 def draw_negatives(items, offsets, n, rng):

@@ -9,6 +9,7 @@ import numpy as np
 
 from common.files import UserError, digest
 
+RECTANGLE = 160  # up to this length attention is one rectangle, all tokens against all; a matter of speed only
 NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), which packed batches do not need
 
 
@@ -124,14 +125,17 @@ def pack_items(ids, tokens, cls):
 
 
 def micro_batches(lengths, max_tokens):
-    """Rows in groups of similar length with at most `max_tokens` tokens, the group's padding counted (at least one row).
+    """Rows in groups of similar length with at most `max_tokens` tokens (at least one row).
 
+    Where none has more than RECTANGLE tokens they share one rectangle, whose padding is counted.
     lengths [B] -> list of int arrays that together hold each row once.
     """
     order = np.argsort(-lengths, kind='stable')
-    groups, begin = [], 0
+    groups, begin, done = [], 0, np.cumsum(lengths[order])
     while begin < len(order):
-        size = max(1, max_tokens // int(lengths[order[begin]]))
+        longest = int(lengths[order[begin]])
+        whole = np.searchsorted(done, done[begin] - longest + max_tokens, 'right') - begin
+        size = max(1, max_tokens // longest if longest <= RECTANGLE else int(whole))
         groups.append(order[begin:begin + size])
         begin += size
     return groups

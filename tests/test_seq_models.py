@@ -11,7 +11,6 @@ from common.data import prepare
 from common.files import UserError, load_pt, save_pt
 from common.metrics import load_rows
 from common.sasrec import Layout, SASRec, SelfAttention, draw_negatives, softmax_loss
-from common.training import dropout
 from tests.toy import canonical
 
 N, H = 20, 16
@@ -59,10 +58,8 @@ def test_bert4recs_block_equals_torchs_encoder_layer():
 
 def test_sasrec_is_causal():
     m, lengths = model(SASRec), np.array([5])
-    items = torch.tensor([1, 2, 3, 4, 5])
-    before = m(items, Layout(lengths, 10, True, 'cpu'))
-    items[3] = 9
-    after = m(items, Layout(lengths, 10, True, 'cpu'))
+    states = lambda *items: m(m.item_embedding()[list(items)], Layout(lengths, 10, True, 'cpu'))
+    before, after = states(1, 2, 3, 4, 5), states(1, 2, 3, 9, 5)
     assert torch.equal(before[:3], after[:3]) and not torch.allclose(before[3:], after[3:])
 
 
@@ -89,7 +86,7 @@ def test_sasrec_losses_equal_the_plain_ones():
     states, targets, wrong = [], [], []
     for a, b in zip(offsets[:-1], offsets[1:]):
         row = items[a:b][-11:]  # ten inputs at most, each with the item after it
-        states.append(m(torch.from_numpy(row[:-1].astype(np.int64)), Layout(np.array([len(row) - 1]), 10, True, 'cpu')))
+        states.append(m(m.item_embedding()[row[:-1]], Layout(np.array([len(row) - 1]), 10, True, 'cpu')))
         targets += row[1:].tolist()
         wrong += negatives[a:b][-11:][1:].tolist()
     states, table = torch.cat(states), m.item_embedding()
@@ -162,16 +159,6 @@ def test_savings_change_no_loss_and_no_gradient(kind, monkeypatch):
     monkeypatch.setattr(kind, 'forward', lambda self, *a: original(self, *a[:given]) if len(a) == given else original(self, *a[:given])[a[given]])
     for a, b in zip(ours, found()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-def test_dropout_keeps_its_share_and_the_mean():
-    torch.manual_seed(0)
-    x = torch.ones(1001, 101, requires_grad=True)
-    y = dropout(x, 0.3, True)
-    y.sum().backward()
-    assert y.detach().unique().tolist() == pytest.approx([0, 1 / 0.7]) and torch.equal(x.grad, y.detach())
-    assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
-    assert torch.equal(dropout(x, 0.3, False), x)
 
 
 @pytest.mark.parametrize('tied', [True, False])

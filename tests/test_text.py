@@ -57,6 +57,8 @@ def test_micro_batches_hold_every_row_once_and_keep_the_limit():
     groups = micro_batches(lengths, 120)
     assert sorted(np.concatenate(groups)) == list(range(200))
     assert all(len(g) == 1 or len(g) * lengths[g].max() <= 120 for g in groups)
+    long = micro_batches(np.array([700, 20, 300, 40]), 1050)  # these share no rectangle: their own tokens count
+    assert [g.tolist() for g in long] == [[0, 2, 3], [1]]
 
 
 def test_masking_masks_whole_words_about_15_percent_and_one_at_least():
