@@ -1,7 +1,7 @@
 """Stage-FT1 and stage-FT2: tune RecFormer on a target domain, and its row (REC) of the result table.
 
     python finetune.py pantry --checkpoint runs/pretrained/paper.pt --stage 1        # -> runs/pantry/recformer/ft1.pt
-    python finetune.py pantry --stage 2                                              # from ft1.pt -> ft2.pt and REC's row
+    python finetune.py pantry --stage 2 --seeds 0 1                                  # from ft1.pt, ft1-seed1.pt: REC's rows
     python finetune.py grocery --plm minilm --layers 2 --stage 1 --epochs 1 --out /tmp/look.pt                # a look
 
 Stage 1: before each epoch all items are encoded; everything trains with a full softmax over that fixed table, on one random
@@ -53,7 +53,8 @@ def parse_args(argv=None):
     g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (RecFormer)')
     g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
     g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
-    g.add_argument('--seed', type=positive(zero=True), default=0)
+    g.add_argument('--seeds', type=positive(zero=True), nargs='+', default=[0],
+                   help='one after the other; those above 0 have it in their file names, as in ft1-seed1.pt')
     add_runtime_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.trainable_items and args.stage != 2:
@@ -133,12 +134,18 @@ def evaluate(model, table, data, which, tokens, cls, args, device, autocast):
 # ---------------------------------------------------------------------------- main
 
 def main(args):
+    for seed in args.seeds:
+        tune(args, seed)
+
+
+def tune(args, seed):
     device, autocast = start(args)
-    seed_all(args.seed)
+    seed_all(seed)
     data = load(args.dataset)
     folder = runs_root() / data.name
-    out = pathlib.Path(args.out or folder / 'recformer' / f'ft{args.stage}.pt')
-    source = args.checkpoint or (str(folder / 'recformer' / 'ft1.pt') if args.stage == 2 else None)
+    of_seed = lambda path: path.with_stem(f'{path.stem}-seed{seed}') if seed else path
+    out = of_seed(pathlib.Path(args.out or folder / 'recformer' / f'ft{args.stage}.pt'))
+    source = args.checkpoint or (str(of_seed(folder / 'recformer' / 'ft1.pt')) if args.stage == 2 else None)
 
     # ---------------------------------------------------- model
     if source:
@@ -157,14 +164,14 @@ def main(args):
         model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
     model.lm_head.requires_grad_(False)
     model.to(device).train()
-    unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens', 'checkpoint', 'exclude_history')
-    identity = {'options': {k: v for k, v in vars(args).items() if k not in unused}, 'data': data.fingerprint,
+    unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens', 'checkpoint', 'exclude_history', 'seeds')
+    identity = {'options': {'seed': seed} | {k: v for k, v in vars(args).items() if k not in unused}, 'data': data.fingerprint,
                 'start': origin, 'tokenizer': tokenizer.fingerprint}
     stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
     mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
     init = meta.get('stage', 'lf')
     run = '-'.join(['recformer', init if args.stage == 0 else mode]
-                   + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all') + ['nohistory'] * args.exclude_history + [f'seed{args.seed}'])
+                   + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all') + ['nohistory'] * args.exclude_history + [f'seed{seed}'])
     encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, args.micro_tokens)
 
     with lock(out.parent):
@@ -199,7 +206,7 @@ def main(args):
 
         # ------------------------------------------------ loop
         while train and state.epoch < args.epochs and not best.stop:
-            rng = np.random.default_rng([args.seed, 5, state.epoch])
+            rng = np.random.default_rng([seed, 5, state.epoch])
             order = rng.permutation(users)
             history, offsets, labels = prefixes(data, order, rng)
             bar = tqdm(range(state.step, steps), initial=state.step, total=steps, unit='step',
@@ -241,7 +248,7 @@ def main(args):
         metrics = summarise(ranks)
         save_row(folder, {
             'run': run, 'identity': identity, 'dataset': data.name, 'plm': meta['plm'], 'model': 'recformer', 'init': init,
-            'mode': mode, 'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': args.seed,
+            'mode': mode, 'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': seed,
             'users': len(data.evaluated), 'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks),
             'valid_ndcg10': found['valid_ndcg10'], 'metrics': metrics, 'exclude_history': args.exclude_history,
             'seconds': round(time.time() - began, 1), 'epochs': found['epochs'], 'best_epoch': found['epoch'],

@@ -16,6 +16,7 @@ options
   --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
   --source "A B" datasets for stage-PT                        (default: as above)
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
+  --rec_seeds "1 2"  more seeds of stage-FT1 and FT2, for RecFormer's own row  (default: 0 alone, whose embeddings are exported)
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
   --longer       between the two: README's tables
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
@@ -29,13 +30,13 @@ options
 EOF
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= BUDGET= QUICK= MORE= SHARES="0.01 0.1 1 2 10 20 50 100"
+NAME=grocery PLM= SOURCE= SEEDS= REC_SEEDS= BUDGET= QUICK= MORE= SHARES="0.01 0.1 1 2 10 20 50 100"
 fail() { echo "error: $1" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --help|-h) usage; exit 0 ;;
-    --plm|--source|--seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
-      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; --shares) SHARES=$2 ;; esac; shift 2 ;;
+    --plm|--source|--seeds|--rec_seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
+      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; --rec_seeds) REC_SEEDS=$2 ;; --shares) SHARES=$2 ;; esac; shift 2 ;;
     --full) BUDGET=full; shift ;;
     --longer) BUDGET=longer; shift ;;
     --toy) BUDGET=toy; shift ;;
@@ -85,8 +86,8 @@ if [ -n "$SOURCE" ]; then
   $PYTHON pretrain.py $SOURCE --plm "$PLM" --out "$PT_FILE" "${PT[@]}"
   START=(--checkpoint "$PT_FILE")
 fi
-$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" ${FT1[@]+"${FT1[@]}"}
-$PYTHON finetune.py "$NAME" --stage 2 ${FT2[@]+"${FT2[@]}"}
+$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" --seeds 0 $REC_SEEDS ${FT1[@]+"${FT1[@]}"}
+$PYTHON finetune.py "$NAME" --stage 2 --seeds 0 $REC_SEEDS ${FT2[@]+"${FT2[@]}"}
 
 # ---------------------------------------------------------------- 3. item embeddings
 $PYTHON export_embeddings.py "$NAME" --plm "$PLM" --out "$RUN/embeddings/lf.pt"

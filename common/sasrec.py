@@ -13,7 +13,7 @@ from common.files import UserError
 from common.layers import additive, attend, dropout, half
 from common.text import ragged, take
 
-SIZES = (8, 16, 32)  # lengths up to which sequences share a rectangle of attention; a matter of speed only
+WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
 
 
 class ItemTable(nn.Module):
@@ -31,25 +31,26 @@ class ItemTable(nn.Module):
 class Layout:
     """Where the T items of B sequences stand when attention lays them out; the same for every layer.
 
-    Sequences of similar length share a rectangle. `groups`: of each its rows of the packed items [b, L], and a mask
-    [b, 1, L, L], 0 where a query (second last) attends a key, else -inf; `place` [T] finds item t in all rectangles' outputs;
+    Whole sequences fill S squares of W places, W = WIDTH or the longest: `items` [S, W] are rows of the packed items, `mask`
+    [S, 1, W, W] is 0 where a query (second last) attends a key, else -inf; `place` [T] finds item t in the squares' outputs;
     `position` [T]: the newest item has the last position, max_items - 1; `last` [B] row of the newest.
     """
 
     def __init__(self, lengths, max_items, causal, device):
         put = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
-        begin, start, done, self.groups = np.cumsum(lengths) - lengths, np.zeros(len(lengths), np.int64), 0, []
-        size = np.searchsorted(SIZES, lengths)
-        for i in np.unique(size):
-            rows = np.flatnonzero(size == i)
-            columns = np.arange(lengths[rows].max())
-            valid = columns < lengths[rows, None]
-            mask = np.repeat(valid[:, None], len(columns), 1) & ((columns <= columns[:, None]) | (not causal))
-            self.groups.append((put(begin[rows, None] + np.where(valid, columns, 0)), half(put(additive(mask[:, None])))))
-            start[rows] = done + np.arange(len(rows)) * len(columns)
-            done += valid.size
+        width, start, end = max(WIDTH, int(lengths.max())), [], 0
+        for n in lengths.tolist():
+            end += -end % width if end % width + n > width else 0  # a sequence that does not fit begins the next square
+            start.append(end)
+            end += n
         inside = ragged(np.zeros(len(lengths), np.int64), lengths)
-        self.place, self.last = put(np.repeat(start, lengths) + inside), put(begin + lengths - 1)
+        place = np.repeat(start, lengths) + inside
+        owner, items = np.full((2, -(-end // width) * width), -1)
+        owner[place], items[place] = np.repeat(np.arange(len(lengths)), lengths), np.arange(len(place))
+        owner = owner.reshape(-1, width)
+        mask = (owner[:, :, None] == owner[:, None]) & (np.tri(width, dtype=bool) | (not causal))
+        self.items, self.mask = put(np.maximum(items, 0).reshape(-1, width)), half(put(additive(mask[:, None])))
+        self.place, self.last = put(place), put(np.cumsum(lengths) - 1)
         self.position = put(max_items - np.repeat(lengths, lengths) + inside)
 
 
@@ -66,13 +67,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, q, x, layout, rows=None):
         q, x = (half(q), half(x)) if q is not x else [half(x)] * 2
-        qkv, outputs = (self.query(q), self.key(x), self.value(x)), []
-        for padded, mask in layout.groups:
-            split = [F.embedding(padded, y).unflatten(2, (self.heads, -1)).transpose(1, 2) for y in qkv]  # [b, h, L, d]
-            y = attend(*split, mask, self.dropout, self.training)
-            outputs.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+        split = lambda y: F.embedding(layout.items, y).unflatten(2, (self.heads, -1)).transpose(1, 2)         # [S, h, W, d]
+        y = attend(split(self.query(q)), split(self.key(x)), split(self.value(x)), layout.mask, self.dropout, self.training)
         place = layout.place if rows is None else layout.place[rows]
-        return self.out(F.embedding(place, torch.cat(outputs)))
+        return self.out(F.embedding(place, y.transpose(1, 2).flatten(2).flatten(0, 1)))
 
 
 class Block(nn.Module):

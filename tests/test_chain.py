@@ -66,9 +66,12 @@ def test_pantry_with_longformer_end_to_end(tmp_path, binary):
 
 def test_own_data_without_a_source(tmp_path):
     canonical(tmp_path / 'data' / 'mine')
-    code, out, err = call(tmp_path, 'bash', 'run_all.sh', 'mine', '--toy', '--plm', str(tiny_bert(tmp_path / 'plm')), '--quick-table', '--table4', '--table5')
+    code, out, err = call(tmp_path, 'bash', 'run_all.sh', 'mine', '--toy', '--plm', str(tiny_bert(tmp_path / 'plm')), '--quick-table', '--table4', '--table5',
+                          '--rec_seeds', '1')
     assert code == 0, err[-3000:]
     assert 'results.md' in out and '| N@10 |' in out
+    rows = json.loads((tmp_path / 'runs' / 'mine' / 'results.json').read_text())
+    assert [r['seed'] for r in rows if r['mode'] == 'ft2'] == [0, 1] and '(RecFormer 0, 1)' in out, "REC's row has its own seeds"
 
 
 @pytest.mark.parametrize('stage', ['pretrain', 'finetune'])
