@@ -165,8 +165,8 @@ def tune(args, seed):
     model.lm_head.requires_grad_(False)
     model.to(device).train()
     unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens', 'checkpoint', 'exclude_history', 'seeds')
-    identity = {'options': {'seed': seed} | {k: v for k, v in vars(args).items() if k not in unused}, 'data': data.fingerprint,
-                'start': origin, 'tokenizer': tokenizer.fingerprint}
+    options = {'seed': seed} | {k: v for k, v in vars(args).items() if k not in unused}
+    identity = {'options': options, 'data': data.fingerprint, 'start': origin, 'tokenizer': tokenizer.fingerprint}
     stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
     mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
     init = meta.get('stage', 'lf')

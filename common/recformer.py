@@ -46,7 +46,7 @@ class Batch:
     """Tensors of packed sequences (text.Packed) and the layout of their attention, the same for every layer.
 
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are rows of the packed
-    tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place` [T] finds token t in the blocks' [N * Q] outputs.
+    tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place` [T] finds token t in the blocks' outputs [N * Q].
     Every query attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to each side.
     Global attention: `groups` of sequences of similar length, of each the rows and which are real, both [b, L]; `grouped`
     [B] are the sequences in the groups' order, `order` [B] the way back.
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
 
     def local(self, q, k, v, batch):
         """Windowed attention, with a CLS as any other token: [T, H]."""
-        split = lambda y, index: rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)                # [N, h, Q|K, d]
+        split = lambda y, index: rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)   # [N, h, Q|K, d]
         y = attend(split(q, batch.queries), split(k, batch.keys), split(v, batch.keys), batch.mask)
         return rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)
 

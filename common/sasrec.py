@@ -144,7 +144,8 @@ class SASRec(nn.Module):
         layout, table, target = Layout(lengths, self.max_items, True, device), self.item_embedding(), put(items[rows + 1])
         if kind == 'ce':
             return softmax_loss(self(F.embedding(put(items[rows]), table), layout), table, None, target)
-        x, right, wrong = F.embedding(torch.stack([put(items[rows]), target, put(negatives[rows + 1])]), table)  # at once: one gradient
+        ids = torch.stack([put(items[rows]), target, put(negatives[rows + 1])])
+        x, right, wrong = F.embedding(ids, table)  # at once: each look-up would make a gradient as large as the table
         x = self(x, layout)
         score = lambda candidates: (x * candidates).sum(1).float()
         return F.softplus(-score(right)).mean() + F.softplus(score(wrong)).mean()
@@ -179,7 +180,8 @@ class SoftmaxLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, states, table, bias, target, size):
         weight, total, d_states, d_table, d_bias = half(table), None, [], None, None
-        mean = lambda so_far, x: x.float().div_(len(states)) if so_far is None else so_far.add_(x.float(), alpha=1 / len(states))
+        mean = lambda so_far, x: (x.float().div_(len(states)) if so_far is None
+                                  else so_far.add_(x.float(), alpha=1 / len(states)))
         for s, t in zip(half(states).split(size), target[:, None].split(size)):
             logits = F.linear(s, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
