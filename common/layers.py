@@ -26,6 +26,7 @@ class Dropout(torch.autograd.Function):
 
 
 def dropout(x, p, training):
+    """F.dropout, on a CPU by the class above."""
     return Dropout.apply(x, p) if training and p and x.device.type == 'cpu' else F.dropout(x, p, training)
 
 
@@ -45,7 +46,7 @@ def remade(function, *inputs):
 def attend(q, k, v, mask, p=0.0, training=False):
     """softmax(q k' / sqrt(d) + mask) v, the weights dropped out with p: q [..., Q, d], k and v [..., K, d] -> [..., Q, d].
 
-    torch's fused kernel but for two cases on a CPU: in bfloat16 it is half as fast as plain products on sequences this
+    torch's fused kernel but for two cases on a CPU: in bfloat16 it is slower than plain products on sequences this
     short, and it takes no dropout.
     """
     p = p if training else 0.0

@@ -109,7 +109,7 @@ class SelfAttention(nn.Module):
         return self.local(q, k, v, batch).index_copy(0, batch.cls, self.global_(x, batch).to(x.dtype))
 
     def local(self, q, k, v, batch):
-        """Windowed attention, with a CLS as any other token: [T, H]."""
+        """Windowed attention, with a CLS as any other token: [T, H]. Weights get no dropout (README, differences)."""
         split = lambda y, index: rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)   # [N, h, Q|K, d]
         y = attend(split(q, batch.queries), split(k, batch.keys), split(v, batch.keys), batch.mask)
         return rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)

@@ -2,7 +2,7 @@
 
 Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), in the variant that the paper's code trains (SPEC: README,
 "Models"). B = sequences, T = their items one after the other, L = longest, H = hidden size, n = items (ids 1..n, 0 padding).
-Linear layers see the T real items only; attention is laid out as [B, L] with padded keys masked.
+Linear layers see the T real items only; attention is laid out in squares that whole sequences share.
 """
 import numpy as np
 import torch

@@ -143,7 +143,7 @@ def test_bert4rec_masks_15_percent_and_learns_at_masked_places_only():
 
 @pytest.mark.parametrize('kind', [SASRec, BERT4Rec])
 def test_savings_change_no_loss_and_no_gradient(kind, monkeypatch):
-    """The same batch with lengths in one rectangle, all rows leaving the last block, and the softmax in one piece."""
+    """The same batch in squares of another width, all rows leaving the last block, and the softmax in one piece."""
     m = model(kind)
     batch = ragged_of(*[list(range(1, k)) for k in (3, 12, 5, 19, 7, 3, 4)])
     name = 'ce' if kind is SASRec else 'masked'
