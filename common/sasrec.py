@@ -179,19 +179,17 @@ class SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, table, bias, target, size):
-        weight, total, d_states, d_table, d_bias = half(table), None, [], None, None
-        mean = lambda so_far, x: (x.float().div_(len(states)) if so_far is None
-                                  else so_far.add_(x.float(), alpha=1 / len(states)))
-        for s, t in zip(half(states).split(size), target[:, None].split(size)):
+        weight, share, total, d_states, d_table, d_bias = half(table), 1 / len(states), 0, [], None, None
+        add = lambda so_far, x: x.float() if so_far is None else so_far.add_(x)
+        for s, scaled, t in zip(*(x.split(size) for x in (half(states), half(states * share), target[:, None]))):
             logits = F.linear(s, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
             p = logits.softmax(1, dtype=logits.dtype)
-            norm = logits.amax(1, True).float() - p.amax(1, True).float().log()  # log of the sum of exponentials
-            total = mean(total, (norm - logits.gather(1, t)).sum())
+            total = total - share * p.gather(1, t).float().clamp_min(torch.finfo(torch.float32).tiny).log().sum()
             p[torch.arange(len(t), device=p.device), t[:, 0]] -= 1  # gradient of the logits: softmax, less one at the target
-            d_states.append(mean(None, p @ weight))
-            d_table = mean(d_table, p.T @ s) if ctx.needs_input_grad[1] else None
-            d_bias = mean(d_bias, p.sum(0, dtype=torch.float32)) if ctx.needs_input_grad[2] else None
+            d_states.append((p @ weight).float().mul_(share))
+            d_table = add(d_table, p.T @ scaled) if ctx.needs_input_grad[1] else None
+            d_bias = add(d_bias, share * p.sum(0, dtype=torch.float32)) if ctx.needs_input_grad[2] else None
         ctx.gradients = torch.cat(d_states).to(states.dtype), d_table, d_bias
         return total
 
