@@ -11,7 +11,7 @@ def half(x):
 
 
 class Dropout(torch.autograd.Function):
-    """Dropout on a CPU: 16 random bits decide an element (p to 1/65536), in a third of the time of torch's draw."""
+    """Dropout on a CPU: 8 or 16 random bits decide an element (p to 1/65536), in a fraction of the time of torch's draw."""
 
     @staticmethod
     def forward(ctx, x, p):

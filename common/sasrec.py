@@ -28,6 +28,19 @@ class ItemTable(nn.Module):
         return self.weight if self.text is None else self.weight + self.text
 
 
+class LookUp(torch.autograd.Function):
+    """(rows `ids` of a table, the table for the softmax that follows): both gradients in one tensor as large as the table."""
+
+    @staticmethod
+    def forward(ctx, table, ids):
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, table), table.view_as(table)
+
+    @staticmethod
+    def backward(ctx, rows, whole):
+        return whole.index_add_(0, ctx.saved_tensors[0], rows), None  # in place: SoftmaxLoss made it for this alone
+
+
 class Layout:
     """Where the T items of B sequences stand when attention lays them out; the same for every layer.
 
@@ -143,7 +156,8 @@ class SASRec(nn.Module):
         put = lambda ids: torch.from_numpy(ids.astype(np.int64)).to(device)
         layout, table, target = Layout(lengths, self.max_items, True, device), self.item_embedding(), put(items[rows + 1])
         if kind == 'ce':
-            return softmax_loss(self(F.embedding(put(items[rows]), table), layout), table, None, target)
+            x, table = LookUp.apply(table, put(items[rows]))
+            return softmax_loss(self(x, layout), table, None, target)
         ids = torch.stack([put(items[rows]), target, put(negatives[rows + 1])])
         x, right, wrong = F.embedding(ids, table)  # at once: each look-up would make a gradient as large as the table
         x = self(x, layout)

@@ -52,15 +52,16 @@ def test_what_is_made_again_has_the_same_gradient():
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-def test_dropout_keeps_its_share_and_the_mean():
+@pytest.mark.parametrize('p', [0.3, 0.5])  # 16 random bits an element, and 8
+def test_dropout_keeps_its_share_and_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(1001, 101, requires_grad=True)
-    y = dropout(x, 0.3, True)
+    y = dropout(x, p, True)
     kept = y != 0
-    assert abs(kept.float().mean() - 0.7) < 0.01 and torch.allclose(y[kept], torch.tensor(1 / 0.7))
+    assert abs(kept.float().mean() - (1 - p)) < 0.01 and torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
     y.sum().backward()
     assert torch.equal(x.grad, y), 'the gradient is dropped with the value'
-    assert torch.equal(dropout(x, 0.3, False), x)
+    assert torch.equal(dropout(x, p, False), x)
 
 
 def test_half_casts_where_autocast_is_on():
