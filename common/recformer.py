@@ -168,7 +168,7 @@ class Layer(nn.Module):
             if last is not None:
                 y, x = rows(y, last), rows(x, last)
         x = self.attention.output(self.attention.output.dense(y), x)
-        return self.output(remade(lambda h: self.output.dense(F.gelu(self.intermediate.dense(h))), x), x)
+        return self.output(remade(lambda h: self.output.dense(F.gelu(h)), self.intermediate.dense(x)), x)
 
 
 class Embeddings(nn.Module):
