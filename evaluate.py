@@ -202,7 +202,8 @@ def show_footprint(files, data, folder):
             times.append(time.perf_counter() - began)
         m = rows[meta['run']]['metrics'] if meta['run'] in rows else None
         size = pathlib.Path(file).stat().st_size / 1e6
-        body.append([meta['run'], str(meta['hidden']), f'{meta["parameters"]:,}', f'{size:.1f}', f'{meta["seconds"] / meta["epochs"]:.1f}', f'{1000 * median(times[1:]):.0f}']
+        body.append([meta['run'], str(meta['hidden']), f'{meta["parameters"]:,}', f'{size:.1f}',
+                     f'{meta["seconds"] / meta["epochs"]:.1f}', f'{1000 * median(times[1:]):.0f}']
                     + [f'{100 * m[r]["NDCG@10"]:.2f}' if m else '-' for r in ('sampled', 'full')])
     head = ['', 'width', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'full NDCG@10']
     finish(folder / 'footprint.md', markdown(head, body))

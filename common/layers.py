@@ -32,9 +32,9 @@ def dropout(x, p, training):
     return Dropout.apply(x, p) if training and p and x.device.type == 'cpu' else F.dropout(x, p, training)
 
 
-def additive(mask):
-    """A bool array, True where a query attends, as what is added to its scores: float32, 0 or -inf."""
-    return np.where(mask, np.float32(0), np.float32(-np.inf))
+def additive(mask, device):
+    """A bool array, True where a query attends, as what is added to its scores: 0 or -inf, a tensor in autocast's type."""
+    return half(torch.from_numpy(np.where(mask, np.float32(0), np.float32(-np.inf))).to(device, non_blocking=True))
 
 
 def remade(function, *inputs):

@@ -86,7 +86,7 @@ class Batch:
         self.item_positions, self.positions = put(packed.item_positions), put(position)
         self.cls, self.longest = put(begin), longest
         self.queries, self.keys, self.place = put(queries), put(keys), put(place)
-        self.mask = half(put(additive(mask[:, None])))
+        self.mask = additive(mask[:, None], device)
 
 
 def rows(x, index):

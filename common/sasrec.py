@@ -62,7 +62,7 @@ class Layout:
         owner[place], items[place] = np.repeat(np.arange(len(lengths)), lengths), np.arange(len(place))
         owner = owner.reshape(-1, width)
         mask = (owner[:, :, None] == owner[:, None]) & (np.tri(width, dtype=bool) | (not causal))
-        self.items, self.mask = put(np.maximum(items, 0).reshape(-1, width)), half(put(additive(mask[:, None])))
+        self.items, self.mask = put(np.maximum(items, 0).reshape(-1, width)), additive(mask[:, None], device)
         self.place, self.last = put(place), put(np.cumsum(lengths) - 1)
         self.position = put(max_items - np.repeat(lengths, lengths) + inside)
 
