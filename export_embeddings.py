@@ -1,35 +1,40 @@
 """Item embeddings of any RecFormer checkpoint, or of the untouched language model, as one file.
 
     python export_embeddings.py pantry --plm longformer --out runs/pantry/embeddings/lf.pt
-    python export_embeddings.py pantry --checkpoint runs/pretrained/paper.pt --out runs/pantry/embeddings/pt.pt
-    python export_embeddings.py grocery --plm minilm --layers 2 --out /tmp/look.pt                                  # a look
+    python export_embeddings.py pantry --checkpoint runs/pantry/ft1-seed0 --out .../ft.pt
+    python export_embeddings.py drugstore --plm minilm --layers 2 --out /tmp/look.pt
 
-The file: {'meta', 'matrix'}; matrix float32 [items + 1, H], row i for item i (1-based, the order of meta['items']), row 0
-zeros for padding. meta says which dataset and checkpoint it is of; train_seq.py refuses a file of another dataset or order.
+The file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros for
+padding; which dataset and model it is of; its mean row norm and the mean cosine of different items.
+train_seq.py refuses a file of another dataset or order.
 
 Reads:  data/<dataset>/prepared.npz, --checkpoint or --plm.    Writes: --out.
 """
-import argparse
 import pathlib
+import time
 
 import torch
 
+from common.backbone import start_model, untouched, weights_digest
 from common.data import load
-from common.files import UserError, command, lock, made_from, provenance, save_pt
-from common.recformer import encode_items, from_backbone, lf_untouched, load_model
-from common.sources import fetch_plm
-from common.text import load_tokenizer, tokenize
-from common.training import add_runtime_options, positive, start
+from common.files import UserError, command, load_pt, lock, save_pt
+from common.initial import geometry
+from common.options import add_machine_options, options_parser, whole_number
+from common.runs import code_of, usable
+from common.text import tokenize
+from common.training import start
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
-    p.add_argument('--out', required=True, help='file to write')
-    p.add_argument('--checkpoint', help="pretrain.py's or finetune.py's, or a published RecFormer state dict (with --plm)")
-    p.add_argument('--plm', help='without --checkpoint: the language model itself (longformer, minilm, hub name, folder)')
-    p.add_argument('--layers', type=positive(), help='with --plm: its first LAYERS layers only (default: all)')
-    add_runtime_options(p, language_model=True)
+    p.add_argument('--out', required=True, help='file to write: runs/<dataset>/embeddings/<name>.pt')
+    p.add_argument('--checkpoint', help='a folder of pretrain.py or finetune.py, or a published '
+                   'RecFormer state dict (with --plm)')
+    p.add_argument('--plm', help='without a checkpoint: the language model itself (longformer, '
+                   'minilm, hub name, folder)')
+    p.add_argument('--layers', type=whole_number(1), help='with --plm: its first LAYERS layers only')
+    add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)
     if not args.checkpoint and not args.plm:
         p.error('name a --checkpoint or a --plm')
@@ -37,33 +42,35 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device, autocast = start(args)
-    data, out = load(args.dataset), pathlib.Path(args.out)
+    machine, data, out = start(args), load(args.dataset), pathlib.Path(args.out)
+    began = time.monotonic()
 
     # ---------------------------------------------------- model
-    if args.checkpoint:
-        model, meta = load_model(args.checkpoint, args.plm)
-    else:
-        model = lf_untouched(from_backbone(fetch_plm(args.plm), args.layers))
-        meta = {'plm': args.plm, 'stage': 'lf', 'identity': None}
-    tokenizer = load_tokenizer(fetch_plm(meta['plm']))
-    if meta.get('tokenizer', tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f'{args.checkpoint}: was made with another tokenizer than {meta["plm"]} has now')
-    tokens = tokenize(data.attributes, tokenizer)
-    identity = {'data': data.fingerprint, 'model': meta['identity'], 'plm': meta['plm'], 'layers': model.config.layers,
+    model = start_model(args.checkpoint, args.plm, args.layers)
+    if model.stage == 'lf':
+        untouched(model)
+    tokens = tokenize(data.attributes, model.words)
+    identity = {'data': data.fingerprint, 'model': weights_digest(model),
                 'tokens': tokens.fingerprint, 'precision': args.precision}
+    code = code_of('export_embeddings.py')
 
     # ---------------------------------------------------- encode, save
-    with lock(out.parent):
-        if made_from(out, 'embeddings', identity):
-            return print(f'{out} is up to date')
-        matrix = encode_items(model.to(device), tokens, tokenizer.cls, device, autocast, args.micro_tokens)
+    with lock(out.parent, wait=True):
+        if out.exists():
+            head = load_pt(out, 'embeddings')['head']
+            if usable(head, identity, code, args, out):
+                print(f'{out} is up to date')
+                return
+        matrix = model.on(machine).encode_items(tokens).cpu()
         if not torch.isfinite(matrix).all():
-            raise UserError(f'{args.checkpoint or args.plm}: gives embeddings that are not finite; try --precision float32')
-        save_pt(out, 'embeddings', {
-            'identity': identity, 'dataset': data.name, 'fingerprint': data.fingerprint, 'source': meta.get('stage', 'published'),
-            'plm': meta['plm'], 'hidden': matrix.shape[1], **provenance(), 'items': data.item_ids}, matrix=matrix)
-        print(f'{data.n_items:,} items x {matrix.shape[1]}, mean norm {matrix[1:].norm(dim=1).mean():.2f}, written to {out}')
+            raise UserError(f'{args.checkpoint or args.plm}: gives embeddings that are not finite; '
+                            'try --precision float32')
+        shape = geometry(matrix)
+        head = {'identity': identity, 'code': code, 'seconds': time.monotonic() - began,
+                'dataset': data.name, 'stage': model.stage, 'plm': model.plm, **shape}
+        save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids)
+        print(f'{data.n_items:,} items x {matrix.shape[1]}, mean norm {shape["norm"]:.2f}, mean '
+              f'cosine of two items {shape["cosine"]:.2f}, written to {out}')
 
 
 if __name__ == '__main__':

@@ -1,262 +1,245 @@
-"""Stage-FT1 and stage-FT2: tune RecFormer on a target domain, and its row (REC) of the result table.
+"""Stage-FT1 and stage-FT2: tune RecFormer on a target domain, and its row (REC) of the tables.
 
-    python finetune.py pantry --checkpoint runs/pretrained/paper.pt --stage 1        # -> runs/pantry/recformer/ft1.pt
-    python finetune.py pantry --stage 2 --seeds 0 1                                  # from ft1.pt, ft1-seed1.pt: REC's rows
-    python finetune.py grocery --plm minilm --layers 2 --stage 1 --epochs 1 --out /tmp/look.pt                # a look
+    python finetune.py pantry --stage 1 --checkpoint runs/pretrained/longformer-books+clothing+...
+    python finetune.py pantry --stage 2 --seeds 0 1             # from ft1-seed0, ft1-seed1
+    python finetune.py drugstore --stage 1 --plm minilm --layers 2 --epochs 1 --out /tmp/look
 
-Stage 1: before each epoch all items are encoded; everything trains with a full softmax over that fixed table, on one random
-non-empty prefix per user and epoch (the next item is the label). Stage 2: the table of stage 1's best model stays for good.
-Stage 0 trains nothing: it evaluates the checkpoint (or, without one, the untouched language model) as it is.
+Stage 1: before each epoch all items are encoded; everything trains with a full softmax over that
+fixed table, on one random non-empty prefix per user and epoch (the next item is the label).
+Stage 2: the table of stage 1's best model stays for good. Stage 0 trains nothing: it evaluates the
+checkpoint (or, without one, the untouched language model) as it is.
 
 Reads:  data/<dataset>/prepared.npz, --checkpoint (stage 2: stage 1's).
-Writes: --out (weights and the item table), a row in runs/<dataset>/results.json, while it runs <out>.resume.
+Writes: --out, a folder: model.pt (with the item table), row.json, ranks.npz, log.csv.
 """
-import argparse
-import datetime
 import pathlib
-import time
+from dataclasses import asdict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from common.arrays import offsets_of, ragged, take
+from common.backbone import save_recformer, start_model, untouched, weights_digest
 from common.data import load
-from common.files import UserError, command, load_pt, lock, made_from, provenance, runs_root
-from common.metrics import find_row, rank_counts, save_row, summarise, tie_share
-from common.recformer import Batch, cosine_logits, encode_items, from_backbone, lf_untouched, load_model, save_model
-from common.sources import fetch_plm
-from common.text import load_tokenizer, micro_batches, pack, ragged, take, tokenize
-from common.training import (EarlyStopping, State, adamw, add_runtime_options, apply_gradients, linear_schedule, positive,
-                             seed_all, start)
+from common.files import UserError, command, digest, lock, runs_root
+from common.metrics import product_scorer, rank_counts, result_of
+from common.options import (add_machine_options, option_identity, options_parser, real_number,
+                            whole_number)
+from common.recformer import cosine_logits
+from common.runs import code_of, finished, result_line, write_row
+from common.text import micro_batches, tokenize
+from common.training import Training, adamw, linear_schedule, start
 
 
-# ---------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------ options
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
     p.add_argument('--stage', type=int, choices=[0, 1, 2], required=True)
-    p.add_argument('--checkpoint', help="where to start (default: stage 2 this dataset's ft1.pt, else --plm's weights)")
-    p.add_argument('--out', help='checkpoint to write (default: runs/<dataset>/recformer/ft1.pt or ft2.pt)')
+    p.add_argument('--checkpoint', help='where to start: a folder of pretrain.py or finetune.py, or a '
+                   "published state dict (with --plm); default: --plm's weights, stage 2 ft1-seed<N>")
+    p.add_argument('--out', help='folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
     g = p.add_argument_group('model')
-    g.add_argument('--plm', help='language model where there is no checkpoint: longformer (paper), minilm, hub name, folder')
-    g.add_argument('--layers', type=positive(), help='with --plm: its first LAYERS layers only (default: all)')
-    g.add_argument('--tune_layers', default='all', help='encoder layers that train: 3,7,11 (paper table 1); all: everything')
-    g.add_argument('--trainable_items', action='store_true', help='stage 2: the item table trains too (paper table 5)')
-    g.add_argument('--freeze_words', action='store_true', help='word embeddings stay (published code trains them)')
+    g.add_argument('--plm', help='without a checkpoint: longformer (paper), minilm, hub name, folder')
+    g.add_argument('--layers', type=whole_number(1),
+                   help='with --plm: its first LAYERS layers only (default: all)')
+    g.add_argument('--max-tokens', type=whole_number(2, 1024),
+                   help="newest tokens of a history (default: the checkpoint's; RecFormer: 1024)")
+    g.add_argument('--tune-layers', default='all',
+                   help='encoder layers that train: 3,7,11 (paper table 1); all: everything')
+    g.add_argument('--trainable-items', action='store_true',
+                   help='stage 2: the item table trains too (paper table 5)')
+    g.add_argument('--freeze-words', action='store_true',
+                   help='word embeddings stay (published code trains them)')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--epochs', type=positive(), default=128, help='at most (RecFormer)')
-    g.add_argument('--patience', type=positive(), default=5, help='epochs without a better validation NDCG@10 (RecFormer)')
-    g.add_argument('--batch', type=positive(), default=128, help='users per optimizer step (RecFormer: 16 x 8 accumulated)')
-    g.add_argument('--lr', type=positive(float), default=5e-5, help='peak learning rate (RecFormer)')
-    g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (RecFormer)')
-    g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
-    g.add_argument('--exclude_history', action='store_true', help="full ranking without the user's own history")
-    g.add_argument('--seeds', type=positive(zero=True), nargs='+', default=[0],
-                   help='one after the other; those above 0 have it in their file names, as in ft1-seed1.pt')
-    add_runtime_options(p, language_model=True)
+    g.add_argument('--epochs', type=whole_number(1), default=128, help='at most (RecFormer)')
+    g.add_argument('--patience', type=whole_number(1), default=5,
+                   help='epochs without a better validation NDCG@10 (RecFormer)')
+    g.add_argument('--batch', type=whole_number(1), default=128,
+                   help='users per optimizer step (RecFormer: 16 x 8 accumulated)')
+    g.add_argument('--lr', type=real_number(above=0), default=5e-5, help='peak rate (RecFormer)')
+    g.add_argument('--warmup', type=whole_number(0), default=100, help='steps (RecFormer)')
+    g.add_argument('--weight-decay', type=real_number(least=0), default=0.0, help='(RecFormer)')
+    g.add_argument('--seeds', type=whole_number(0), nargs='+', default=[0], help='one after the other')
+    add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.trainable_items and args.stage != 2:
-        p.error('--trainable_items belongs to --stage 2')
+        p.error('--trainable-items belongs to --stage 2')
     if args.stage == 2 and args.plm:
         p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
     if args.stage != 2 and not args.checkpoint and not args.plm:
         p.error('name a --checkpoint (pretrain.py makes one) or a --plm to start from')
+    if args.out and len(args.seeds) > 1:
+        p.error('--out: one folder takes one of the --seeds')
     return args
 
 
-# ---------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------ load
+
+def names_of(args, folder, seed):
+    """(name of the run's folder without its stage, where to start from)."""
+    layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
+    start_from = args.checkpoint
+    if args.stage == 2 and not start_from:
+        start_from = folder / f'ft1{layers}-seed{seed}'
+    return f'{layers}{"-items" if args.trainable_items else ""}-seed{seed}', start_from
+
+
+def load_start(args, data, start_from, seed):
+    """(model, tokens of the items): what this stage starts from. UserError where it cannot."""
+    torch.manual_seed(seed)
+    model = start_model(start_from, args.plm, args.layers, seed)
+    if args.stage == 2 and (model.stage != 'ft1' or model.items is None):
+        raise UserError(f'{start_from}: stage 2 starts from a checkpoint of finetune.py --stage 1')
+    if args.stage == 2 and model.data != data.fingerprint:
+        raise UserError(f'{start_from}: was tuned on another version of {data.name}; '
+                        'run --stage 1 again')
+    if args.stage == 0 and model.stage == 'lf':
+        untouched(model)
+    if args.max_tokens:
+        model.config.max_tokens = args.max_tokens
+    choose_layers(model, args.tune_layers)
+    if args.freeze_words:
+        model.word_table.requires_grad_(False)
+    model.lm_head.requires_grad_(False)
+    return model, tokenize(data.attributes, model.words)
+
 
 def choose_layers(model, text):
-    """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves everything to train."""
+    """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves all to train."""
     if text == 'all':
         return
     try:
         wanted = {int(i) for i in text.split(',')}
     except ValueError:
-        raise UserError(f'--tune_layers {text}: give layer numbers such as 3,7,11, or all') from None
+        raise UserError(f'--tune-layers {text}: give layer numbers such as 3,7,11, or all') from None
     if not wanted <= set(range(len(model.layers))):
-        raise UserError(f'--tune_layers {text}: this model has layers 0 to {len(model.layers) - 1}')
+        raise UserError(f'--tune-layers {text}: this model has layers 0 to {len(model.layers) - 1}')
     model.requires_grad_(False)
     for i in wanted:
         model.layers[i].requires_grad_(True)
 
 
+# ------------------------------------------------------------------------ tune
+
 def prefixes(data, users, rng):
-    """One prefix of each user's training part (two items at least) and the item after it: (items, offsets, labels)."""
-    begin, n = data.offsets[users], data.lengths[users] - 2
-    size = rng.integers(1, n)  # 1 ... n - 1
-    return data.items[ragged(begin, size)], np.concatenate([[0], np.cumsum(size)]), data.items[begin + size]
+    """One prefix of each user's training part (two items at least) and the item after it: ragged
+    (items, offsets), labels [users]."""
+    begin = data.offsets[users]
+    size = rng.integers(1, data.lengths[users] - 2)  # 1 ... one less than the training part
+    return (data.items[ragged(begin, size)], offsets_of(size)), data.items[begin + size]
 
 
-def add_gradients(model, table, users, labels, tokens, cls, args, device, autocast):
-    """Softmax loss of users' prefixes (ragged) with their labels over the item table, in passes of bounded size.
-
-    Gradients are added as it goes. table float [n + 1, H]; labels [B] item ids. Returns the mean loss over users (float).
-    """
-    total, lengths = 0.0, pack(*users, tokens, cls).lengths
-    for group in micro_batches(lengths, args.micro_tokens):
-        with autocast():
-            states = model(Batch(pack(*take(*users, group), tokens, cls), model.config.window, device))
-        logits = cosine_logits(states, table)
-        logits[:, 0] = -torch.inf                                                  # padding is no target
-        label = torch.from_numpy(labels[group].astype(np.int64)).to(device)
+def add_gradients(model, table, histories, labels, tokens):
+    """Add the gradients of the softmax loss of histories (ragged) with their labels [B] over the
+    item table [n + 1, H], in passes of bounded size. Returns the mean loss."""
+    packed = model.pack(*histories, tokens)
+    total = torch.zeros((), device=model.machine.device)
+    for group in micro_batches(packed.lengths, model.machine.micro_tokens):
+        logits = cosine_logits(model(packed.rows(group)), table)
+        logits[:, 0] = -torch.inf  # padding is no target
+        label = model.machine.put(labels[group].astype(np.int64))
         loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
         loss.backward()
-        total += float(loss.detach())
+        total += loss.detach()
     return total
 
 
-@torch.no_grad()
-def user_states(model, data, which, tokens, cls, args, device, autocast):
-    """CLS state of every evaluated user's history: ([E, H] float32 on the CPU, targets [E])."""
-    items, offsets, targets = data.split(which)
-    packed = pack(items, offsets, tokens, cls)
-    states = torch.empty(len(targets), model.config.hidden)
-    for rows in tqdm(micro_batches(packed.lengths, args.micro_tokens), desc=f'{which} users', unit='batch', leave=False):
-        with autocast():
-            batch = Batch(pack(*take(items, offsets, rows), tokens, cls), model.config.window, device)
-            states[rows] = model(batch).float().cpu()
-    return states, targets
-
-
-def evaluate(model, table, data, which, tokens, cls, args, device, autocast):
-    """Ranks of the targets under cosine scores."""
-    model.eval()
-    states, targets = user_states(model, data, which, tokens, cls, args, device, autocast)
+def tune(args, data, model, tokens, run, seed):
+    """Train `model`; returns (its best item table, the Training with the best weights restored)."""
+    table = model.items.to(model.machine.device) if args.stage == 2 else model.encode_items(tokens)
+    items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
+    tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}) if args.trainable_items \
+        else model
+    users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
+    steps = -(-len(users) // args.batch)
+    optimizer = adamw(tuned, args.lr, args.weight_decay)
+    training = Training(run, args, tuned, optimizer, steps, args.epochs, args.patience,
+                        schedule=linear_schedule(optimizer, args.warmup, args.epochs * steps))
+    if args.stage == 1 and training.epoch:
+        items.weight.data = training.tensors['items'].to(table.device)  # of this epoch's beginning
     model.train()
-    exclude = data.split(which)[:2] if args.exclude_history else None
-    unit = lambda x: F.normalize(x.float(), dim=-1)
-    return rank_counts(unit(states), unit(table).cpu(), targets, data.negatives, exclude=exclude)
+    with training:
+        for epoch in training.epochs():
+            rng = np.random.default_rng([seed, 5, epoch])
+            order = rng.permutation(users)
+            histories, labels = prefixes(data, order, rng)
+            for step in training.steps():
+                part = np.arange(len(order))[step * args.batch:(step + 1) * args.batch]
+                loss = add_gradients(model, items.weight, take(*histories, part), labels[part], tokens)
+                training.update(loss=loss)
+            if args.stage == 1:
+                items.weight.data = training.tensors['items'] = model.encode_items(tokens)
+            ranks = ranks_of(model, items.weight.detach(), tokens, data, 'valid')
+            found = result_of(data, ranks)['metrics']['sampled']['NDCG@10']
+            training.end_epoch(found)
+            print(f'epoch {epoch + 1}: validation NDCG@10 {found:.4f} '
+                  f'(best {training.best:.4f}, epoch {training.best_epoch})')
+    training.restore_best()
+    if args.stage == 1:
+        return model.encode_items(tokens), training  # encoded after the best was chosen
+    return items.weight.detach(), training
 
 
-# ---------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------ evaluate and write
+
+def ranks_of(model, table, tokens, data, which):
+    """Ranks of the evaluated users' targets under cosine scores with the item table [n + 1, H]."""
+    items, offsets, targets = data.split(which)
+    states = model.encode_histories(items, offsets, tokens, f'{which} users')
+    score = product_scorer(F.normalize(states, dim=-1), F.normalize(table.float(), dim=-1))
+    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
+
+
+def evaluate_and_write(args, data, model, tokens, table, run, seed, training):
+    """Write the checkpoint (of a stage that trained) and the run's row."""
+    folder, identity, code, label = run
+    found = {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
+    init = model.stage
+    if training:
+        model.stage, model.data = f'ft{args.stage}', data.fingerprint
+        save_recformer(folder / 'model.pt', model, table.cpu())
+        found = {'valid': training.best, 'best_epoch': training.best_epoch,
+                 'epochs': training.epoch, 'seconds': round(training.seconds, 1)}
+    ranks = ranks_of(model, table, tokens, data, 'test')
+    row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, model='recformer',
+                    loss='ce', init=init, mode=model.stage, items=args.trainable_items, scale='raw',
+                    hidden=model.config.hidden, tune_layers=args.tune_layers, lr=args.lr, seed=seed,
+                    plm=model.plm, config=asdict(model.config), **found, **result_of(data, ranks),
+                    parameters=sum(p.numel() for p in model.parameters()),
+                    device=str(model.machine.device))
+    if training:
+        training.finish()
+    print(f'{label}: {result_line(row)}, written to {folder}')
+
+
+# ------------------------------------------------------------------------ main
 
 def main(args):
+    machine, data = start(args), load(args.dataset)
     for seed in args.seeds:
-        tune(args, seed)
-
-
-def tune(args, seed):
-    device, autocast = start(args)
-    seed_all(seed)
-    data = load(args.dataset)
-    folder = runs_root() / data.name
-    of_seed = lambda path: path.with_stem(f'{path.stem}-seed{seed}') if seed else path
-    out = of_seed(pathlib.Path(args.out or folder / 'recformer' / f'ft{args.stage}.pt'))
-    source = args.checkpoint or (str(of_seed(folder / 'recformer' / 'ft1.pt')) if args.stage == 2 else None)
-
-    # ---------------------------------------------------- model
-    if source:
-        model, meta = load_model(source, args.plm)
-        origin = meta['identity']
-    else:
-        model, meta, origin = from_backbone(fetch_plm(args.plm), args.layers), {'plm': args.plm}, None
-        if args.stage == 0:
-            lf_untouched(model)
-    tokenizer = load_tokenizer(fetch_plm(meta['plm']))
-    if meta.get('tokenizer', tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise UserError(f'{source}: was made with another tokenizer than {meta["plm"]} has now')
-    tokens = tokenize(data.attributes, tokenizer)
-    choose_layers(model, args.tune_layers)
-    if args.freeze_words:
-        model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
-    model.lm_head.requires_grad_(False)
-    model.to(device).train()
-    unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens', 'checkpoint', 'exclude_history', 'seeds')
-    options = {'seed': seed} | {k: v for k, v in vars(args).items() if k not in unused}
-    identity = {'options': options, 'data': data.fingerprint, 'start': origin, 'tokenizer': tokenizer.fingerprint}
-    stage = ['as it is', 'stage-FT1', 'stage-FT2'][args.stage]
-    mode = 'trainable' if args.trainable_items else ['none', 'ft1', 'ft2'][args.stage]
-    init = meta.get('stage', 'lf')
-    run = '-'.join(['recformer', init if args.stage == 0 else mode]
-                   + [f'layers{args.tune_layers}'] * (args.tune_layers != 'all') + ['nohistory'] * args.exclude_history + [f'seed{seed}'])
-    encode = lambda: encode_items(model, tokens, tokenizer.cls, device, autocast, args.micro_tokens)
-
-    with lock(out.parent):
-        done = made_from(out, 'recformer', identity) if args.stage else None
-        if done and find_row(folder, run, identity):
-            return print(f'{out} is up to date')
-        began = time.time()
-        if args.stage == 2:
-            table = load_pt(source, 'recformer')['items'] if 'stage' in meta and meta['stage'] == 'ft1' else None
-            if table is None:
-                raise UserError(f'{source}: stage 2 starts from a checkpoint of finetune.py --stage 1')
-            if meta['data'] != data.fingerprint:
-                raise UserError(f'{source}: was tuned on another version of {data.name}; run --stage 1 again')
-        else:
-            table = encode()
-
-        # ------------------------------------------------ optimizer
-        train = args.stage and not done
-        if train:
-            items = torch.nn.Embedding.from_pretrained(table.to(device), freeze=not args.trainable_items)
-            tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}) if args.trainable_items else model
-            users = np.flatnonzero(data.lengths >= 4)                      # two training items: a prefix and a label
-            steps = -(-len(users) // args.batch)
-            optimizer = adamw(tuned, args.lr, args.weight_decay)
-            schedule = linear_schedule(optimizer, args.warmup, args.epochs * steps)
-            best = EarlyStopping(tuned, args.patience)
-            state = State(out.with_suffix('.resume'), identity, args.save_every, model=tuned, optimizer=optimizer,
-                          schedule=schedule, best=best)
-            if args.stage == 1 and state.epoch:
-                # the table in use was encoded when the epoch began: from the weights saved then, or now if none was trained
-                items.weight.data = state.tensors['items'].to(device)
-
-        # ------------------------------------------------ loop
-        while train and state.epoch < args.epochs and not best.stop:
-            rng = np.random.default_rng([seed, 5, state.epoch])
-            order = rng.permutation(users)
-            history, offsets, labels = prefixes(data, order, rng)
-            bar = tqdm(range(state.step, steps), initial=state.step, total=steps, unit='step',
-                       desc=f'{stage} epoch {state.epoch + 1}')
-            for step in bar:
-                chunk = np.arange(step * args.batch, min((step + 1) * args.batch, len(order)))
-                loss = add_gradients(model, items.weight, take(history, offsets, chunk), labels[chunk], tokens,
-                                     tokenizer.cls, args, device, autocast)
-                apply_gradients(loss, tuned, optimizer, state)
-                schedule.step()
-                bar.set_postfix_str(f'loss {loss:.3f}')
-                state.advance()
-            if args.stage == 1:
-                table = encode()
-                items.weight.data = table.to(device)
-                state.tensors['items'] = table
+        folder = runs_root() / data.name
+        name, start_from = names_of(args, folder, seed)
+        model, tokens = load_start(args, data, start_from, seed)
+        stage = f'ft0-{model.stage}' if args.stage == 0 else f'ft{args.stage}'
+        out = pathlib.Path(args.out) if args.out else folder / f'{stage}{name}'
+        identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
+                    'tokens': tokens.fingerprint, 'start': weights_digest(model),
+                    'items': None if model.items is None else digest(model.items),
+                    'config': asdict(model.config)}
+        run = out, identity, code_of('finetune.py'), f'stage-FT{args.stage}'
+        with lock(out):
+            if row := finished(out, identity, run[2], args):
+                print(f'{out} is up to date ({result_line(row)})')
+                continue
+            model.on(machine)
+            if args.stage:
+                table, training = tune(args, data, model, tokens, run, seed)
             else:
-                table = items.weight.detach().cpu()
-            ranks = evaluate(model, table, data, 'valid', tokens, tokenizer.cls, args, device, autocast)
-            value = summarise(ranks)['sampled']['NDCG@10']
-            best.update(value, state.epoch)
-            print(f'epoch {state.epoch + 1}: validation NDCG@10 {value:.4f} '
-                  f'(best {best.best:.4f}, epoch {best.best_epoch + 1})')
-            state.next_epoch()
-
-        # ------------------------------------------------ result
-        found = {'valid_ndcg10': None, 'epoch': 0, 'epochs': 0}
-        if train:
-            best.restore()
-            table = encode() if args.stage == 1 else items.weight.detach().cpu()  # encoded after the best was chosen
-            found = {'valid_ndcg10': best.best, 'epoch': best.best_epoch + 1, 'epochs': state.epoch}
-            save_model(out, model, {'identity': identity, 'plm': meta['plm'], 'tokenizer': tokenizer.fingerprint,
-                                    'stage': f'ft{args.stage}', 'data': data.fingerprint, **found, **provenance()}, items=table)
-            state.finish()
-        elif done:  # trained, but stopped before its row was written
-            model.load_state_dict(done['model'])
-            table, found = done['items'], {k: done['meta'][k] for k in found}
-        ranks = evaluate(model, table, data, 'test', tokens, tokenizer.cls, args, device, autocast)
-        metrics = summarise(ranks)
-        save_row(folder, {
-            'run': run, 'identity': identity, 'dataset': data.name, 'plm': meta['plm'], 'model': 'recformer', 'init': init,
-            'mode': mode, 'scale': 'raw', 'dim': None, 'loss': 'ce', 'tied': True, 'lr': args.lr, 'seed': seed,
-            'users': len(data.evaluated), 'tune_layers': args.tune_layers, 'tie_share': tie_share(ranks),
-            'valid_ndcg10': found['valid_ndcg10'], 'metrics': metrics, 'exclude_history': args.exclude_history,
-            'seconds': round(time.time() - began, 1), 'epochs': found['epochs'], 'best_epoch': found['epoch'],
-            'parameters': sum(p.numel() for p in model.parameters()), 'device': str(device),
-            'date': datetime.date.today().isoformat(), **provenance()}, {'users': data.evaluated, **ranks})
-        print(f'{stage}: NDCG@10 {metrics["sampled"]["NDCG@10"]:.4f} (100 negatives), '
-              f'{metrics["full"]["NDCG@10"]:.4f} (all items) -> {folder / "results.json"}'
-              + (f', {out}' if args.stage else ''))
+                table, training = model.encode_items(tokens), None
+            evaluate_and_write(args, data, model, tokens, table, run, seed, training)
 
 
 if __name__ == '__main__':

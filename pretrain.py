@@ -1,235 +1,256 @@
 """Stage-PT: tune a language model on users' histories in source domains (RecFormer's pre-training).
 
-    python pretrain.py books clothing sports movies --plm longformer --batch 64 --leave_out --out runs/pretrained/paper.pt
-    python pretrain.py household --plm minilm --max_steps 20 --batch 16 --accumulate 1 --out /tmp/look.pt          # a look
+    python pretrain.py books clothing sports movies --plm longformer --leave-out
+    python pretrain.py grocery --plm minilm --max-steps 20 --batch 16 --accumulate 1 --out /tmp/look
 
-For each user and epoch: a split point drawn from the second half of the sequence, history = items before it, target = the
-item there. Loss = cross-entropy of cosine / 0.05 between a history's CLS and the targets' CLS of the batch, + 0.1 x masked
-language model on histories and targets in a pass of its own. The best by held-out contrastive accuracy is kept.
+For each user and epoch: a split point drawn from the second half of the sequence, history = items
+before it, target = the item there. Loss = cross-entropy of cosine / 0.05 between a history's CLS
+and the targets' CLS of the batch, + 0.1 x masked language model on histories and targets in a pass
+of its own. The best by held-out contrastive accuracy is kept.
 
 Reads:  data/<source>/prepared.npz (python -m common.data <source>), the language model.
-Writes: --out (.pt, and its readable .json), while it runs <out>.resume.
+Writes: --out, a folder: model.pt, row.json, log.csv; while it runs resume.pt.
 """
-import argparse
 import contextlib
-import pathlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from common.arrays import offsets_of, ragged
+from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
-from common.files import UserError, command, lock, made_from, provenance
-from common.recformer import Batch, cosine_logits, from_backbone, save_model
-from common.sources import fetch_plm
-from common.text import load_tokenizer, mask_words, micro_batches, pack, pack_items, ragged, tokenize
-from common.training import (EarlyStopping, Ranks, State, adamw, add_runtime_options, apply_gradients, linear_schedule,
-                             positive, seed_all, start)
+from common.files import UserError, command, lock, runs_root
+from common.options import (add_machine_options, option_identity, options_parser, real_number,
+                            whole_number)
+from common.recformer import cosine_logits
+from common.runs import code_of, finished, write_row
+from common.text import mask_words, micro_batches, tokenize
+from common.training import Processes, Training, adamw, linear_schedule, start
 
 
-# ---------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------ options
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options_parser(__doc__)
     p.add_argument('sources', nargs='+', help='names of prepared datasets')
-    p.add_argument('--out', required=True, help='checkpoint to write')
+    p.add_argument('--out', help='folder to write (default: runs/pretrained/<plm>-<sources>)')
     g = p.add_argument_group('model')
-    g.add_argument('--plm', default='longformer', help='longformer (paper), minilm, a hub name or a local folder')
-    g.add_argument('--layers', type=positive(), help='use the first LAYERS layers only (default: all)')
+    g.add_argument('--plm', default='longformer',
+                   help='longformer (paper), minilm, a hub name or a local folder')
+    g.add_argument('--layers', type=whole_number(1), help='its first LAYERS layers only (default: all)')
+    g.add_argument('--max-tokens', type=whole_number(2, 1024), default=1024,
+                   help='newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)')
     g = p.add_argument_group('data')
-    g.add_argument('--leave_out', action='store_true',
-                   help="leave out each user's last two items (for sources that are targets too; paper silent)")
-    g.add_argument('--share', type=positive(float, most=100), default=100.,
+    g.add_argument('--leave-out', action='store_true',
+                   help="leave out each user's last two items (for sources that are targets too; "
+                        'paper silent)')
+    g.add_argument('--share', type=real_number(above=0, most=100), default=100.0,
                    help='percent of the source users (paper sec. 4.6)')
-    g.add_argument('--valid_share', type=positive(float, most=50), default=5., help='percent of users held out (ours)')
+    g.add_argument('--valid-share', type=real_number(above=0, most=50), default=5.0,
+                   help='percent of users held out (ours)')
     g = p.add_argument_group('optimisation')
-    g.add_argument('--epochs', type=positive(), default=32, help='at most (RecFormer)')
-    g.add_argument('--max_steps', type=positive(), help='at most this many optimizer steps in all (ours, for small budgets)')
-    g.add_argument('--patience', type=positive(), default=5, help='epochs without a better accuracy (ours)')
-    g.add_argument('--batch', type=positive(), default=64, help='users whose targets are each other\'s negatives '
-                   '(RecFormer: 16 on each of 4 GPUs; torchrun splits them)')
-    g.add_argument('--accumulate', type=positive(), default=8, help='batches per optimizer step (RecFormer)')
-    g.add_argument('--lr', type=positive(float), default=5e-5, help='peak learning rate (RecFormer)')
-    g.add_argument('--warmup', type=positive(zero=True), default=100, help='warm-up steps (ours; as in FT1)')
-    g.add_argument('--weight_decay', type=positive(float, zero=True), default=0.0, help="AdamW's (RecFormer)")
-    g.add_argument('--mlm_weight', type=positive(float, zero=True), default=0.1,
-                   help='of the masked language model loss (RecFormer)')
-    g.add_argument('--seed', type=positive(zero=True), default=0)
-    add_runtime_options(p, language_model=True)
-    args = p.parse_args(argv)
-    if args.batch < 2:
-        p.error('--batch: at least 2, or there is no negative')
-    return args
+    g.add_argument('--epochs', type=whole_number(1), default=32, help='at most (RecFormer)')
+    g.add_argument('--max-steps', type=whole_number(1),
+                   help='at most this many optimizer steps in all (ours, for small budgets)')
+    g.add_argument('--patience', type=whole_number(1), default=5,
+                   help='epochs without a better accuracy (ours)')
+    g.add_argument('--batch', type=whole_number(2), default=64,
+                   help="users whose targets are each other's negatives (RecFormer: 16 on each of 4 "
+                        'GPUs; torchrun splits them)')
+    g.add_argument('--accumulate', type=whole_number(1), default=8,
+                   help='batches per optimizer step (RecFormer)')
+    g.add_argument('--lr', type=real_number(above=0), default=5e-5, help='peak rate (RecFormer)')
+    g.add_argument('--warmup', type=whole_number(0), default=100, help='steps (ours; as in FT1)')
+    g.add_argument('--weight-decay', type=real_number(least=0), default=0.0, help='(RecFormer)')
+    g.add_argument('--mlm-weight', type=real_number(least=0), default=0.1,
+                   help='of the masked-language-model loss (RecFormer)')
+    g.add_argument('--seed', type=whole_number(0), default=0)
+    add_machine_options(p, language_model=True)
+    return p.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------ data
 
 class Sources:
-    """Sequences of all source domains, one after the other; their items numbered on from one domain to the next."""
+    """Sequences of all source domains, one after the other; their items numbered on from one domain
+    to the next. Users without two items are left out; `valid` and `train` are seeded."""
 
-    def __init__(self, args, tokenizer):
+    def __init__(self, args, words):
         items, lengths, attributes, self.fingerprints = [], [], [], []
         for name in args.sources:
             data = load(name)
-            kept = data.lengths - (2 if args.leave_out else 0)
-            items.append(data.items[ragged(data.offsets[:-1], kept)] + len(attributes))
-            lengths.append(kept)
+            part, offsets = data.training(2 if args.leave_out else 0)
+            items.append(part + len(attributes))
+            lengths.append(np.diff(offsets))
             attributes += data.attributes
             self.fingerprints.append([name, data.fingerprint])
         self.items, self.lengths = np.concatenate(items), np.concatenate(lengths)
         self.begin = np.cumsum(self.lengths) - self.lengths
-        self.tokens = tokenize(attributes, tokenizer)
-        users = np.random.default_rng([args.seed, 1]).permutation(np.flatnonzero(self.lengths >= 2))
+        self.tokens = tokenize(attributes, words)
+        users = np.flatnonzero(self.lengths >= 2)
+        users = np.random.default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        self.valid, self.train = users[:held], users[held:][:max(args.batch, round((len(users) - held) * args.share / 100))]
+        kept = max(args.batch, round((len(users) - held) * args.share / 100))
+        self.valid, self.train = users[:held], users[held:][:kept]
         if len(self.train) < 2:
-            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users have two items; stage-PT needs more')
+            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users have two items; '
+                            'stage-PT needs more')
 
-    def draw(self, users, rng, cls):
-        """One split point a user, from the second half of the sequence: (packed histories, target items).
+    def draw(self, users, rng):
+        """One split point a user: histories (ragged) and the target items [users].
 
-        With n items the target's 0-based index is uniform over n // 2 ... n - 1, at least 1: a history is never empty.
+        With n items the target's 0-based index is uniform over n // 2 ... n - 1, at least 1: a
+        history is never empty.
         """
         point = np.maximum(1, rng.integers(self.lengths[users] // 2, self.lengths[users]))
-        items = self.items[ragged(self.begin[users], point)]
-        return pack(items, np.concatenate([[0], np.cumsum(point)]), self.tokens, cls), self.items[self.begin[users] + point]
+        begin = self.begin[users]
+        return (self.items[ragged(begin, point)], offsets_of(point)), self.items[begin + point]
 
 
-# ---------------------------------------------------------------------------- losses
+# ------------------------------------------------------------------------ losses
 
-def contrastive(model, histories, targets, items, device, ranks=None):
+def contrastive(model, histories, targets, items, processes=None):
     """Cosine / 0.05 of each history's CLS with each target's: (loss, accuracy) over B pairs.
 
-    Another row with the same target item is no negative of it (ours; published code counts it). With `ranks` each process
-    encodes its share, and all compute the same loss over all pairs: their gradients' sum is that of one process.
+    histories, targets: Packed; items [B]: the targets' ids. Another row with the same target is no
+    negative of it (ours; published code counts it). With `processes` each encodes its share, and
+    all compute the same loss over all pairs: their gradients' sum is that of one process.
     """
     def encode(packed):
-        part = packed if ranks is None else packed.rows(ranks.share(len(items)))
-        states = model(Batch(part, model.config.window, device)).float()
-        return states if ranks is None else ranks.gather(states, len(items))
-    logits = cosine_logits(encode(histories), encode(targets))
-    same = torch.from_numpy(items[:, None] == items).to(device)
+        if processes is None:
+            return model(packed).float()
+        mine = model(packed.rows(processes.share(len(items)))).float()
+        return processes.gather(mine, len(items))
+
+    with model.machine.autocast():
+        logits = cosine_logits(encode(histories), encode(targets))
+    same = model.machine.put(items[:, None] == items)
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
-    label = torch.arange(len(items), device=device)
+    label = torch.arange(len(items), device=logits.device)
     return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
 
 
-def masked_model(model, packed, rng, tokenizer, args, device, autocast, scale, ranks):
-    """Masked-language-model loss of packed sequences, in passes of bounded size; gradients are added as it goes.
-
-    scale: factor of the loss before backward. Returns this process's part of the mean loss over the masked tokens (float).
-    """
-    tokens, chosen = mask_words(packed, rng, tokenizer.mask_token_id, model.config.vocab_size)
-    total, picked = 0.0, np.zeros(len(tokens), bool)
+def masked_gradients(model, packed, rng, scale, processes):
+    """Masked-language-model loss of Packed sequences, in passes of bounded size; `scale` times its
+    gradients are added as it goes. Returns this process's part of the mean over masked tokens."""
+    tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
+    picked = np.zeros(len(tokens), bool)
     picked[chosen] = True
-    mine = ranks.share(len(packed.lengths))
-    for group in micro_batches(packed.lengths[mine], args.micro_tokens):
+    mine = processes.share(len(packed.lengths))
+    total = torch.zeros((), device=model.machine.device)
+    for group in micro_batches(packed.lengths[mine], model.machine.micro_tokens):
         index = packed.index(mine[group])
-        part = replace(packed.rows(mine[group]), tokens=tokens[index])
-        rows = np.flatnonzero(picked[index])
-        if not len(rows):
+        places = np.flatnonzero(picked[index])
+        if not len(places):
             continue
-        labels = torch.from_numpy(packed.tokens[index][rows]).to(device)
-        with autocast():
-            logits = model.mlm_logits(model(Batch(part, model.config.window, device), torch.from_numpy(rows).to(device)))
+        part = replace(packed.rows(mine[group]), tokens=tokens[index])
+        logits = model.mlm_logits(model(part, places))
+        labels = model.machine.put(packed.tokens[index][places])
         loss = F.cross_entropy(logits.float(), labels, reduction='sum') / len(chosen)
         (scale * loss).backward()
-        total += float(loss.detach())
+        total += loss.detach()
     return total
 
 
 @torch.no_grad()
-def accuracy(model, sources, args, tokenizer, device, autocast, ranks):
-    """Share of held-out users whose target scores highest in their group of --batch; the same draws each time."""
+def held_out_accuracy(model, sources, args, processes):
+    """Share of held-out users whose target scores highest in their group of --batch; the same draws
+    each time."""
     model.eval()
-    right = torch.zeros(1, device=device)
+    right = torch.zeros(1, device=model.machine.device)
     groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
-    for number, users in list(enumerate(groups))[ranks.rank::ranks.world]:
-        histories, targets = sources.draw(users, np.random.default_rng([args.seed, 2, number]), tokenizer.cls)
-        with autocast():
-            _, share = contrastive(model, histories, pack_items(targets, sources.tokens, tokenizer.cls), targets, device)
+    for number in range(processes.rank, len(groups), processes.world):
+        users, rng = groups[number], np.random.default_rng([args.seed, 2, number])
+        histories, items = sources.draw(users, rng)
+        _, share = contrastive(model, model.pack(*histories, sources.tokens),
+                               model.pack_items(items, sources.tokens), items)
         right += share * len(users)
     model.train()
-    ranks.sum([right])
+    processes.sum([right])
     return float(right) / len(sources.valid)
 
 
-# ---------------------------------------------------------------------------- main
+def step_gradients(model, sources, users, rng, args, processes):
+    """Add the gradients of one optimizer step over these users, in batches of --batch; returns
+    (contrastive loss, masked-language-model loss, accuracy), means over the batches."""
+    batches = np.array_split(users, -(-len(users) // args.batch))
+    losses = torch.zeros(3, device=model.machine.device)
+    for batch in batches:
+        histories, items = sources.draw(batch, rng)
+        histories = model.pack(*histories, sources.tokens)
+        targets = model.pack_items(items, sources.tokens)
+        loss, right = contrastive(model, histories, targets, items, processes)
+        (loss / len(batches)).backward()
+        losses[0] += loss.detach()
+        losses[2] += right
+        if args.mlm_weight:
+            for packed in (histories, targets):
+                losses[1] += masked_gradients(model, packed, rng, args.mlm_weight / len(batches),
+                                              processes)
+    processes.sum(p.grad for p in model.parameters() if p.grad is not None)
+    return losses / len(batches)
+
+
+# ------------------------------------------------------------------------ main
 
 def main(args):
-    device, autocast = start(args)
-    ranks = Ranks(device)
-    seed_all(args.seed)
-    folder = fetch_plm(args.plm)
-    tokenizer = load_tokenizer(folder)
-    sources = Sources(args, tokenizer)
-    unused = ('out', 'device', 'save_every', 'deterministic', 'micro_tokens')
-    options = {k: v for k, v in vars(args).items() if k not in unused}
-    identity = {'options': options, 'sources': sources.fingerprints, 'tokenizer': tokenizer.fingerprint}
-    out = pathlib.Path(args.out)
-    with lock(out.parent) if not ranks.rank else contextlib.nullcontext():
-        if made_from(out, 'recformer', identity):
-            return print(f'{out} is up to date')
-        model = from_backbone(folder, args.layers).to(device).train()
-        model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)  # RecFormer: frozen in pre-training
+    machine = start(args)
+    processes = Processes(machine.device)
+    plm = args.plm.rstrip('/').split('/')[-1]
+    folder = args.out or runs_root() / 'pretrained' / f'{plm}-{"+".join(args.sources)}'
+    with contextlib.nullcontext() if processes.rank else lock(folder):
+        model = start_model(None, args.plm, args.layers, args.seed)
+        model.config.max_tokens = args.max_tokens
+        sources = Sources(args, model.words)
+        if min(args.batch, len(sources.train)) < 2 * processes.world:
+            raise UserError(f'--batch {args.batch}: {processes.world} processes share it; '
+                            'each needs two users')
+        identity = {'options': option_identity(args), 'data': sources.fingerprints,
+                    'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
+        code = code_of('pretrain.py')
+        if row := finished(folder, identity, code, args):
+            print(f'{folder} is up to date (held-out accuracy {row["accuracy"]:.4f})')
+            return
+        model.on(machine).train()
+        model.word_table.requires_grad_(False)  # RecFormer: frozen in pre-training
 
-        # ------------------------------------------------ optimizer
-        group = args.batch * args.accumulate
-        steps = -(-len(sources.train) // group)                                   # per epoch
+        # ---------------------------------------------------- loop
+        steps = -(-len(sources.train) // (args.batch * args.accumulate))  # per epoch
         total = min(args.epochs * steps, args.max_steps or args.epochs * steps)
         optimizer = adamw(model, args.lr, args.weight_decay)
-        schedule = linear_schedule(optimizer, args.warmup, total)
-        best = EarlyStopping(model, args.patience)
-        state = State(out.with_suffix('.resume'), identity, args.save_every, model=model, optimizer=optimizer,
-                      schedule=schedule, best=best)
-        if min(args.batch, len(sources.train)) < 2 * ranks.world:
-            raise UserError(f'--batch {args.batch}: {ranks.world} processes share it; each needs two users')
-        print(f'stage-PT: {len(sources.train):,} users train, {len(sources.valid):,} are held out, at most {total:,} steps')
+        training = Training((folder, identity, code, 'stage-PT'), args, model, optimizer, steps,
+                            args.epochs, args.patience, clip=1.0, total=total,
+                            schedule=linear_schedule(optimizer, args.warmup, total))
+        print(f'stage-PT: {len(sources.train):,} users train, {len(sources.valid):,} are held out, '
+              f'at most {total:,} steps')
+        with training:
+            for epoch in training.epochs():
+                order = np.random.default_rng([args.seed, 3, epoch]).permutation(sources.train)
+                shares = np.array_split(order, steps)  # of equal size: none of a single user
+                for step in training.steps():
+                    rng = np.random.default_rng([args.seed, 4, epoch, step])
+                    torch.manual_seed(rng.integers(2 ** 62) + processes.rank)  # dropout
+                    found = step_gradients(model, sources, shares[step], rng, args, processes)
+                    training.update(contrastive=found[0], mlm=found[1], accuracy=found[2])
+                value = held_out_accuracy(model, sources, args, processes)
+                training.end_epoch(value)
+                print(f'epoch {epoch + 1}: held-out accuracy {value:.4f} (best {training.best:.4f})')
 
-        # ------------------------------------------------ loop
-        bar = tqdm(total=total, initial=min(total, state.epoch * steps + state.step), unit='step', desc='stage-PT')
-        while state.epoch * steps < total and not best.stop:
-            order = np.random.default_rng([args.seed, 3, state.epoch]).permutation(sources.train)
-            for step in range(state.step, min(steps, total - state.epoch * steps)):
-                rng = np.random.default_rng([args.seed, 4, state.epoch, step])
-                torch.manual_seed(rng.integers(2 ** 62) + ranks.rank)             # dropout
-                chunk = np.array_split(order, steps)[step]                        # of equal size: none of a single user
-                batches = np.array_split(chunk, -(-len(chunk) // args.batch))
-                losses = np.zeros(3)
-                for users in batches:
-                    histories, items = sources.draw(users, rng, tokenizer.cls)
-                    targets = pack_items(items, sources.tokens, tokenizer.cls)
-                    with autocast():
-                        loss, right = contrastive(model, histories, targets, items, device, ranks)
-                    (loss / len(batches)).backward()
-                    losses += [float(loss.detach()), 0, float(right)]
-                    for packed in (histories, targets) if args.mlm_weight else ():
-                        losses[1] += masked_model(model, packed, rng, tokenizer, args, device, autocast,
-                                                  args.mlm_weight / len(batches), ranks)
-                losses /= len(batches)
-                ranks.sum(p.grad for p in model.parameters() if p.grad is not None)
-                apply_gradients(losses[0] + losses[1], model, optimizer, state, clip=1.0)
-                schedule.step()
-                bar.set_postfix_str(f'contrastive {losses[0]:.3f} mlm {losses[1]:.3f} accuracy {losses[2]:.2f}')
-                bar.update()
-                state.advance()
-            value = accuracy(model, sources, args, tokenizer, device, autocast, ranks)
-            best.update(value, state.epoch)
-            bar.write(f'epoch {state.epoch + 1}: held-out accuracy {value:.4f} (best {best.best:.4f})')
-            state.next_epoch()
-        bar.close()
-
-        # ------------------------------------------------ result
-        best.restore()
-        if ranks.rank:
+        # ---------------------------------------------------- result
+        if processes.rank:
             return
-        save_model(out, model, {'identity': identity, 'plm': args.plm, 'tokenizer': tokenizer.fingerprint, 'stage': 'pt',
-                                'accuracy': best.best, 'epoch': best.best_epoch + 1, **provenance()})
-        state.finish()
-        print(f'stage-PT: held-out accuracy {best.best:.4f} of {args.batch}, epoch {best.best_epoch + 1}, written to {out}')
+        training.restore_best()
+        model.stage = 'pt'
+        save_recformer(f'{folder}/model.pt', model)
+        write_row(folder, identity, code, stage='pt', plm=args.plm, config=asdict(model.config),
+                  accuracy=training.best, best_epoch=training.best_epoch, epochs=training.epoch,
+                  seconds=round(training.seconds, 1), device=str(machine.device))
+        training.finish()
+        print(f'stage-PT: held-out accuracy {training.best:.4f} of {args.batch}, epoch '
+              f'{training.best_epoch}, written to {folder}')
 
 
 if __name__ == '__main__':

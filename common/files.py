@@ -1,7 +1,6 @@
-"""Files that are whole or absent, identities of what they were made from, errors a user can act on.
+"""Files that are whole or absent, identities by content, errors that a user can act on.
 
-Every output is written beside its final name and renamed; every `.pt` carries a `meta` dictionary that says
-what it is (`kind`) and what made it (`identity`), and lies beside a readable copy of that dictionary.
+Every output is written beside its final name and renamed. Every `.pt` says what it is (`kind`).
 """
 import contextlib
 import fcntl
@@ -10,6 +9,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import subprocess
 import sys
 
@@ -18,6 +18,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HOST = platform.node() or 'here'
+STOPPED = 143  # exit code after SIGTERM: 128 + 15, what a shell would report
 
 
 class UserError(Exception):
@@ -28,36 +29,51 @@ class Diverged(UserError):
     """A loss, a gradient or a score is not finite."""
 
 
+# ------------------------------------------------------------------------ errors in one line
+
 def command(main, *args):
-    """Run a script's main; a UserError becomes one line on standard error and exit code 2."""
+    """Run a script's main: what a user can mend ends in one line on standard error, exit code 2."""
     try:
+        signal.signal(signal.SIGTERM, stop)
         main(*args)
+        sys.stdout.flush()
     except UserError as error:
-        sys.exit(fail(error))
-    except OSError as error:  # a full disk, a folder without permission: the name and the reason are in its text
-        sys.exit(fail(f'{error.filename or "writing"}: {error.strerror or error}'))
+        fail(error)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:  # a full disk, a folder without permission
+        fail(f'{error.filename or "writing"}: {error.strerror or error}')
     except (torch.OutOfMemoryError, MemoryError) as error:
-        sys.exit(fail(out_of_memory(error)))
+        fail(out_of_memory(error))
     except RuntimeError as error:  # a CPU's allocator has no exception of its own
         if "can't allocate memory" not in str(error):
             raise
-        sys.exit(fail(out_of_memory(error)))
+        fail(out_of_memory(error))
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
 
 
+def stop(*_):
+    """SIGTERM: leave at once; whatever is open cleans up on its way out."""
+    sys.exit(STOPPED)
+
+
 def out_of_memory(error):
+    """What to say when memory ran out, on a CPU or a GPU."""
     why = str(error).splitlines()[0] if str(error) else 'no more to be had'
-    return f'out of memory ({why}): lower --batch, or --micro_tokens where the script has it; what was saved is kept'
+    return (f'out of memory ({why}): lower --batch, or --micro-tokens where the script has it; '
+            'what was saved is kept')
 
 
 def fail(error):
+    """One line on standard error, exit code 2."""
     print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
-# ---------------------------------------------------------------------------- identities
+# ------------------------------------------------------------------------ identities
 
 def sha256(path):
     """Hex digest of a file's bytes."""
@@ -66,9 +82,11 @@ def sha256(path):
 
 
 def digest(*parts):
-    """16 hex digits over numpy arrays and JSON-able values, in order: the identity of what they hold."""
+    """16 hex digits over arrays, tensors and JSON-able values, in order: what they hold."""
     h = hashlib.sha256()
     for part in parts:
+        if isinstance(part, torch.Tensor):
+            part = part.detach().cpu().numpy()
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
             h.update(np.ascontiguousarray(part).data)
@@ -77,30 +95,41 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
-def same(a, b):
-    """Whether two identities are equal once written as JSON (which knows no tuples)."""
-    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+def file_stamp(path, known=None):
+    """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, saves reading an untouched
+    file again."""
+    status = os.stat(path)
+    stamp = {'size': status.st_size, 'time': status.st_mtime_ns}
+    if known and all(known.get(key) == value for key, value in stamp.items()):
+        return known
+    return {**stamp, 'sha256': sha256(path)}
 
 
 def provenance():
-    """What travels with every result: commit (with '+' where the tree was changed), versions, command."""
+    """What travels with every result: commit ('+': the tree was changed), versions, command."""
     import transformers
-    git = lambda *a: subprocess.run(['git', '-C', str(ROOT), *a], capture_output=True, text=True).stdout.strip()
+
+    def git(*options):
+        try:
+            out = subprocess.run(['git', '-C', str(ROOT), *options], capture_output=True, text=True)
+        except OSError:  # no git on this machine
+            return ''
+        return out.stdout.strip()
+
     commit = git('rev-parse', '--short=12', 'HEAD') or 'unknown'
-    return {'commit': commit + ('+' if git('status', '--porcelain', '-uno') else ''), 'torch': str(torch.__version__),
+    changed = '+' if git('status', '--porcelain', '-uno') else ''
+    return {'commit': commit + changed, 'torch': str(torch.__version__),
             'transformers': transformers.__version__, 'command': ' '.join(map(str, sys.argv))}
 
 
-# ---------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------ writing
 
 @contextlib.contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f'.*.{HOST}.*.part'):  # of a process of this machine that was killed while it wrote
-        if not pathlib.Path('/proc', stale.name.split('.')[-2]).exists() and pathlib.Path('/proc/self').exists():
-            stale.unlink(missing_ok=True)
+    sweep(path.parent)
     part = path.with_name(f'.{path.name}.{HOST}.{os.getpid()}.part')
     try:
         yield part
@@ -114,16 +143,29 @@ def whole(path):
         part.unlink(missing_ok=True)
 
 
+def sweep(folder):
+    """Remove what a process of this machine left half-written when it was killed."""
+    if not pathlib.Path('/proc/self').exists():
+        return
+    for stale in folder.glob(f'.*.{HOST}.*.part'):
+        process = stale.name.split('.')[-2]
+        if not pathlib.Path('/proc', process).exists():
+            stale.unlink(missing_ok=True)
+
+
 def save_text(path, text):
+    """Write a UTF-8 file, whole or not at all."""
     with whole(path) as part:
         part.write_text(text, encoding='utf-8')
 
 
 def save_json(path, value):
+    """Write readable JSON, whole or not at all."""
     save_text(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n')
 
 
 def load_json(path):
+    """Read JSON; UserError where the file is missing or is none."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -132,49 +174,42 @@ def load_json(path):
         raise UserError(f'{path}: not valid JSON ({error}); remove it and run again') from None
 
 
-def save_pt(path, kind, meta, **content):
-    """Write {'meta': ..., **content} to `path`, and meta once more as readable JSON beside it."""
-    meta = {'kind': kind, **meta}
+def save_npz(path, arrays):
+    """Write named arrays, compressed, whole or not at all."""
+    with whole(path) as part, open(part, 'wb') as f:
+        np.savez_compressed(f, **arrays)
+
+
+def save_pt(path, kind, **content):
+    """Write {'kind': kind, **content}: tensors, and plain values that say what they are."""
     with whole(path) as part:
         try:
-            torch.save({'meta': meta, **content}, part)
+            torch.save({'kind': kind, **content}, part)
         except RuntimeError as error:  # torch's own text for a failed write
             raise UserError(f'{path}: could not be written ({error}); is the disk full?') from None
-    if kind != 'resume':
-        save_json(pathlib.Path(path).with_suffix('.json'), meta)
 
 
 def load_pt(path, kind, device='cpu'):
-    """Read what save_pt wrote. UserError where the file is missing, cut short, not ours, or of another kind."""
+    """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
     try:
         content = torch.load(path, map_location=device, weights_only=True)
-        found = content['meta']['kind']
+        found = content['kind']
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except OSError:
         raise
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
-        reason = str(error).split('\n')[0][:120]
-        raise UserError(f'{path}: not a readable {kind} file ({type(error).__name__}: {reason})') from None
+        reason = f'{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""}'
+        raise UserError(f'{path}: not a readable {kind} file ({reason})') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content
 
 
-def made_from(path, kind, identity):
-    """What load_pt gives where `path` is a readable file of this kind with this meta['identity'], else None."""
-    if not pathlib.Path(path).exists():
-        return None
-    try:
-        content = load_pt(path, kind)
-    except UserError as error:
-        return print(f'{error}; it is made again')
-    return content if same(content['meta']['identity'], identity) else None
-
-
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """Hold `folder` for this process; a second holder waits, or is refused with the first one's number and command."""
+    """Hold `folder` for this process; a second holder waits, or is refused with the first one's
+    number and command."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / '.lock', 'a+') as f:
@@ -182,16 +217,21 @@ def lock(folder, wait=False):
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             f.seek(0)
-            raise UserError(f'{folder} is in use by {f.read().strip()}: wait for it or stop it') from None
+            holder = f.read().strip()
+            raise UserError(f'{folder} is in use by {holder}: wait for it or stop it') from None
         f.truncate(0)
         f.write(f'process {os.getpid()} ({" ".join(sys.argv)})')
         f.flush()
         yield
 
 
+# ------------------------------------------------------------------------ folders
+
 def data_root():
+    """data/, or ELEPHANT_DATA."""
     return pathlib.Path(os.environ.get('ELEPHANT_DATA', ROOT / 'data'))
 
 
 def runs_root():
+    """runs/, or ELEPHANT_RUNS."""
     return pathlib.Path(os.environ.get('ELEPHANT_RUNS', ROOT / 'runs'))

@@ -1,52 +1,74 @@
-"""What an ID model's item table starts from: exported embeddings, their scale, their principal components."""
+"""What an ID model's item table starts from: exported embeddings, their scale, their components."""
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-from common.files import UserError, load_pt
+from common.files import UserError, digest, load_pt
+
+SCALES = ('raw', 'rescaled', 'centred', 'whitened', 'permuted')
+
+
+class Embeddings(NamedTuple):
+    """An embedding file: matrix float32 [n + 1, H], row 0 zeros; a digest of it; what made it."""
+    matrix: torch.Tensor
+    digest: str
+    head: dict
 
 
 def read_embeddings(path, data):
-    """(matrix [n + 1, H], meta) of an export for exactly this dataset; UserError where anything is off."""
+    """The Embeddings in an export for exactly this dataset; UserError where anything is off."""
+    path = Path(path)
     content = load_pt(path, 'embeddings')
-    matrix, meta = content['matrix'], content['meta']
+    matrix, head = content['matrix'].float(), content['head']
     again = f'export it again for {data.name}'
-    if meta['fingerprint'] != data.fingerprint or meta['items'] != data.item_ids:
-        raise UserError(f'{path}: is of another version of {meta["dataset"]}, or of other items; {again}')
-    if matrix.shape != (data.n_items + 1, meta['hidden']) or not torch.isfinite(matrix).all() or matrix[0].any():
-        size = f'{data.n_items + 1} x {meta["hidden"]}'
-        raise UserError(f'{path}: its matrix is not {size} finite numbers with a zero row 0; {again}')
-    return matrix.float(), meta
+    if content['items'] != data.item_ids or head['identity']['data'] != data.fingerprint:
+        raise UserError(f'{path}: is of another version of {head["dataset"]}, or of other items; '
+                        f'{again}')
+    if len(matrix) != data.n_items + 1 or not torch.isfinite(matrix).all() or matrix[0].any():
+        raise UserError(f'{path}: its matrix is not {data.n_items + 1} rows of finite numbers with a '
+                        f'zero row 0; {again}')
+    if not (matrix[1:] - matrix[1]).any():
+        raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
+    return Embeddings(matrix, digest(matrix), head)
+
+
+def geometry(matrix):
+    """{'norm': mean row norm, 'cosine': mean cosine of two different items} of [n + 1, H]."""
+    rows = matrix[1:].double()
+    unit = torch.nn.functional.normalize(rows, dim=1)
+    n = len(unit)
+    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)) if n > 1 else 1.0
+    return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
+
+
+def components(matrix, width, path):
+    """The first `width` principal components: [n + 1, H] -> [n + 1, width], row 0 zeros."""
+    most = min(len(matrix) - 1, matrix.shape[1])
+    if width > most:
+        raise UserError(f'--hidden {width}: {path} has {len(matrix) - 1} items of {matrix.shape[1]} '
+                        f'dimensions; at most {most}')
+    rows = matrix[1:] - matrix[1:].mean(0)
+    axes = torch.linalg.svd(rows, full_matrices=False)[2][:width]
+    return torch.cat([matrix.new_zeros(1, width), rows @ axes.T])
 
 
 def initial_table(matrix, scale, norm, seed):
-    """The embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
+    """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
 
-    raw: unchanged (paper). The others are ours; each ends with one factor for all rows.
+    raw: unchanged (paper). The others are ours; each ends with one factor for all rows, which gives
+    them that norm. permuted: centred, in a random order of the items (a control).
     """
-    rows = matrix[1:]
     if scale == 'raw':
         return matrix
+    rows = matrix[1:]
     if scale != 'rescaled':
         rows = rows - rows.mean(0)
-    if scale == 'whitened':  # to unit covariance along the principal axes; directions of no variance stay zero
+    if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
         u, s, v = torch.linalg.svd(rows, full_matrices=False)
         rows = u * (s > s[0] * 1e-4) @ v
     if scale == 'permuted':
-        rows = rows[torch.from_numpy(np.random.default_rng([seed, 6]).permutation(len(rows)))]
+        order = np.random.default_rng([seed, 6]).permutation(len(rows))
+        rows = rows[torch.from_numpy(order)]
     return torch.cat([matrix[:1], rows * (norm / rows.norm(dim=1).mean())])
-
-
-def reduce_dimensions(matrix, dim, path):
-    """Principal components: [n + 1, H] -> [n + 1, dim], row 0 zeros."""
-    if dim > min(len(matrix) - 1, matrix.shape[1]):
-        raise UserError(f'--pca {dim}: {path} has {len(matrix) - 1} items of {matrix.shape[1]} dimensions')
-    rows = matrix[1:] - matrix[1:].mean(0)
-    return torch.cat([matrix.new_zeros(1, dim), rows @ torch.linalg.svd(rows, full_matrices=False)[2][:dim].T])
-
-
-def starting_table(kind, n, width, embeddings, scale, seed):
-    """(random table [n + 1, H] of the model class `kind`, the embeddings [n + 1, H] as an initial table or None)."""
-    table = kind.random_table(n, width)
-    if embeddings is None:
-        return table, None
-    return table, initial_table(embeddings, scale, float(table[1:].norm(dim=1).mean()), seed)

@@ -1,16 +1,19 @@
 """Item texts -> token arrays -> packed batches of histories; whole-word masking.
 
 B = sequences, T = tokens of all sequences one after the other (no padding anywhere), n = items.
-Item ids are 1..n as in common/data.py; `histories` are ragged pairs (items, offsets), oldest item first.
+Item ids are 1..n as in common/data.py; histories are ragged pairs (items, offsets), oldest first.
 """
 from dataclasses import dataclass
 
 import numpy as np
 
+from common.arrays import offsets_of, ragged, row_numbers
 from common.files import UserError, digest
 
-RECTANGLE = 160  # up to this length attention is one rectangle, all tokens against all; a matter of speed only
-NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), which packed batches do not need
+NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), unused when packed
+MOST_ATTRIBUTES, MOST_TOKENS = 3, 32  # of an item; of an attribute, its name included (RecFormer)
+RECTANGLE = 160  # up to this length attention is one rectangle, all against all: speed only
+AT_ONCE = 20_000  # items tokenized at a time: memory only
 
 
 @dataclass
@@ -20,6 +23,10 @@ class ItemTokens:
     types: np.ndarray    # int8 [T], NAME or VALUE
     starts: np.ndarray   # bool [T], first token of a word (attribute names are words of their own)
     offsets: np.ndarray  # int64 [n + 2]
+
+    @property
+    def n(self):
+        return len(self.offsets) - 2
 
     @property
     def fingerprint(self):
@@ -37,85 +44,125 @@ class Packed:
 
     def index(self, sequences):
         """Rows of the tokens of these sequences."""
-        return ragged((np.cumsum(self.lengths) - self.lengths)[sequences], self.lengths[sequences])
+        begin = np.cumsum(self.lengths) - self.lengths
+        return ragged(begin[sequences], self.lengths[sequences])
 
     def rows(self, sequences):
         """These sequences alone."""
         i = self.index(sequences)
-        return Packed(self.tokens[i], self.types[i], self.item_positions[i], self.starts[i], self.lengths[sequences])
+        return Packed(self.tokens[i], self.types[i], self.item_positions[i], self.starts[i],
+                      self.lengths[sequences])
 
 
-def load_tokenizer(path):
-    """The backbone's tokenizer, from a local folder or hub name. Errors: UserError where there is none."""
+# ------------------------------------------------------------------------ tokens
+
+class Words:
+    """A language model's fast tokenizer, in a form that a checkpoint carries along.
+
+    cls, mask: ids of the token that begins a sequence, and of the one that hides a word.
+    """
+
+    def __init__(self, text, cls, mask):
+        from tokenizers import Tokenizer
+        self.text, self.cls, self.mask = text, cls, mask
+        self.backend = Tokenizer.from_str(text)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+
+    def state(self):
+        """What a checkpoint keeps: Words(**state) is this tokenizer again."""
+        return {'text': self.text, 'cls': self.cls, 'mask': self.mask}
+
+    def encode(self, texts):
+        """tokenizers.Encoding of each text, without special tokens."""
+        return self.backend.encode_batch(texts, add_special_tokens=False)
+
+
+def load_words(path):
+    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f'--plm {path}: no tokenizer could be loaded ({str(error).splitlines()[0]})') from None
-    if not tokenizer.is_fast or tokenizer.mask_token_id is None:
-        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token (BERT, RoBERTa, Longformer)')
-    tokenizer.cls = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-    sample = tokenizer('a B-c', add_special_tokens=False).input_ids
-    tokenizer.fingerprint = digest(sorted(tokenizer.get_vocab().items()), sample)
-    return tokenizer
+        why = str(error).splitlines()[0]
+        raise UserError(f'--plm {path}: no tokenizer could be loaded ({why})') from None
+    cls = tokenizer.cls_token_id
+    if cls is None:
+        cls = tokenizer.bos_token_id
+    if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
+        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a cls '
+                        'or bos token (BERT, RoBERTa, Longformer)')
+    return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
 
 
-def tokenize(attributes, tokenizer, max_attributes=3, max_tokens=32):
-    """Tokens of every item's attributes: name then value, cut to 32 together, at most three attributes (RecFormer's limits).
+def tokenize(attributes, words):
+    """Tokens of every item's attributes: the name's, then the value's, cut to 32 together; at most
+    three attributes.
 
-    attributes: for item i at i-1 the list of (name, value). Equal texts are tokenized once.
+    attributes: for item i at i - 1 the list of (name, value) -> ItemTokens.
     """
-    kept = [pairs[:max_attributes] for pairs in attributes]
-    texts = list(dict.fromkeys(text for pairs in kept for pair in pairs for text in pair if text)) or ['']
-    encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False,
-                          verbose=False).encodings
+    parts = []
+    for begin in range(0, len(attributes), AT_ONCE):
+        parts.append(tokenize_some(attributes[begin:begin + AT_ONCE], words))
+    ids, types, starts, counts = (np.concatenate(arrays) for arrays in zip(*parts))
+    return ItemTokens(ids, types, starts, offsets_of(np.concatenate([[0], counts])))
+
+
+def tokenize_some(attributes, words):
+    """(ids, types, starts, tokens of each item) of some items; equal texts are tokenized once."""
+    kept = [pairs[:MOST_ATTRIBUTES] for pairs in attributes]
+    texts = list(dict.fromkeys(text for pairs in kept for pair in pairs for text in pair if text))
     known = {'': ([], [])}
-    for text, e in zip(texts, encodings):
-        words = [-1 - i if w is None else w for i, w in enumerate(e.word_ids[:max_tokens])]
-        known[text] = e.ids[:max_tokens], [i == 0 or w != words[i - 1] for i, w in enumerate(words)]
-    ids, types, starts, counts = [], [], [], [0, 0]  # item 0 is empty
+    for text, encoding in zip(texts, words.encode(texts)):
+        known[text] = encoding.ids[:MOST_TOKENS], word_starts(encoding.word_ids[:MOST_TOKENS])
+    ids, types, starts, counts = [], [], [], []
     for pairs in kept:
         before = len(ids)
         for name, value in pairs:
-            (a, start_a), (b, start_b) = known[name], known[value]
-            ids += (a + b)[:max_tokens]
-            types += ([NAME] * len(a) + [VALUE] * len(b))[:max_tokens]
-            starts += (start_a + start_b)[:max_tokens]
+            (name_ids, name_starts), (value_ids, value_starts) = known[name], known[value]
+            ids += (name_ids + value_ids)[:MOST_TOKENS]
+            starts += (name_starts + value_starts)[:MOST_TOKENS]
+            types += ([NAME] * len(name_ids) + [VALUE] * len(value_ids))[:MOST_TOKENS]
         counts.append(len(ids) - before)
-    return ItemTokens(np.array(ids, np.int32), np.array(types, np.int8), np.array(starts, bool), np.cumsum(counts))
+    return (np.array(ids, np.int32), np.array(types, np.int8), np.array(starts, bool),
+            np.array(counts, np.int64))
 
 
-def ragged(starts, lengths):
-    """Indices starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1] ..., as one int64 array."""
-    ends = np.cumsum(lengths)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(np.asarray(starts) - ends + lengths, lengths)
+def word_starts(word_ids):
+    """Which tokens begin a word; a token of no word (None) is a word of its own."""
+    starts, before = [], None
+    for word in word_ids:
+        starts.append(word is None or word != before)
+        before = word
+    return starts
 
 
-def take(items, offsets, rows):
-    """The ragged rows `rows` of (items, offsets), as another such pair."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    return items[ragged(offsets[rows], lengths)], np.concatenate([[0], np.cumsum(lengths)])
-
+# ------------------------------------------------------------------------ packed sequences
 
 def pack(items, offsets, tokens, cls, max_items=50, max_tokens=1024):
-    """[CLS] and the newest `max_items` items of each history, newest first, cut to `max_tokens` tokens (RecFormer's limits).
+    """[CLS] and the newest `max_items` items of each history, newest first, cut to `max_tokens`.
 
-    Returns Packed; an empty history is CLS alone.
+    Both limits are RecFormer's. An empty history is CLS alone. Returns Packed.
     """
     count = np.minimum(np.diff(offsets), max_items)
-    rank = ragged(np.zeros(len(count), np.int64), count)              # 0 for the newest item of each history
-    newest = items[np.repeat(offsets[1:] - 1, count) - rank]
+    age = ragged(np.zeros(len(count), np.int64), count)                # 0 for the newest item
+    newest = items[np.repeat(offsets[1:] - 1, count) - age]
     lengths = tokens.offsets[newest + 1] - tokens.offsets[newest]
-    done = np.concatenate([[0], np.cumsum(lengths)])                  # tokens of all items before this one ...
-    before = 1 + done[:-1] - np.repeat(done[np.cumsum(count) - count], count)  # ... of the same history, CLS counted
+    done = offsets_of(lengths)                                         # tokens of all items before,
+    before = 1 + done[:-1] - np.repeat(done[np.cumsum(count) - count], count)  # of this history
     lengths = np.clip(max_tokens - before, 0, lengths)
-    total = 1 + np.bincount(np.repeat(np.arange(len(count)), count), lengths, len(count)).astype(np.int64)
+    owner = row_numbers(count)
+    total = 1 + np.bincount(owner, lengths, len(count)).astype(np.int64)
     begin = np.cumsum(total) - total
     source = ragged(tokens.offsets[newest], lengths)
-    place = ragged(np.repeat(begin, count) + before, lengths)
-    out = Packed(np.full(total.sum(), cls, np.int64), *(np.zeros(total.sum(), t) for t in (np.int64, np.int64, bool)), total)
-    out.tokens[place], out.types[place], out.starts[place] = tokens.ids[source], tokens.types[source], tokens.starts[source]
-    out.item_positions[place] = np.repeat(rank + 1, lengths)
+    place = ragged(begin[owner] + before, lengths)
+    size = total.sum()
+    out = Packed(np.full(size, cls, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64),
+                 np.zeros(size, bool), total)
+    out.tokens[place] = tokens.ids[source]
+    out.types[place] = tokens.types[source]
+    out.starts[place] = tokens.starts[source]
+    out.item_positions[place] = np.repeat(age + 1, lengths)
     return out
 
 
@@ -134,34 +181,40 @@ def micro_batches(lengths, max_tokens):
     groups, begin, done = [], 0, np.cumsum(lengths[order])
     while begin < len(order):
         longest = int(lengths[order[begin]])
-        whole = np.searchsorted(done, done[begin] - longest + max_tokens, 'right') - begin
-        size = max(1, max_tokens // longest if longest <= RECTANGLE else int(whole))
+        if longest <= RECTANGLE:
+            size = max_tokens // longest
+        else:
+            size = np.searchsorted(done, done[begin] - longest + max_tokens, 'right') - begin
+        size = max(1, int(size))
         groups.append(order[begin:begin + size])
         begin += size
     return groups
 
 
-def mask_words(packed, rng, mask, vocabulary, share=0.15):
-    """Whole-word masking: per sequence words in random order up to 15 % of its tokens, at least one word.
+# ------------------------------------------------------------------------ masking
 
-    Of the chosen tokens 80 % become `mask`, 10 % a random token, 10 % stay (BERT). CLS is never chosen.
-    Returns (tokens with masks [T], rows of the chosen tokens); the labels are packed.tokens[rows].
+def mask_words(packed, rng, mask, vocabulary, share=0.15):
+    """Whole-word masking: per sequence words in random order up to 15 % of its tokens, at least one.
+
+    Of the chosen tokens 80 % become `mask`, 10 % a random token, 10 % stay (BERT). CLS is never
+    chosen. Returns (tokens with masks [T], rows of the chosen); labels are packed.tokens[rows].
     """
-    inside = np.ones(len(packed.tokens), bool)
-    inside[np.cumsum(packed.lengths) - packed.lengths] = False
-    begin = np.flatnonzero(packed.starts)                                       # first row of each word
-    if not len(begin):
+    first_rows = np.flatnonzero(packed.starts)                   # of each word
+    if not len(first_rows):
         return packed.tokens, np.zeros(0, np.int64)
-    word = np.cumsum(packed.starts) - 1                                         # word of each row
-    size = np.bincount(word[inside], minlength=len(begin))
-    sequence = np.repeat(np.arange(len(packed.lengths)), packed.lengths)[begin]
-    order = np.lexsort((rng.random(len(begin)), sequence))                      # words in random order in each sequence
-    first = np.r_[True, sequence[order][1:] != sequence[order][:-1]]
-    done = np.cumsum(size[order]) - size[order]
+    inside = np.ones(len(packed.tokens), bool)
+    inside[np.cumsum(packed.lengths) - packed.lengths] = False   # CLS
+    word = np.cumsum(packed.starts) - 1                          # of each row
+    size = np.bincount(word[inside], minlength=len(first_rows))
+    sequence = row_numbers(packed.lengths)[first_rows]
+    order = np.lexsort((rng.random(len(first_rows)), sequence))  # random in each sequence
+    size, sequence = size[order], sequence[order]
+    first = np.r_[True, sequence[1:] != sequence[:-1]]           # first word drawn of a sequence
+    done = np.cumsum(size) - size
     done -= np.repeat(done[first], np.diff(np.r_[np.flatnonzero(first), len(order)]))
-    budget = share * (packed.lengths - 1)[sequence[order]]
-    chosen = np.zeros(len(begin), bool)
-    chosen[order] = first | (done + size[order] / 2 <= budget)                  # the half: rounds to the nearest word
+    budget = share * (packed.lengths - 1)[sequence]
+    chosen = np.zeros(len(first_rows), bool)
+    chosen[order] = first | (done + size / 2 <= budget)          # the half rounds to the nearest
     rows = np.flatnonzero(inside & chosen[np.maximum(word, 0)])
     tokens, kind = packed.tokens.copy(), rng.random(len(rows))
     tokens[rows[kind < 0.8]] = mask

@@ -1,0 +1,32 @@
+"""Ragged rows: a pair (items, offsets), row r being items[offsets[r]:offsets[r + 1]]."""
+import numpy as np
+
+
+def ragged(starts, lengths):
+    """Indices starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1] ...: int64 [sum]."""
+    lengths = np.asarray(lengths)
+    ends = np.cumsum(lengths)
+    total = ends[-1] if len(ends) else 0
+    return np.arange(total) + np.repeat(np.asarray(starts) - ends + lengths, lengths)
+
+
+def offsets_of(lengths):
+    """Offsets [R + 1] of rows of these lengths [R]."""
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def take(items, offsets, rows):
+    """The rows `rows` of (items, offsets), as another such pair."""
+    lengths = offsets[rows + 1] - offsets[rows]
+    return items[ragged(offsets[rows], lengths)], offsets_of(lengths)
+
+
+def newest(items, offsets, most):
+    """The last `most` items of each row: (items int64 [T], lengths [R])."""
+    lengths = np.minimum(np.diff(offsets), most)
+    return items[ragged(offsets[1:] - lengths, lengths)].astype(np.int64), lengths
+
+
+def row_numbers(lengths):
+    """The row of every element of rows of these lengths: int64 [sum]."""
+    return np.repeat(np.arange(len(lengths)), lengths)

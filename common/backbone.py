@@ -1,0 +1,190 @@
+"""Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints."""
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from common.files import UserError, digest, load_pt, save_pt
+from common.plm import fetch_plm
+from common.recformer import Config, RecFormer
+from common.text import Words, load_words
+
+# In published files, and no part of the model: buffers, tables of items, the output table (tied to
+# the word table), heads of other tasks.
+DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_type_ids',
+           'longformer.pooler.', 'item_embedding.weight', 'lm_head.decoder.', 'cls.')
+BERT_HEAD = {'cls.predictions.transform.dense.': 'lm_head.dense.',
+             'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.',
+             'cls.predictions.bias': 'lm_head.bias'}
+EMBEDDINGS = 'longformer.embeddings.'
+
+
+# ------------------------------------------------------------------------ from an encoder
+
+def read_backbone(path):
+    """(transformers' masked language model at `path`, names it lacked). Errors: UserError."""
+    from transformers import AutoModelForMaskedLM
+    from transformers.utils import logging
+    logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
+    logging.disable_progress_bar()
+    try:
+        backbone, info = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32,
+                                                              output_loading_info=True)
+    except Exception as error:  # many kinds, for a missing, damaged or foreign file
+        why = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f'--plm {path}: no language model could be loaded ({why})') from None
+    kind = backbone.config.model_type
+    if kind not in ('bert', 'roberta', 'longformer'):
+        raise UserError(f'--plm {path}: is a {kind}; a BERT-, RoBERTa- or Longformer-like encoder is '
+                        'needed')
+    lost = [name for name in info['missing_keys']
+            if name.startswith(f'{backbone.base_model_prefix}.') and 'pooler' not in name]
+    if lost:  # transformers would go on with random weights
+        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
+    return backbone, info['missing_keys']
+
+
+def from_backbone(path, layers=None):
+    """RecFormer with an encoder's weights (local folder or hub name), its first `layers` layers.
+
+    Where the backbone has no global projections they are copies of its own, and a short position
+    table is tiled up to 1,024 tokens (as Longformer was made from RoBERTa); the token-type rows are
+    copies of its row 0; the item-position table is N(0, 0.02). The MLM head is the backbone's where
+    it has one, else identity and the word table.
+    """
+    backbone, lacking = read_backbone(path)
+    b = backbone.config
+    if layers is not None and not 1 <= layers <= b.num_hidden_layers:
+        raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
+    offset = 0 if b.model_type == 'bert' else b.pad_token_id + 1
+    positions = max(b.max_position_embeddings, offset + Config.max_tokens)
+    c = Config(b.vocab_size, b.hidden_size, layers or b.num_hidden_layers, b.num_attention_heads,
+               b.intermediate_size, positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
+    given = renamed(backbone.state_dict(), f'{backbone.base_model_prefix}.')
+    for name in [name for name in given if '.attention.self.' in name and '_global' not in name]:
+        module, tensor = name.rsplit('.', 1)
+        given.setdefault(f'{module}_global.{tensor}', given[name])
+    table = EMBEDDINGS + 'position_embeddings.weight'
+    given[table] = tiled(given[table], offset, c.positions)
+    types = EMBEDDINGS + 'token_type_embeddings.weight'
+    given[types] = given[types][:1].repeat(4, 1)
+    item_positions = torch.randn(c.max_items + 1, c.hidden) * 0.02
+    given[EMBEDDINGS + 'item_position_embeddings.weight'] = item_positions
+    if any('lm_head' in name or 'cls.predictions.transform' in name for name in lacking):
+        given |= plain_head(c)
+    model = RecFormer(c)
+    beyond = tuple(f'longformer.encoder.layer.{i}.' for i in range(c.layers, b.num_hidden_layers))
+    load_named(model, given, path, beyond)
+    return model
+
+
+def renamed(state, prefix):
+    """A backbone's tensors under Longformer's names."""
+    names = {}
+    for name in state:
+        new = name.replace(prefix, 'longformer.', 1) if name.startswith(prefix) else name
+        for old, ours in BERT_HEAD.items():
+            new = new.replace(old, ours)
+        names[new] = state[name]
+    return names
+
+
+def tiled(table, offset, positions):
+    """A position table [p, H] continued to `positions` rows by repeating its usable rows."""
+    usable = table[offset:]
+    repeats = -(-max(0, positions - len(table)) // len(usable))
+    return torch.cat([table] + [usable] * repeats)[:positions]
+
+
+def plain_head(c):
+    """A masked-language-model head that scores states with the word table as they are."""
+    return {'lm_head.dense.weight': torch.eye(c.hidden), 'lm_head.dense.bias': torch.zeros(c.hidden),
+            'lm_head.layer_norm.weight': torch.ones(c.hidden),
+            'lm_head.layer_norm.bias': torch.zeros(c.hidden),
+            'lm_head.bias': torch.zeros(c.vocab_size)}
+
+
+def load_named(model, state, source, also_dropped=()):
+    """Load tensors by name; UserError unless every name is loaded or known to be dropped."""
+    own = model.state_dict()
+    dropped = DROPPED + tuple(also_dropped)
+    problems = {
+        'unknown': [name for name in state if name not in own and not name.startswith(dropped)],
+        'missing': [name for name in own if name not in state],
+        'of another shape': [name for name in own
+                             if name in state and own[name].shape != state[name].shape]}
+    for what, names in problems.items():
+        if names:
+            raise UserError(f'{source}: {len(names)} tensors {what}, the first {names[0]}; it is of '
+                            'another model')
+    model.load_state_dict({name: state[name] for name in own})
+
+
+# ------------------------------------------------------------------------ checkpoints
+
+def weights_digest(model):
+    """What a model's weights are, whatever file they came from."""
+    return digest(*(part for pair in sorted(model.state_dict().items()) for part in pair))
+
+
+def start_model(checkpoint, plm, layers=None, seed=0):
+    """The RecFormer to start from: a checkpoint's, else the language model `plm`.
+
+    checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm).
+    """
+    if checkpoint:
+        return load_recformer(checkpoint, plm)
+    torch.manual_seed(seed)  # of the item-position table
+    path = fetch_plm(plm)
+    model = from_backbone(path, layers)
+    model.words, model.stage, model.plm = load_words(path), 'lf', plm
+    return model
+
+
+def untouched(model):
+    """The vanilla model (LF): the added item-position table is random before training, so it is
+    switched off."""
+    with torch.no_grad():
+        model.longformer.embeddings.item_position_embeddings.weight.zero_()
+    return model
+
+
+def save_recformer(path, model, items=None):
+    """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
+    [n + 1, H] that was tuned with them."""
+    save_pt(path, 'recformer', config=asdict(model.config), words=model.words.state(),
+            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(), items=items)
+
+
+def load_recformer(path, plm=None):
+    """The RecFormer of a checkpoint: a run's folder or a file."""
+    path = Path(path)
+    path = path / 'model.pt' if path.is_dir() else path
+    state = published(path)
+    if state is not None:
+        if plm is None:
+            raise UserError(f'{path}: a published state dict does not name its backbone: '
+                            'add --plm longformer (or yours)')
+        model = start_model(None, plm)
+        load_named(model, state, path)
+        model.stage = 'published'
+        return model
+    content = load_pt(path, 'recformer')
+    model = RecFormer(Config(**content['config']))
+    load_named(model, content['model'], path)
+    model.words = Words(**content['words'])
+    for key in ('stage', 'plm', 'data', 'items'):
+        setattr(model, key, content[key])
+    return model
+
+
+def published(path):
+    """The state dict of a file as RecFormer and the paper publish them, None for another file."""
+    try:
+        raw = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception:
+        return None  # load_pt says what is wrong with it
+    if isinstance(raw, dict) and 'kind' not in raw:
+        if any(str(name).startswith('longformer.') for name in raw):
+            return raw
+    return None

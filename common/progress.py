@@ -1,0 +1,26 @@
+"""Progress with a rate: a bar on a terminal, plain lines at most every 30 s in a log."""
+import sys
+
+from tqdm import tqdm
+
+
+class Lines:
+    """What tqdm writes to where there is no terminal: each state a line of its own."""
+
+    @staticmethod
+    def write(text):
+        text = text.strip('\r\n ')
+        if text:
+            sys.stderr.write(text + '\n')
+
+    @staticmethod
+    def flush():
+        sys.stderr.flush()
+
+
+def progress(things=None, **options):
+    """tqdm over `things` (or by hand, with total=); gone from the terminal once it is done."""
+    if sys.stderr.isatty():
+        return tqdm(things, leave=False, dynamic_ncols=True, **options)
+    form = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
+    return tqdm(things, leave=False, file=Lines, mininterval=30, delay=30, bar_format=form, **options)

@@ -1,0 +1,170 @@
+"""A run is a folder: model.pt, row.json, ranks.npz, log.csv; while it trains, resume.pt.
+
+row.json is written last: where it stands, the rest is whole. It holds what made the run:
+- `identity`: options, and digests of the inputs' content (data, tokens, weights, embeddings);
+- `code`: a digest of every source file that defines its numbers.
+A finished run is used as it is only where both are what this command would use.
+"""
+import ast
+import datetime
+import functools
+import json
+import pathlib
+import re
+import zipfile
+
+import numpy as np
+
+from common.files import (ROOT, UserError, digest, load_json, provenance, runs_root, save_json,
+                          save_npz)
+
+LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
+# Files that read, write, print and look up, but define no number.
+NO_NUMBERS = {'common/files.py', 'common/models.py', 'common/options.py', 'common/plm.py',
+              'common/progress.py', 'common/runs.py', 'common/sources.py'}
+
+
+# ------------------------------------------------------------------------ code
+
+@functools.cache
+def parsed(file):
+    """A source file's syntax tree without comments and docstrings."""
+    tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body[0] = ast.Pass()
+    return tree
+
+
+def code_digest(file):
+    """16 hex digits of what a source file does."""
+    return digest(ast.unparse(parsed(file)))
+
+
+def imports(file):
+    """The files of common/ that a source file imports at its top (an import inside a function is
+    for reading, printing or drawing)."""
+    names = set()
+    for node in parsed(file).body:
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+            names.update(f'{node.module}.{name.name}' for name in node.names)
+        elif isinstance(node, ast.Import):
+            names.update(name.name for name in node.names)
+    files = [str(name).replace('.', '/') + '.py' for name in names]
+    return [file for file in files if file.startswith('common/') and (ROOT / file).exists()]
+
+
+def code_of(*files):
+    """{file: digest} of these source files and of all that they import from common/."""
+    found, left = {}, list(files)
+    while left:
+        file = left.pop()
+        if file in found or file in NO_NUMBERS:
+            continue
+        found[file] = code_digest(file)
+        left += imports(file)
+    return dict(sorted(found.items()))
+
+
+def differences(old, new, prefix=''):
+    """Names of what differs between two nested dictionaries, dots between the levels."""
+    names = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differences(a, b, f'{prefix}{key}.')
+        elif json.dumps(a) != json.dumps(b):  # JSON knows no tuples
+            names.append(prefix + key)
+    return names
+
+
+# ------------------------------------------------------------------------ is it up to date?
+
+def usable(found, identity, code, args, where):
+    """Whether `found` (a row, or a resume file's head) can stand for a run of this identity and
+    code. What took long is never given up silently: UserError unless --again or --keep is said."""
+    if args.again:
+        return False
+    options = differences(found['identity'], identity)
+    files = differences(found['code'], code)
+    if not options and not files:
+        return True
+    if not options and args.keep:
+        print(f'{where}: kept, though made by other code ({", ".join(files)})')
+        return True
+    why = f'other {", ".join(options)}' if options else f'other code ({", ".join(files)})'
+    if found['seconds'] > LONG:
+        keep = '' if options else ', --keep uses it as it is'
+        raise UserError(f'{where}: was made with {why} and took {hours(found["seconds"])}; '
+                        f'--again makes it again{keep}')
+    print(f'{where}: made again, as it was made with {why}')
+    return False
+
+
+def hours(seconds):
+    """A duration for people."""
+    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+
+
+def read_row(folder):
+    """The row of a finished run, None where there is none. UserError: a row.json that is not ours."""
+    path = pathlib.Path(folder) / 'row.json'
+    if not path.exists():
+        return None
+    row = load_json(path)
+    if not (isinstance(row, dict) and {'run', 'identity', 'code', 'seconds'} <= row.keys()):
+        raise UserError(f'{path}: is not the row of a run; remove it and run again')
+    return row
+
+
+def finished(folder, identity, code, args):
+    """The row of the finished run in `folder` where it is up to date, else None (see `usable`)."""
+    row = read_row(folder)
+    if row and usable(row, identity, code, args, folder):
+        return row
+    return None
+
+
+# ------------------------------------------------------------------------ rows
+
+def write_row(folder, identity, code, ranks=None, **row):
+    """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row."""
+    folder = pathlib.Path(folder)
+    row = {'run': folder.name, **row, **provenance(), 'date': datetime.date.today().isoformat(),
+           'identity': identity, 'code': code}
+    if ranks is not None:
+        save_npz(folder / 'ranks.npz', ranks)
+    save_json(folder / 'row.json', row)
+    return row
+
+
+def result_line(row):
+    """NDCG@10 of a row in its two main rankings, in percent."""
+    metrics = row['metrics']
+    return (f'NDCG@10 {100 * metrics["sampled"]["NDCG@10"]:.2f} (100 negatives), '
+            f'{100 * metrics["full"]["NDCG@10"]:.2f} (all items)')
+
+
+def load_rows(dataset):
+    """All rows of a dataset that have metrics, by name of their run."""
+    files = sorted((runs_root() / dataset).glob('*/row.json'))
+    rows = [read_row(file.parent) for file in files]
+    return [row for row in rows if 'metrics' in row]
+
+
+def read_ranks(dataset, run):
+    """(row, {'users', 'sampled', 'full', 'new'}) of one run. UserError: there is none, or damaged."""
+    if not re.fullmatch(r'[\w+.,-]+', run):
+        raise UserError(f'{run}: is not the name of a run; name a folder of {runs_root() / dataset}')
+    folder = runs_root() / dataset / run
+    row = read_row(folder)
+    if row is None or 'metrics' not in row:
+        raise UserError(f'{run}: no such run in {runs_root() / dataset}')
+    try:
+        with np.load(folder / 'ranks.npz', allow_pickle=False) as f:
+            return row, {name: f[name] for name in ('users', 'sampled', 'full', 'new')}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UserError(f'{folder}/ranks.npz: missing or damaged; remove {folder} and run again'
+                        ) from None
