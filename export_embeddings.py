@@ -19,7 +19,7 @@ from common.backbone import start_model, untouched, weights_digest
 from common.data import load
 from common.files import UserError, command, load_pt, lock, save_pt
 from common.initial import geometry
-from common.options import add_machine_options, options_parser, whole_number
+from common.options import add_machine_options, add_plm_options, option, options_parser
 from common.runs import code_of, usable
 from common.text import tokenize
 from common.training import start
@@ -28,12 +28,10 @@ from common.training import start
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
-    p.add_argument('--out', required=True, help='file to write: runs/<dataset>/embeddings/<name>.pt')
-    p.add_argument('--checkpoint', help='a folder of pretrain.py or finetune.py, or a published '
-                   'RecFormer state dict (with --plm)')
-    p.add_argument('--plm', help='without a checkpoint: the language model itself (longformer, '
-                   'minilm, hub name, folder)')
-    p.add_argument('--layers', type=whole_number(1), help='with --plm: its first LAYERS layers only')
+    option(p, '--out', str, None, 'file to write: runs/<dataset>/embeddings/<name>.pt', required=True)
+    option(p, '--checkpoint', str, None, 'a folder of pretrain.py or finetune.py, or a published '
+           "RecFormer state dict (with --plm); default: --plm's language model itself")
+    add_plm_options(p)
     add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)
     if not args.checkpoint and not args.plm:

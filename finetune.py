@@ -23,9 +23,9 @@ from common.arrays import offsets_of, ragged, take
 from common.backbone import save_recformer, start_model, untouched, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
-from common.metrics import product_scorer, rank_counts, result_of
-from common.options import (add_machine_options, option_identity, options_parser, real_number,
-                            whole_number)
+from common.metrics import product_scorer, rank_counts, result_of, summarise
+from common.options import (COUNT, add_machine_options, add_optimizer_options, add_plm_options,
+                            number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import code_of, finished, result_line, write_row
 from common.text import micro_batches, tokenize
@@ -37,32 +37,22 @@ from common.training import Training, adamw, linear_schedule, start
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
-    p.add_argument('--stage', type=int, choices=[0, 1, 2], required=True)
-    p.add_argument('--checkpoint', help='where to start: a folder of pretrain.py or finetune.py, or a '
-                   "published state dict (with --plm); default: --plm's weights, stage 2 ft1-seed<N>")
-    p.add_argument('--out', help='folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
-    g = p.add_argument_group('model')
-    g.add_argument('--plm', help='without a checkpoint: longformer (paper), minilm, hub name, folder')
-    g.add_argument('--layers', type=whole_number(1),
-                   help='with --plm: its first LAYERS layers only (default: all)')
-    g.add_argument('--max-tokens', type=whole_number(2, 1024),
-                   help="newest tokens of a history (default: the checkpoint's; RecFormer: 1024)")
-    g.add_argument('--tune-layers', default='all',
-                   help='encoder layers that train: 3,7,11 (paper table 1); all: everything')
+    option(p, '--stage', int, None, 'see above', choices=[0, 1, 2], required=True)
+    option(p, '--checkpoint', str, None, 'where to start: a folder of pretrain.py or finetune.py, or '
+           'a published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--out', str, None, 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
+    g = add_plm_options(p)
+    option(g, '--max-tokens', number(int, 2, 1024), None,
+           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)")
+    option(g, '--tune-layers', str, 'all',
+           'encoder layers that train: 3,7,11 (paper table 1); all: everything')
     g.add_argument('--trainable-items', action='store_true',
                    help='stage 2: the item table trains too (paper table 5)')
     g.add_argument('--freeze-words', action='store_true',
                    help='word embeddings stay (published code trains them)')
-    g = p.add_argument_group('optimisation')
-    g.add_argument('--epochs', type=whole_number(1), default=128, help='at most (RecFormer)')
-    g.add_argument('--patience', type=whole_number(1), default=5,
-                   help='epochs without a better validation NDCG@10 (RecFormer)')
-    g.add_argument('--batch', type=whole_number(1), default=128,
-                   help='users per optimizer step (RecFormer: 16 x 8 accumulated)')
-    g.add_argument('--lr', type=real_number(above=0), default=5e-5, help='peak rate (RecFormer)')
-    g.add_argument('--warmup', type=whole_number(0), default=100, help='steps (RecFormer)')
-    g.add_argument('--weight-decay', type=real_number(least=0), default=0.0, help='(RecFormer)')
-    g.add_argument('--seeds', type=whole_number(0), nargs='+', default=[0], help='one after the other')
+    # RecFormer: 16 users x 8 accumulated
+    g = add_optimizer_options(p, epochs=128, patience=5, batch=128)
+    option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
     add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.trainable_items and args.stage != 2:
@@ -135,51 +125,47 @@ def prefixes(data, users, rng):
 def add_gradients(model, table, histories, labels, tokens):
     """Add the gradients of the softmax loss of histories (ragged) with their labels [B] over the
     item table [n + 1, H], in passes of bounded size. Returns the mean loss."""
-    packed = model.pack(*histories, tokens)
-    total = torch.zeros((), device=model.machine.device)
+    packed, total = model.pack(*histories, tokens), 0.0
     for group in micro_batches(packed.lengths, model.machine.micro_tokens):
         logits = cosine_logits(model(packed.rows(group)), table)
         logits[:, 0] = -torch.inf  # padding is no target
         label = model.machine.put(labels[group].astype(np.int64))
         loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
         loss.backward()
-        total += loss.detach()
+        total = total + loss.detach()
     return total
 
 
 def tune(args, data, model, tokens, run, seed):
-    """Train `model`; returns (its best item table, the Training with the best weights restored)."""
+    """Train `model` -> (its best item table [n + 1, H], the Training)."""
     table = model.items.to(model.machine.device) if args.stage == 2 else model.encode_items(tokens)
     items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
-    tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}) if args.trainable_items \
-        else model
+    tuned = model
+    if args.trainable_items:
+        tuned = torch.nn.ModuleDict({'model': model, 'item_table': items})
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     steps = -(-len(users) // args.batch)
     optimizer = adamw(tuned, args.lr, args.weight_decay)
-    training = Training(run, args, tuned, optimizer, steps, args.epochs, args.patience,
-                        schedule=linear_schedule(optimizer, args.warmup, args.epochs * steps))
+    schedule = linear_schedule(optimizer, args.warmup, args.epochs * steps)
+    training = Training(run, args, tuned, optimizer, steps, schedule)
     if args.stage == 1 and training.epoch:
         items.weight.data = training.tensors['items'].to(table.device)  # of this epoch's beginning
     model.train()
     with training:
         for epoch in training.epochs():
             rng = np.random.default_rng([seed, 5, epoch])
-            order = rng.permutation(users)
-            histories, labels = prefixes(data, order, rng)
+            histories, labels = prefixes(data, rng.permutation(users), rng)
             for step in training.steps():
-                part = np.arange(len(order))[step * args.batch:(step + 1) * args.batch]
+                part = np.arange(len(users))[step * args.batch:(step + 1) * args.batch]
                 loss = add_gradients(model, items.weight, take(*histories, part), labels[part], tokens)
                 training.update(loss=loss)
             if args.stage == 1:
                 items.weight.data = training.tensors['items'] = model.encode_items(tokens)
             ranks = ranks_of(model, items.weight.detach(), tokens, data, 'valid')
-            found = result_of(data, ranks)['metrics']['sampled']['NDCG@10']
-            training.end_epoch(found)
-            print(f'epoch {epoch + 1}: validation NDCG@10 {found:.4f} '
+            value = summarise(ranks)['sampled']['NDCG@10']
+            training.end_epoch(value)
+            print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
                   f'(best {training.best:.4f}, epoch {training.best_epoch})')
-    training.restore_best()
-    if args.stage == 1:
-        return model.encode_items(tokens), training  # encoded after the best was chosen
     return items.weight.detach(), training
 
 
@@ -193,24 +179,28 @@ def ranks_of(model, table, tokens, data, which):
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 
-def evaluate_and_write(args, data, model, tokens, table, run, seed, training):
+def evaluate_and_write(args, data, model, tokens, trained, run, seed):
     """Write the checkpoint (of a stage that trained) and the run's row."""
     folder, identity, code, label = run
     found = {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
-    init = model.stage
-    if training:
+    init, table = model.stage, None
+    if trained:
+        table, training = trained
+        found = training.restore_best()
         model.stage, model.data = f'ft{args.stage}', data.fingerprint
+        if args.trainable_items:
+            table = training.model['item_table'].weight.detach()
+    if args.stage < 2:
+        table = model.encode_items(tokens)  # encoded after the best was chosen
+    if trained:
         save_recformer(folder / 'model.pt', model, table.cpu())
-        found = {'valid': training.best, 'best_epoch': training.best_epoch,
-                 'epochs': training.epoch, 'seconds': round(training.seconds, 1)}
     ranks = ranks_of(model, table, tokens, data, 'test')
     row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, model='recformer',
                     loss='ce', init=init, mode=model.stage, items=args.trainable_items, scale='raw',
                     hidden=model.config.hidden, tune_layers=args.tune_layers, lr=args.lr, seed=seed,
-                    plm=model.plm, config=asdict(model.config), **found, **result_of(data, ranks),
-                    parameters=sum(p.numel() for p in model.parameters()),
-                    device=str(model.machine.device))
-    if training:
+                    plm=model.plm, config=asdict(model.config), device=str(model.machine.device),
+                    **found, **result_of(data, ranks))
+    if trained:
         training.finish()
     print(f'{label}: {result_line(row)}, written to {folder}')
 
@@ -218,28 +208,25 @@ def evaluate_and_write(args, data, model, tokens, table, run, seed, training):
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    machine, data = start(args), load(args.dataset)
+    machine, data, code = start(args), load(args.dataset), code_of('finetune.py')
     for seed in args.seeds:
         folder = runs_root() / data.name
         name, start_from = names_of(args, folder, seed)
         model, tokens = load_start(args, data, start_from, seed)
         stage = f'ft0-{model.stage}' if args.stage == 0 else f'ft{args.stage}'
-        out = pathlib.Path(args.out) if args.out else folder / f'{stage}{name}'
+        out = pathlib.Path(args.out or folder / f'{stage}{name}')
         identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
                     'tokens': tokens.fingerprint, 'start': weights_digest(model),
                     'items': None if model.items is None else digest(model.items),
                     'config': asdict(model.config)}
-        run = out, identity, code_of('finetune.py'), f'stage-FT{args.stage}'
+        run = out, identity, code, f'stage-FT{args.stage}'
         with lock(out):
-            if row := finished(out, identity, run[2], args):
+            if row := finished(out, identity, code, args):
                 print(f'{out} is up to date ({result_line(row)})')
                 continue
             model.on(machine)
-            if args.stage:
-                table, training = tune(args, data, model, tokens, run, seed)
-            else:
-                table, training = model.encode_items(tokens), None
-            evaluate_and_write(args, data, model, tokens, table, run, seed, training)
+            trained = tune(args, data, model, tokens, run, seed) if args.stage else None
+            evaluate_and_write(args, data, model, tokens, trained, run, seed)
 
 
 if __name__ == '__main__':

@@ -1,144 +1,166 @@
 #!/usr/bin/env bash
-# Raw interactions and item texts in, the paper's result table out:
-#   prepare -> stage-PT -> stage-FT1, FT2 -> export LF/PT/FT -> SASRec and BERT4Rec from them -> table
-# A step whose output is there and was made from the same inputs and options says "up to date" and costs seconds.
+# Raw interactions and item texts in, the paper's result tables out:
+#   prepare -> stage-PT -> stage-FT1, FT2 -> export LF/PT/FT -> rankings without training -> ID models -> table
+# A step whose output is there and was made from the same inputs, options and code says "up to date".
 set -euo pipefail
-cd "$(dirname "$0")"
 
 usage() {
-  cat <<'EOF'
-bash run_all.sh [NAME] [options]        NAME: a dataset (default grocery)
-  grocery      embedded (CC0); source for stage-PT: household. No GPU, no download but the language model
+  cat <<'TEXT'
+bash run_all.sh [NAME] [options]        NAME: a dataset (default drugstore)
+  drugstore    embedded (CC0); source for stage-PT: grocery. No GPU, no download but the language model
   pantry instruments arts movies sports   the paper's targets (CUDA); sources: books clothing sports movies
   industrial office                       Amazon extracts under data/raw/, each the other's source
   anything else                           data/NAME/interactions.csv and items.jsonl; name --source, or stage-PT is left out
 options
   --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
   --source "A B" datasets for stage-PT                        (default: as above)
+  --pretrained F start from this stage-PT checkpoint (a folder of pretrain.py, or a published file) instead
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
-  --rec_seeds "1 2"  more seeds of stage-FT1 and FT2, for RecFormer's own row  (default: 0 alone, whose embeddings are exported)
+  --rec-seeds "0 1"  seeds of stage-FT1 and FT2; the first one's embeddings are exported        (default: 0)
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
   --longer       between the two: README's tables
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
-  --quick-table  without the centred initialisations
-  --table1       also stage-FT1 and FT2 with a few layers tuned: none, one of each third of the depth, single ones
-  --table4       also SASRec with full cross-entropy                            (--longer and --full: always)
+  --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones
   --table5       also texts beside trained IDs, and RecFormer with trainable items
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
-  --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 100; small sources need 2 and more)
-  --help
-EOF
+  --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 50; small sources need 2 and more)
+  --again        make everything again      --keep   use what only other code has made
+Each budget other than the default, and each --plm and --source named here, has a place of its own below runs/.
+TEXT
 }
 
-NAME=grocery PLM= SOURCE= SEEDS= REC_SEEDS= BUDGET= QUICK= MORE= SHARES="0.01 0.1 1 2 10 20 50 100"
 fail() { echo "error: $1" >&2; exit 2; }
+NAME= PLM= SOURCE= PRETRAINED= SEEDS= REC_SEEDS=0 BUDGET= MORE= PLACE= AGAIN=()
+SHARES="0.01 0.1 1 2 10 20 50"
 while [ $# -gt 0 ]; do
   case $1 in
+    --plm|--source|--pretrained|--seeds|--rec-seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)" ;;&
     --help|-h) usage; exit 0 ;;
-    --plm|--source|--seeds|--rec_seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)"
-      case $1 in --plm) PLM=$2 ;; --source) SOURCE=$2 ;; --seeds) SEEDS=$2 ;; --rec_seeds) REC_SEEDS=$2 ;; --shares) SHARES=$2 ;; esac; shift 2 ;;
-    --full) BUDGET=full; shift ;;
-    --longer) BUDGET=longer; shift ;;
-    --toy) BUDGET=toy; shift ;;
-    --quick-table) QUICK=1; shift ;;
-    --table1|--table4|--table5|--figure2) MORE+=" $1"; shift ;;
+    --plm) PLM=$2; PLACE+=/${2##*/}; shift 2 ;;
+    --source) SOURCE=$2; PLACE+=/from-${2// /+}; shift 2 ;;
+    --pretrained) PRETRAINED=$(realpath -- "$2"); shift 2 ;;
+    --seeds) SEEDS=$2; shift 2 ;;
+    --rec-seeds) REC_SEEDS=$2; shift 2 ;;
+    --shares) SHARES=$2; shift 2 ;;
+    --full|--longer|--toy) BUDGET=${1#--}; shift ;;
+    --table1|--table5|--figure2) MORE+=" $1"; shift ;;
+    --again|--keep) AGAIN=("$1"); shift ;;
     -*) fail "unknown option $1 (bash run_all.sh --help)" ;;
-    *) NAME=$1; shift ;;
+    *) [ -z "$NAME" ] || fail "one dataset at a time: $NAME, $1"; NAME=$1; shift ;;
   esac
 done
+: "${NAME:=drugstore}"
 [[ $NAME =~ ^[A-Za-z0-9_-]+$ ]] || fail "dataset name '$NAME': letters, digits, - and _ only"
+[ ! -d "$PLM" ] || PLM=$(realpath -- "$PLM")
+[ -z "${ELEPHANT_DATA:-}" ] || export ELEPHANT_DATA=$(realpath -m -- "$ELEPHANT_DATA")
+ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")
+cd "$(dirname "$0")"
 
-PAPER=
+PAPER= DEFAULT=small
 case $NAME in
-  grocery) : "${SOURCE:=household}" ;;
+  drugstore) : "${SOURCE:=grocery}" ;;
   industrial) : "${SOURCE:=office}" ;;
   office) : "${SOURCE:=industrial}" ;;
   pantry|instruments|arts|movies|sports)
-    PAPER=1; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${BUDGET:=full}" "${SEEDS:=0 1 2}" ;;
+    PAPER=1 DEFAULT=full; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${SEEDS:=0 1 2}" ;;
 esac
-: "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=small}"
+: "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=$DEFAULT}"
+[ "$BUDGET" = $DEFAULT ] || PLACE=/$BUDGET$PLACE
 [[ $MORE != *--figure2* || -n $SOURCE ]] || fail "--figure2 needs a --source for stage-PT"
+export ELEPHANT_RUNS=$ROOT$PLACE
 
 # ---------------------------------------------------------------- budgets: the only place where numbers differ
+RATES=(--lrs 0.0003 0.001 0.003 0.01)  # the paper's
 case $BUDGET in
-  full)    PT=(--batch 64 --accumulate 8) FT1=() FT2=() SASREC=(--lrs 0.0003 0.001 0.003 0.01) BERT4REC=("${SASREC[@]}") ;;  # the paper's
-  longer)  PT=(--batch 32 --accumulate 1 --max_steps 134 --warmup 10)
-           FT1=(--batch 32 --epochs 6 --patience 2 --warmup 20) FT2=(--batch 32 --epochs 3 --patience 2 --warmup 20)
-           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 30 --patience 3) ;;
-  small)   PT=(--batch 32 --accumulate 1 --max_steps 40 --warmup 10)
-           FT1=(--batch 32 --epochs 1 --warmup 10) FT2=("${FT1[@]}")
-           SASREC=(--lrs 0.001 --epochs 60 --patience 5) BERT4REC=(--lrs 0.001 --epochs 15 --patience 3) ;;
-  toy)     PT=(--batch 8 --accumulate 1 --max_steps 3) FT1=(--batch 32 --epochs 1 --warmup 2) FT2=("${FT1[@]}")
-           SASREC=(--lrs 0.001 --epochs 1) BERT4REC=("${SASREC[@]}") ;;
+  full)   PT=(--batch 64 --accumulate 8) FT=() SEQ=("${RATES[@]}") WIDTH=() ;;
+  longer) PT=(--batch 64 --accumulate 1 --max-tokens 128 --patience 3) FT=(--batch 32 --patience 5)
+          SEQ=("${RATES[@]}") WIDTH=() ;;
+  small)  PT=(--batch 32 --accumulate 1 --max-steps 40 --warmup 10 --max-tokens 128)
+          FT=(--batch 32 --epochs 1 --warmup 10) SEQ=(--lrs 0.001 --epochs 60) WIDTH=(--hidden 128) ;;
+  toy)    PT=(--batch 8 --accumulate 1 --max-steps 3 --max-tokens 64) FT=(--batch 32 --epochs 1 --warmup 2)
+          SEQ=(--lrs 0.001 --epochs 1) WIDTH=() ;;
 esac
 PYTHON=${PYTHON:-python}
-RUN=${ELEPHANT_RUNS:-runs}/$NAME
-# one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too
-PT_FILE=$RUN/recformer/pt.pt
-if [ -n "$PAPER" ]; then PT_FILE=${ELEPHANT_RUNS:-runs}/pretrained/paper.pt; PT+=(--leave_out); fi
+RUN=$ELEPHANT_RUNS/$NAME
+again() { "$PYTHON" "$@" ${AGAIN[@]+"${AGAIN[@]}"}; }
 
 # ---------------------------------------------------------------- 1. data
-for name in $NAME $SOURCE; do $PYTHON -m common.data "$name"; done
+for name in $NAME $SOURCE; do "$PYTHON" -m common.data "$name"; done
 
 # ---------------------------------------------------------------- 2. language model: PT, FT1, FT2
+# one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too
+[ -z "$PAPER" ] || PT+=(--leave-out)
 START=(--plm "$PLM")
-if [ -n "$SOURCE" ]; then
-  $PYTHON pretrain.py $SOURCE --plm "$PLM" --out "$PT_FILE" "${PT[@]}"
-  START=(--checkpoint "$PT_FILE")
+if [ -n "$PRETRAINED" ]; then
+  START+=(--checkpoint "$PRETRAINED")
+elif [ -n "$SOURCE" ]; then
+  PRETRAINED=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}
+  again pretrain.py $SOURCE --plm "$PLM" --out "$PRETRAINED" "${PT[@]}"
+  START=(--checkpoint "$PRETRAINED")
 fi
-$PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" --seeds 0 $REC_SEEDS ${FT1[@]+"${FT1[@]}"}
-$PYTHON finetune.py "$NAME" --stage 2 --seeds 0 $REC_SEEDS ${FT2[@]+"${FT2[@]}"}
+again finetune.py "$NAME" --stage 1 "${START[@]}" --seeds $REC_SEEDS ${FT[@]+"${FT[@]}"}
+again finetune.py "$NAME" --stage 2 --seeds $REC_SEEDS ${FT[@]+"${FT[@]}"}
 
-# ---------------------------------------------------------------- 3. item embeddings
-$PYTHON export_embeddings.py "$NAME" --plm "$PLM" --out "$RUN/embeddings/lf.pt"
-[ -z "$SOURCE" ] || $PYTHON export_embeddings.py "$NAME" --checkpoint "$PT_FILE" --out "$RUN/embeddings/pt.pt"
-$PYTHON export_embeddings.py "$NAME" --checkpoint "$RUN/recformer/ft1.pt" --out "$RUN/embeddings/ft.pt"
+# ---------------------------------------------------------------- 3. item embeddings, and what they reach untrained
+export_() { again export_embeddings.py "$NAME" --out "$RUN/embeddings/$1.pt" "${@:2}"; }
+export_ lf --plm "$PLM"
+[ -z "$PRETRAINED" ] || export_ pt "${START[@]}"
+export_ ft --checkpoint "$RUN/ft1-seed${REC_SEEDS%% *}"
+again evaluate.py untrained "$NAME"
 
 # ---------------------------------------------------------------- 4. ID models
-VARIANTS="random lf-freeze ft-freeze lf-trainable ft-trainable ft-further-all ft-further-emb"
-SCALED="lf-trainable ft-trainable"
-if [ -n "$SOURCE" ]; then VARIANTS+=" pt-freeze pt-trainable" SCALED+=" pt-trainable"; fi
-train() { $PYTHON train_seq.py "$NAME" --seeds $SEEDS "$@"; }
-train --model sasrec --variants $VARIANTS "${SASREC[@]}"
-train --model bert4rec --variants $VARIANTS "${BERT4REC[@]}"
-[ -n "$QUICK" ] || train --model sasrec --init_scale centred --variants $SCALED "${SASREC[@]}"
-case $BUDGET$MORE in
-  longer*|full*|*--table4*) train --model sasrec --loss ce --variants random $SCALED "${SASREC[@]}" ;;
-esac
-case $BUDGET in longer|full)  # scale and meaning told apart
-  train --model bert4rec --init_scale centred --variants $SCALED "${BERT4REC[@]}"
-  for scale in rescaled whitened; do train --model sasrec --init_scale $scale --variants $SCALED "${SASREC[@]}"; done
-  train --model sasrec --init_scale permuted --variants lf-trainable "${SASREC[@]}" ;;
+E="lf ft"
+[ -z "$PRETRAINED" ] || E="lf pt ft"
+of() { for e in $E; do echo "$e-$1"; done; }  # the variants of one mode
+train() { again train_seq.py "$NAME" --seeds $SEEDS "${SEQ[@]}" "$@"; }
+for loss in ce bce; do
+  sasrec() { train --model sasrec --loss $loss "$@"; }
+  sasrec ${WIDTH[@]+"${WIDTH[@]}"} --variants random $(of trainable)
+  sasrec ${WIDTH[@]+"${WIDTH[@]}"} --init-scale centred --variants $(of trainable)
+  case $BUDGET in longer|full)
+    for scale in rescaled whitened; do sasrec --init-scale $scale --variants $(of trainable); done
+    sasrec --init-scale permuted --variants lf-trainable
+    sasrec --hidden 128 --variants random
+    for scale in centred whitened; do sasrec --hidden 128 --init-scale $scale --variants $(of trainable); done ;;
+  esac
+done
+train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --variants $(of freeze) ft-further-all ft-further-emb
+train --model bert4rec ${WIDTH[@]+"${WIDTH[@]}"} --variants random $(of trainable)
+train --model gru4rec ${WIDTH[@]+"${WIDTH[@]}"} --init-scale centred --variants random $(of trainable)
+case $BUDGET in longer|full)
+  train --model bert4rec --variants $(of freeze) ft-further-all ft-further-emb
+  train --model bert4rec --init-scale centred --variants $(of trainable) ;;
 esac
 
 # ---------------------------------------------------------------- tables 5 and 1, figure 2
 if [[ $MORE == *--table5* ]]; then
-  train --model sasrec --variants lf-id+text ft-id+text ${SOURCE:+pt-id+text} "${SASREC[@]}"
-  $PYTHON finetune.py "$NAME" --stage 2 --trainable_items --out "$RUN/recformer/ft2-items.pt" ${FT2[@]+"${FT2[@]}"}
+  train --model sasrec --loss bce --variants $(of id+text)
+  again finetune.py "$NAME" --stage 2 --trainable-items ${FT[@]+"${FT[@]}"}
 fi
 if [[ $MORE == *--table1* ]]; then
-  $PYTHON finetune.py "$NAME" --stage 0 --plm "$PLM"
-  depth=$($PYTHON -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/recformer/ft1.json")
+  again finetune.py "$NAME" --stage 0 --plm "$PLM"
+  depth=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/ft1-seed${REC_SEEDS%% *}/row.json")
   third=$((depth / 3)) sets=
   [ $third -gt 0 ] || fail "--table1 tunes thirds of the depth: $PLM has $depth layers, three are needed"
   for ((i = 0; i < third; i++)); do sets+=" $i,$((i + third)),$((i + 2 * third))"; done
   for layers in $sets $((third - 1)) $((2 * third - 1)) $((depth - 1)); do
-    one=$RUN/recformer/ft1-$layers.pt two=$RUN/recformer/ft2-$layers.pt
-    $PYTHON finetune.py "$NAME" --stage 1 "${START[@]}" --tune_layers "$layers" --out "$one" ${FT1[@]+"${FT1[@]}"}
-    $PYTHON finetune.py "$NAME" --stage 2 --checkpoint "$one" --tune_layers "$layers" --out "$two" ${FT2[@]+"${FT2[@]}"}
+    again finetune.py "$NAME" --stage 1 "${START[@]}" --tune-layers "$layers" ${FT[@]+"${FT[@]}"}
+    again finetune.py "$NAME" --stage 2 --tune-layers "$layers" ${FT[@]+"${FT[@]}"}
   done
 fi
 if [[ $MORE == *--figure2* ]]; then
   for share in $SHARES; do
-    runs=${ELEPHANT_RUNS:-runs}/figure2/$share
-    $PYTHON pretrain.py $SOURCE --plm "$PLM" --share $share --out "$runs/$NAME/recformer/pt.pt" "${PT[@]}"
-    $PYTHON export_embeddings.py "$NAME" --checkpoint "$runs/$NAME/recformer/pt.pt" --out "$runs/$NAME/embeddings/pt.pt"
+    part=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}-share$share
+    again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}"
+    export_ pt-share$share --checkpoint "$part"
     for scale in raw centred; do
-      ELEPHANT_RUNS=$runs train --model sasrec --init_scale $scale --variants pt-trainable "${SASREC[@]}"
+      train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --init-scale $scale --variants pt-share$share-trainable
     done
   done
-  $PYTHON evaluate.py curve "$NAME"
+  again evaluate.py untrained "$NAME"
+  "$PYTHON" evaluate.py curve "$NAME"
 fi
 
 # ---------------------------------------------------------------- 5. table
-$PYTHON evaluate.py table "$NAME"
+"$PYTHON" evaluate.py table "$NAME"
+[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=$ELEPHANT_RUNS before other commands on them"

@@ -4,6 +4,8 @@ popularity: how often an item occurs in training parts. item-kNN: cosine of co-o
 training parts. text-kNN: cosine of centred embeddings. item + text: a weighted sum of both, each
 over its largest score. A history counts with a recency weight, decay ** age (0 = newest item); an
 item says nothing about itself. Decay and weight are chosen on validation NDCG@10, 100 negatives.
+
+A scorer takes the weights of histories, sparse [B, n + 1], and gives scores [B, n + 1].
 """
 import time
 
@@ -12,110 +14,81 @@ import torch
 import torch.nn.functional as F
 
 from common.arrays import ragged, row_numbers
-from common.metrics import rank_counts, result_of, summarise
+from common.metrics import rank_counts, summarise
 
 DECAYS = 1.0, 0.9, 0.8, 0.6, 0.4
 WEIGHTS = 0.1, 0.3, 1.0, 3.0  # of the text beside the items
 
 
-# ------------------------------------------------------------------------ scores
-
-def popularity(data, device='cpu'):
-    """How often each item occurs in training parts: float [n + 1], 0 for padding."""
-    items, _ = data.training()
-    counts = np.bincount(items, minlength=data.n_items + 1)
-    return torch.from_numpy(counts).float().to(device)
-
-
-def recency(items, offsets, n, decay):
-    """Weights of the histories' items: sparse [B, n + 1], decay ** age, repeats added up."""
-    lengths = np.diff(offsets)
-    age = np.repeat(lengths, lengths) - 1 - ragged(np.zeros(len(lengths), int), lengths)
-    index = torch.from_numpy(np.stack([row_numbers(lengths), items]))
-    weights = torch.from_numpy(decay ** age).float()
-    return sparse(index, weights, (len(lengths), n + 1))
-
-
-def sparse(index, values, size):
-    """A sparse matrix; equal places are added up."""
+def sparse(rows, columns, values, size):
+    """A sparse float matrix; equal places are added up."""
+    index = torch.from_numpy(np.stack([rows, columns]))
+    values = torch.from_numpy(values).float()
     return torch.sparse_coo_tensor(index, values, size, check_invariants=False).coalesce()
 
 
-class ItemKNN:
+# ------------------------------------------------------------------------ scorers
+
+def popularity(data):
+    """How often items occur in training parts, whatever the history."""
+    counts = np.bincount(data.training()[0], minlength=data.n_items + 1)
+    row = torch.from_numpy(counts).float()
+    return lambda weights: row.repeat(len(weights), 1)
+
+
+def item_knn(data):
     """score(j) = sum over the history's items i other than j of weight(i) cos(i, j), the cosine of
     the sets of users who have i and j in their training parts."""
+    items, offsets = data.training()
+    pairs = np.unique(np.stack([row_numbers(np.diff(offsets)), items]), axis=1)
+    had = sparse(*pairs, np.ones(pairs.shape[1]), (data.n_users, data.n_items + 1))
+    of_items = had.t().coalesce()
+    counts = torch.sparse.sum(had, 0).to_dense()
+    norm = counts.clamp_min(1).sqrt()
 
-    def __init__(self, data):
-        items, offsets = data.training()
-        users = row_numbers(np.diff(offsets))
-        pairs = np.unique(np.stack([users, items]), axis=1)
-        size = data.n_users, data.n_items + 1
-        self.had = sparse(torch.from_numpy(pairs), torch.ones(pairs.shape[1]), size)
-        self.of_items = self.had.t().coalesce()
-        counts = np.bincount(pairs[1], minlength=size[1])
-        self.norm = torch.from_numpy(counts).float().clamp_min(1).sqrt()
-        self.known = torch.from_numpy(counts > 0).float()
-
-    def __call__(self, weights):
-        """Sparse weights [B, n + 1] -> scores [B, n + 1]."""
-        dense = weights.to_dense()
-        met = torch.sparse.mm(self.had, (dense / self.norm).t())          # [users, B]
-        scores = torch.sparse.mm(self.of_items, met).t() / self.norm
-        return scores - dense * self.known  # cos(i, i) = 1
+    def score(weights):
+        weights = weights.to_dense()
+        met = torch.sparse.mm(had, (weights / norm).t())  # [users, B]
+        scores = torch.sparse.mm(of_items, met).t() / norm
+        return scores - weights * (counts > 0)  # cos(i, i) = 1
+    return score
 
 
-class TextKNN:
+def text_knn(matrix):
     """score(j) = sum over the history's items i other than j of weight(i) cos(E_i, E_j), of rows
-    from which the mean row is taken away."""
+    [n + 1, H] from which the mean row is taken away."""
+    unit = F.pad(F.normalize(matrix[1:] - matrix[1:].mean(0), dim=1), (0, 0, 1, 0))
+    own = unit.square().sum(1)
 
-    def __init__(self, matrix):
-        rows = matrix[1:] - matrix[1:].mean(0)
-        self.unit = F.pad(F.normalize(rows, dim=1), (0, 0, 1, 0))
-        self.own = self.unit.square().sum(1)
-
-    def __call__(self, weights):
-        """Sparse weights [B, n + 1] -> scores [B, n + 1]."""
-        return torch.sparse.mm(weights, self.unit) @ self.unit.t() - weights.to_dense() * self.own
+    def score(weights):
+        return torch.sparse.mm(weights, unit) @ unit.t() - weights.to_dense() * own
+    return score
 
 
-class Sum:
-    """item-kNN over its largest score plus `weight` times text-kNN over its largest."""
+def weighted_sum(first, second, weight):
+    """The first scorer over its largest score plus `weight` times the second over its largest."""
+    def top(scores):
+        return scores / scores.max(1, keepdim=True).values.clamp_min(1e-12)
 
-    def __init__(self, item, text, weight):
-        self.item, self.text, self.weight = item, text, weight
-
-    def __call__(self, weights):
-        item, text = self.item(weights), self.text(weights)
-        return top(item) + self.weight * top(text)
-
-
-def top(scores):
-    """Each row over its largest entry, which stays above 0."""
-    return scores / scores.max(1, keepdim=True).values.clamp_min(1e-12)
+    def score(weights):
+        return top(first(weights)) + weight * top(second(weights))
+    return score
 
 
 # ------------------------------------------------------------------------ ranks, choice on validation
 
-def ranks_of(data, which, kind, decay):
-    """Ranks of the evaluated users' targets under a scorer of weighted histories."""
+def ranks_of(data, which, scorer, decay=1.0):
+    """Ranks of the evaluated users' targets under a scorer."""
     items, offsets, targets = data.split(which)
 
     def score(rows):
         part = offsets[rows.start:rows.stop + 1]
-        begin, end = part[0], part[-1]
-        return kind(recency(items[begin:end], part - begin, data.n_items, decay))
-    chunk = 2 ** 22  # a scorer makes several matrices of this size
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets), chunk)
-
-
-def popularity_ranks(data, which):
-    """Ranks under how often items occur, the same for every user."""
-    items, offsets, targets = data.split(which)
-    row = popularity(data)
-
-    def score(rows):
-        return row.expand(rows.stop - rows.start, -1).clone()
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
+        lengths = np.diff(part)
+        age = np.repeat(lengths, lengths) - 1 - ragged(np.zeros(len(lengths), int), lengths)
+        return scorer(sparse(row_numbers(lengths), items[part[0]:part[-1]], decay ** age,
+                             (len(lengths), data.n_items + 1)))
+    # a scorer makes several matrices of a chunk's size
+    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets), 2 ** 22)
 
 
 def value_of(ranks):
@@ -125,44 +98,32 @@ def value_of(ranks):
 
 def popularity_value(data):
     """Validation NDCG@10 (100 negatives) of popularity."""
-    return value_of(popularity_ranks(data, 'valid'))
-
-
-def best_knn(data, kinds):
-    """Of scorers {setting: scorer} and the decays the best on validation: (its value, setting,
-    decay, ranks on test)."""
-    tried = [(value_of(ranks_of(data, 'valid', kind, decay)), setting, decay)
-             for setting, kind in kinds.items() for decay in DECAYS]
-    value, setting, decay = max(tried, key=lambda entry: entry[0])
-    return value, setting, decay, ranks_of(data, 'test', kinds[setting], decay)
+    return value_of(ranks_of(data, 'valid', popularity(data)))
 
 
 def untrained(data, embeddings):
-    """(name, row fields, ranks) of every baseline; embeddings: {'lf': matrix [n + 1, H], ...}."""
-    ranks = popularity_ranks(data, 'test')
-    valid = popularity_value(data)
-    yield 'popularity', {'init': None, 'valid': valid, 'seconds': 0}, ranks
-    item = ItemKNN(data)
-    for name, kinds, init in knn_kinds(item, embeddings):
-        began = time.monotonic()
-        valid, setting, decay, ranks = best_knn(data, kinds)
-        yield name, {'init': init, 'valid': valid, 'decay': decay, 'weight': setting,
-                     'seconds': round(time.monotonic() - began, 1)}, ranks
-
-
-def knn_kinds(item, embeddings):
-    """(name, {setting: scorer}, embedding's name) of each nearest-neighbour baseline."""
-    yield 'item-knn', {None: item}, None
+    """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
+    items = item_knn(data)
+    tried = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
     for init, matrix in embeddings.items():
-        text = TextKNN(matrix)
-        yield f'text-knn-{init}', {None: text}, init
-        yield f'item+text-knn-{init}', {w: Sum(item, text, w) for w in WEIGHTS}, init
+        text = text_knn(matrix)
+        both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
+        tried |= {f'text-knn-{init}': (init, {None: text}), f'item+text-knn-{init}': (init, both)}
+    for name, (init, scorers) in tried.items():
+        began, best = time.monotonic(), {'valid': -1}
+        for weight, scorer in scorers.items():
+            for decay in DECAYS if name != 'popularity' else (1.0,):
+                valid = value_of(ranks_of(data, 'valid', scorer, decay))
+                if valid > best['valid']:
+                    best = {'valid': valid, 'weight': weight, 'decay': decay}
+        ranks = ranks_of(data, 'test', scorers[best['weight']], best['decay'])
+        yield name, {'init': init, 'seconds': round(time.monotonic() - began, 1), **best}, ranks
 
 
 def untrained_lines(data):
     """What popularity and item-kNN reach, a line each: is there anything to learn?"""
     for name, fields, ranks in untrained(data, {}):
-        metrics = result_of(data, ranks)['metrics']
-        decay = f' (recency weight {fields["decay"]:g} a step)' if 'decay' in fields else ''
-        yield (f'{name:12}NDCG@10 {100 * metrics["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
-               f'{100 * metrics["full"]["NDCG@10"]:6.2f} (all items){decay}')
+        found = summarise(ranks)
+        yield (f'{name:12}NDCG@10 {100 * found["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
+               f'{100 * found["full"]["NDCG@10"]:6.2f} (all items), recency weight '
+               f'{fields["decay"]:g} a step')

@@ -19,7 +19,7 @@ import numpy as np
 from common.arrays import offsets_of, ragged
 from common.files import (ROOT, UserError, command, data_root, digest, file_stamp, load_json, lock,
                           save_json, save_npz)
-from common.options import options_parser, whole_number
+from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
 from common.sources import AMAZON, canonical_file, canonical_from_amazon, read_interactions, read_items
 
@@ -293,12 +293,11 @@ def report(data):
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('name', help=f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
-    p.add_argument('--min-user', type=whole_number(1),
-                   help='fewest interactions of a user (paper: 4, sources 5; at least 3)')
-    p.add_argument('--min-item', type=whole_number(1),
-                   help='fewest interactions of an item (paper: source domains 5, else 1)')
-    p.add_argument('--users', type=whole_number(0),
-                   help="seeded sample of so many users, 0 = all (sources: Table 2's)")
+    option(p, '--min-user', POSITIVE, None,
+           'fewest interactions of a user (paper: 4, sources 5; at least 3)')
+    option(p, '--min-item', POSITIVE, None,
+           'fewest interactions of an item (paper: source domains 5, else 1)')
+    option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
     p.add_argument('--any-version', action='store_true',
                    help='accept Amazon ratings whose sha256 is not the known one')
     return p.parse_args(argv)

@@ -4,6 +4,7 @@ Every output is written beside its final name and renamed. Every `.pt` says what
 """
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -75,9 +76,9 @@ def fail(error):
 
 # ------------------------------------------------------------------------ identities
 
-def sha256(path):
-    """Hex digest of a file's bytes."""
-    with open(path, 'rb') as f:
+def content_sha256(path):
+    """Hex digest of what a file holds, unpacked where it is a .gz."""
+    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
@@ -102,7 +103,7 @@ def file_stamp(path, known=None):
     stamp = {'size': status.st_size, 'time': status.st_mtime_ns}
     if known and all(known.get(key) == value for key, value in stamp.items()):
         return known
-    return {**stamp, 'sha256': sha256(path)}
+    return {**stamp, 'sha256': content_sha256(path)}
 
 
 def provenance():

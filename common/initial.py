@@ -43,12 +43,12 @@ def geometry(matrix):
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 
-def components(matrix, width, path):
+def components(matrix, width):
     """The first `width` principal components: [n + 1, H] -> [n + 1, width], row 0 zeros."""
     most = min(len(matrix) - 1, matrix.shape[1])
     if width > most:
-        raise UserError(f'--hidden {width}: {path} has {len(matrix) - 1} items of {matrix.shape[1]} '
-                        f'dimensions; at most {most}')
+        raise UserError(f'--hidden {width}: the embeddings are {len(matrix) - 1} rows of '
+                        f'{matrix.shape[1]} numbers; at most {most}')
     rows = matrix[1:] - matrix[1:].mean(0)
     axes = torch.linalg.svd(rows, full_matrices=False)[2][:width]
     return torch.cat([matrix.new_zeros(1, width), rows @ axes.T])
@@ -72,3 +72,15 @@ def initial_table(matrix, scale, norm, seed):
         order = np.random.default_rng([seed, 6]).permutation(len(rows))
         rows = rows[torch.from_numpy(order)]
     return torch.cat([matrix[:1], rows * (norm / rows.norm(dim=1).mean())])
+
+
+def starting_tables(kind, n, width, embeddings, scale, seed):
+    """(random table [n + 1, width] of the model class `kind`, the embeddings as an initial table of
+    that width, or None without any). The random table is drawn from torch's generator."""
+    table = kind.random_table(n, width)
+    if embeddings is None:
+        return table, None
+    given = embeddings.matrix
+    if given.shape[1] != width:
+        given = components(given, width)
+    return table, initial_table(given, scale, float(table[1:].norm(dim=1).mean()), seed)

@@ -9,62 +9,74 @@ def options_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def whole_number(least, most=None):
-    """An argparse type: a whole number, at least `least` and at most `most`."""
-    return bounded(int, 'whole number', f'at least {least}', lambda value: value >= least, most)
+def option(group, name, kind, default, text, **more):
+    """One option: its name, the type of its value, its default, its help."""
+    group.add_argument(name, type=kind, default=default, help=text, **more)
 
 
-def real_number(above=None, least=None, most=None):
-    """An argparse type: a finite number above `above`, or at least `least`, and at most `most`."""
-    if above is not None:
-        return bounded(float, 'number', f'above {above}', lambda value: value > above, most)
-    return bounded(float, 'number', f'at least {least}', lambda value: value >= least, most)
-
-
-def bounded(kind, noun, bound, holds, most):
-    """An argparse type whose name, which argparse prints, says what it takes."""
+def number(kind, least, most=math.inf, above=False):
+    """An argparse type: a finite int or float, at least (or above) `least` and at most `most`."""
     def convert(text):
         value = kind(text)
-        if not (holds(value) and math.isfinite(value) and (most is None or value <= most)):
+        if not (least < value or value == least and not above) or value > most \
+                or not math.isfinite(value):
             raise ValueError
         return value
-    convert.__name__ = f'{noun} ({bound}' + (f' and at most {most})' if most is not None else ')')
+    noun = 'whole number' if kind is int else 'number'
+    upper = f' and at most {most}' if math.isfinite(most) else ''
+    # argparse prints this name
+    convert.__name__ = f'{noun} ({"above" if above else "at least"} {least}{upper})'
     return convert
+
+
+COUNT, POSITIVE = number(int, 0), number(int, 1)
+RATE, WEIGHT = number(float, 0, above=True), number(float, 0)
+
+
+def add_plm_options(parser):
+    """--plm, --layers: the language model to start from."""
+    g = parser.add_argument_group('language model')
+    option(g, '--plm', str, None, 'longformer (paper), minilm, a hub name or a local folder')
+    option(g, '--layers', POSITIVE, None, 'its first LAYERS layers only (default: all)')
+    return g
+
+
+def add_optimizer_options(parser, epochs, patience, batch):
+    """--epochs ... --weight-decay; the defaults are RecFormer's where its paper or code says them."""
+    g = parser.add_argument_group('optimisation')
+    option(g, '--epochs', POSITIVE, epochs, 'at most')
+    option(g, '--patience', POSITIVE, patience, 'epochs without a better validation')
+    option(g, '--batch', number(int, 2), batch, 'users')
+    option(g, '--lr', RATE, 5e-5, 'peak rate')
+    option(g, '--warmup', COUNT, 100, 'steps of a rising rate; it then falls linearly to 0')
+    option(g, '--weight-decay', WEIGHT, 0.0, "AdamW's")
+    return g
 
 
 def add_machine_options(parser, language_model=False, trains=True):
     """--device, --precision, ..., and what to do with an earlier result."""
     g = parser.add_argument_group('machine')
     if language_model:
-        g.add_argument('--micro-tokens', type=whole_number(1),
-                       help='tokens in one pass of the model: memory only (default: 2048, on CUDA '
-                            '16384)')
-    g.add_argument('--device', default='auto', help='auto (CUDA where there is one), cpu, cuda:1, ...')
-    g.add_argument('--precision', default='auto', choices=['auto', 'bfloat16', 'float32'],
-                   help='of matrix products; weights stay float32. auto: bfloat16 where the hardware '
-                        'has it')
-    g.add_argument('--deterministic', action='store_true',
-                   help='CUDA: only kernels that give the same bits on every run (slower; a CPU '
-                        'always does)')
+        option(g, '--micro-tokens', POSITIVE, None,
+               'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)')
+    option(g, '--device', str, 'auto', 'auto (CUDA where there is one), cpu, cuda:1, ...')
+    option(g, '--precision', str, 'auto', 'of matrix products; weights stay float32. auto: bfloat16 '
+           'where the hardware has it', choices=['auto', 'bfloat16', 'float32'])
+    g.add_argument('--deterministic', action='store_true', help='CUDA: only kernels that give the '
+                   'same bits on every run (slower; a CPU always does)')
     if trains:
-        g.add_argument('--save-every', type=real_number(least=0), default=10, metavar='MINUTES',
-                       help='between checkpoints inside an epoch (ours); each epoch ends with one')
-    add_again_options(parser)
-
-
-def add_again_options(parser):
-    """--again, --keep."""
+        option(g, '--save-every', WEIGHT, 10, 'minutes between checkpoints inside an epoch (ours)')
     g = parser.add_argument_group('an earlier result').add_mutually_exclusive_group()
     g.add_argument('--again', action='store_true', help='make it again, whatever is there')
     g.add_argument('--keep', action='store_true',
                    help='use it as it is where only the code has changed since')
 
 
-NO_IDENTITY = {'dataset', 'out', 'device', 'deterministic', 'micro_tokens', 'save_every', 'again',
-               'keep', 'checkpoint', 'plm', 'layers', 'seeds', 'lrs', 'variants', 'sources'}
+# Options that change no number, and those whose meaning is known by content (data, weights).
+NO_IDENTITY = {'dataset', 'sources', 'out', 'checkpoint', 'plm', 'layers', 'seeds', 'lrs', 'variants',
+               'device', 'deterministic', 'micro_tokens', 'save_every', 'again', 'keep'}
 
 
-def option_identity(args, *more):
-    """The options that make a result what it is; what is known by content is left out."""
-    return {key: value for key, value in sorted(vars(args).items())
-            if key not in NO_IDENTITY and key not in more}
+def option_identity(args):
+    """The options that make a result what it is."""
+    return {key: value for key, value in sorted(vars(args).items()) if key not in NO_IDENTITY}

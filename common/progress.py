@@ -23,4 +23,5 @@ def progress(things=None, **options):
     if sys.stderr.isatty():
         return tqdm(things, leave=False, dynamic_ncols=True, **options)
     form = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
-    return tqdm(things, leave=False, file=Lines, mininterval=30, delay=30, bar_format=form, **options)
+    return tqdm(things, leave=False, file=Lines, mininterval=30, maxinterval=1e9,
+                delay=30, bar_format=form, **options)

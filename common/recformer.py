@@ -22,7 +22,6 @@ from common.progress import progress
 from common.text import RECTANGLE, micro_batches, pack, pack_items
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
-SIZES = (64, 128, 256, 512)  # lengths up to which sequences share a rectangle; speed only
 TEMPERATURE = 0.05  # RecFormer
 
 
@@ -47,73 +46,56 @@ class Batch:
     """Packed sequences (text.Packed) on a device, and the layout of their attention, the same for
     every layer. Everything but the tokens is made on the device, from the lengths.
 
+    Global attention: `all` [B, L] are rows of the packed tokens, `real` [B, L] those that exist.
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are
     rows of the packed tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place`
     [T] finds token t in the blocks' outputs [N * Q]. Every query attends the CLS of its sequence
     (column 0) and, as distances allow, window / 2 tokens to each side.
-    Global attention: `groups` of sequences of similar length, of each the rows and which are real,
-    both [b, L]; `grouped` [B] are the sequences in the groups' order, `order` [B] the way back.
     """
 
     def __init__(self, packed, window, machine):
-        lengths = packed.lengths
-        self.longest, self.device = int(lengths.max()), machine.device
         self.tokens, self.types = machine.put(packed.tokens), machine.put(packed.types)
         self.item_positions = machine.put(packed.item_positions)
-        self.lengths = machine.put(lengths)
+        self.lengths = machine.put(packed.lengths)
         self.cls = self.lengths.cumsum(0) - self.lengths
         self.positions = self.columns(len(packed.tokens)) - self.of_tokens(self.cls)
-        self.group(lengths, machine)
-        if self.longest <= RECTANGLE:
-            self.one_rectangle(window // 2)
+        columns = self.columns(int(packed.lengths.max()))
+        self.real = columns < self.lengths[:, None]
+        self.all = self.cls[:, None] + columns * self.real
+        if len(columns) <= RECTANGLE:
+            self.one_rectangle(columns, window // 2)
         else:
-            self.blocks(-(-lengths // BLOCK), window // 2, machine)
+            self.blocks(machine.put(-(-packed.lengths // BLOCK)), window // 2,
+                        int((-(-packed.lengths // BLOCK)).sum()))
 
     def columns(self, n):
-        return torch.arange(n, device=self.device)
+        return torch.arange(n, device=self.tokens.device)
 
     def of_tokens(self, x):
         """A value of each sequence [B], at each of its tokens [T]."""
         return torch.repeat_interleave(x, self.lengths, output_size=len(self.tokens))
 
-    def padded(self, sequences, longest):
-        """(rows of the tokens, which are real) of these sequences, both [b, longest]."""
-        columns = self.columns(longest)
-        real = columns < self.lengths[sequences, None]
-        return self.cls[sequences, None] + columns * real, real
-
-    def group(self, lengths, machine):
-        size = np.searchsorted(SIZES, lengths)
-        grouped = np.argsort(size, kind='stable')
-        self.grouped, self.order = machine.put(grouped), machine.put(np.argsort(grouped))
-        self.groups = []
-        for members in np.split(grouped, np.flatnonzero(np.diff(size[grouped])) + 1):
-            longest = int(lengths[members].max())
-            self.groups.append(self.padded(machine.put(members), longest))
-
-    def one_rectangle(self, side):
+    def one_rectangle(self, columns, side):
         """Short sequences: all tokens of one against all."""
-        columns = self.columns(self.longest)
-        self.queries, real = self.padded(slice(None), self.longest)
-        self.keys = self.queries
         near = (columns[:, None] - columns).abs() <= side
-        self.mask = additive(((near | (columns == 0)) & real[:, None])[:, None])
-        self.place = self.of_tokens(self.columns(len(self.lengths)) * self.longest) + self.positions
+        seen = (near | (columns == 0)) & self.real[:, None]
+        self.queries = self.keys = self.all
+        self.mask = additive(seen[:, None])
+        start = self.columns(len(self.lengths)) * len(columns)
+        self.place = self.of_tokens(start) + self.positions
 
-    def blocks(self, counts, side, machine):
+    def blocks(self, count, side, total):
         """Long ones: blocks of queries, each against CLS and the keys that its window reaches.
-        counts [B]: blocks of each sequence, known to the host."""
-        total = int(counts.sum())
-        count = machine.put(counts)
+        count [B]: blocks of each sequence; total: of all, known to the host."""
         before = count.cumsum(0) - count
-        owner = torch.repeat_interleave(self.columns(len(counts)), count, output_size=total)
-        first = (self.columns(total) - before[owner]) * BLOCK
+        owner = torch.repeat_interleave(self.columns(len(count)), count, output_size=total)
+        first = (self.columns(total) - before[owner])[:, None] * BLOCK
         length, start = self.lengths[owner, None], self.cls[owner, None]
-        q = first[:, None] + self.columns(BLOCK)
-        k = first[:, None] + self.columns(BLOCK + 2 * side) - side
+        ahead = self.columns(BLOCK + 2 * side)  # from the first key that the first query sees
+        q, k = first + ahead[:BLOCK], first + ahead - side
         known = (k >= 1) & (k < length)
-        near = self.columns(BLOCK + 2 * side) - self.columns(BLOCK)[:, None]  # 0 ... 2 side
-        near = (near >= 0) & (near <= 2 * side)
+        distance = ahead - ahead[:BLOCK, None]
+        near = (distance >= 0) & (distance <= 2 * side)
         self.queries = start + q * (q < length)
         self.keys = torch.cat([start, start + k * known], 1)
         # one sum of the mask's size: 0 + 0, or -inf from either side; CLS is always seen
@@ -156,23 +138,19 @@ class SelfAttention(nn.Module):
         return weight.view(self.heads, -1, weight.shape[1])
 
     def cls_weights(self, x, batch):
-        """Attention of each CLS over its own tokens: for each group (weights [b, h, L], tokens'
-        states [b, L, H])."""
-        q = self.query_global(rows(x, batch.cls)).unflatten(1, (self.heads, -1))      # [B, h, d]
+        """Attention of each CLS over its own tokens: (weights [B, h, L], tokens' states [B, L, H])."""
+        q = self.query_global(rows(x, batch.cls)).unflatten(1, (self.heads, -1))       # [B, h, d]
         # the key's bias adds the same to every score of a head: it drops out of the softmax
-        q = torch.einsum('bhd,hdk->bhk', q, self.by_head(self.key_global.weight))
-        q = q / (q.shape[-1] // self.heads) ** 0.5                                     # [B, h, H]
-        parts = q[batch.grouped].split([len(real) for _, real in batch.groups])
-        for part, (index, real) in zip(parts, batch.groups):
-            states = rows(x, index)
-            scores = torch.bmm(part, states.transpose(1, 2)).float()                   # [b, h, L]
-            yield scores.masked_fill(~real[:, None], -torch.inf).softmax(-1), states
+        key = self.by_head(self.key_global.weight)
+        q = torch.einsum('bhd,hdk->bhk', q, key) / q.shape[-1] ** 0.5                  # [B, h, H]
+        states = rows(x, batch.all)
+        scores = torch.bmm(q, states.transpose(1, 2)).float()
+        return scores.masked_fill(~batch.real[:, None], -torch.inf).softmax(-1), states
 
     def cls(self, x, batch):
         """Global attention of each sequence's CLS over all its tokens: [B, H]."""
-        mixed = [torch.bmm(weights.to(states.dtype), states)
-                 for weights, states in self.cls_weights(x, batch)]
-        mixed = torch.cat(mixed)[batch.order]                                          # [B, h, H]
+        weights, states = self.cls_weights(x, batch)
+        mixed = torch.bmm(weights.to(states.dtype), states)                            # [B, h, H]
         out = torch.einsum('bhk,hdk->bhd', mixed, self.by_head(self.value_global.weight))
         return out.flatten(1) + self.value_global.bias.to(out.dtype)
 
@@ -317,14 +295,12 @@ class RecFormer(Model):
     def cls_attention(self, packed):
         """Attention weights of CLS in every layer: [layers, B, h, L]."""
         with self.machine.autocast():
-            batch = Batch(packed, self.config.window, self.machine)
-            x, found = self.longformer.embeddings(batch), []
+            batch, found = Batch(packed, self.config.window, self.machine), []
+            x = half(self.longformer.embeddings(batch))
             for layer in self.layers:
-                parts = [F.pad(weights, (0, batch.longest - weights.shape[2]))
-                         for weights, _ in layer.attention.self.cls_weights(x, batch)]
-                found.append(torch.cat(parts)[batch.order])
+                found.append(layer.attention.self.cls_weights(half(x), batch)[0])
                 x = layer(x, batch)
-            return torch.stack(found)
+        return torch.stack(found)
 
 
 def cosine_logits(states, table):

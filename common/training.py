@@ -7,9 +7,7 @@ run that was killed ends with the same numbers.
 """
 import contextlib
 import copy
-import csv
 import ctypes
-import io
 import math
 import os
 import pathlib
@@ -147,28 +145,24 @@ class Training:
     `tensors`: what a loop carries besides (the item table of an epoch). Everything that the next
     step depends on is in resume.pt, which is used again only for the same identity and code.
     """
+    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'tensors', 'log')
 
-    def __init__(self, run, args, model, optimizer, steps, epochs, patience, schedule=None,
-                 clip=None, total=None):
-        self.folder, self.identity, self.code, self.label = run
+    def __init__(self, run, args, model, optimizer, steps, schedule=None, clip=None, total=None):
+        self.folder, self.identity, self.code, label = run
         self.path = pathlib.Path(self.folder) / 'resume.pt'
         self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
-        self.per_epoch, self.patience = steps, patience
-        self.total = min(total or math.inf, steps * epochs)
-        self.save_every = 60 * args.save_every
-        self.epoch = self.step = self.bad = 0
-        self.best, self.best_epoch, self.best_weights = -math.inf, 0, None
-        self.tensors, self.log, self.running = {}, [], {}
+        self.per_epoch, self.patience, self.pause = steps, args.patience, 60 * args.save_every
+        self.total = total or steps * args.epochs
+        self.epoch = self.step = self.bad = self.best_epoch = 0
+        self.best, self.best_weights, self.tensors, self.log = -math.inf, None, {}, []
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
-        self.stop = self.busy = False
-        self.before = 0.0  # seconds of earlier sittings
+        self.asked = self.busy = False
         self.rng = rng_state()
+        self.began = self.saved_at = time.monotonic()
         if self.path.exists():
             self.resume(args)
-        self.parameters = [p for group in optimizer.param_groups for p in group['params']]
-        self.began = self.saved_at = time.monotonic()
-        done = self.epoch * steps + self.step
-        self.bar = progress(total=int(self.total), initial=done, unit='step', desc=self.label)
+        self.bar = progress(total=self.total, initial=self.epoch * steps + self.step, unit='step',
+                            desc=label)
 
     # -------------------------------------------------- the loop
 
@@ -179,26 +173,24 @@ class Training:
 
     def steps(self):
         """Numbers of this epoch's steps that are left."""
-        last = min(self.per_epoch, self.total - self.epoch * self.per_epoch)
-        while self.step < last:
+        while self.step < min(self.per_epoch, self.total - self.epoch * self.per_epoch):
             yield self.step
 
     def update(self, **losses):
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
-        not finite; saved when due. losses: scalars; their first is the one that was minimised."""
+        not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
+        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.clip:
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters
-                                                  if p.grad is not None])
-        scalars = [torch.as_tensor(x, dtype=torch.float32, device=norm.device).detach()
-                   for x in losses.values()]
-        *values, norm = torch.stack([*scalars, norm.float()]).tolist()  # one read of the device
-        if not all(map(math.isfinite, [*values, norm])):
-            kept = f'{self.path} holds the last good state' if self.path.exists() \
-                else 'nothing was saved yet'
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        scalars = torch.stack([x.detach().float() for x in (*losses.values(), norm)])
+        values = scalars.tolist()  # the one time in a step that the host waits for the device
+        if not all(map(math.isfinite, values)):
+            kept = 'holds the last good state' if self.path.exists() else 'was not written yet'
             raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient norm '
-                           f'{norm}; {kept}; try a lower rate or --precision float32')
+                           f'{values[-1]}; {self.path} {kept}; try a lower rate or '
+                           '--precision float32')
         with self.uninterrupted():
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -206,11 +198,10 @@ class Training:
                 self.schedule.step()
             self.step += 1
             self.rng = rng_state()
-        self.running = dict(zip(losses, values))
-        text = ' '.join(f'{name} {value:.3f}' for name, value in self.running.items())
-        self.bar.set_postfix_str(text, refresh=False)
+        self.losses = {name: round(value, 5) for name, value in zip(losses, values)}
+        self.bar.set_postfix(self.losses, refresh=False)
         self.bar.update()
-        if time.monotonic() - self.saved_at >= self.save_every:
+        if time.monotonic() - self.saved_at >= self.pause:
             self.save()
 
     def end_epoch(self, metric, **more):
@@ -219,23 +210,23 @@ class Training:
             raise Diverged(f'validation metric is {metric} after epoch {self.epoch + 1}: '
                            'try a lower rate')
         with self.uninterrupted():
-            self.bad += 1
-            self.epoch, self.step = self.epoch + 1, 0
+            self.bad, self.epoch, self.step = self.bad + 1, self.epoch + 1, 0
             if metric > self.best:
                 self.best, self.best_epoch, self.bad = metric, self.epoch, 0
                 self.best_weights = copy.deepcopy(self.model.state_dict())
-            self.log.append({'epoch': self.epoch, 'seconds': round(self.seconds, 1), **self.running,
-                             'valid': metric, **more})
+            self.log.append({'epoch': self.epoch, 'seconds': round(self.seconds(), 1),
+                             **self.losses, 'valid': metric, **more})
         self.save()
 
     def restore_best(self):
-        """Put the best weights back into the model."""
+        """Put the best weights back into the model; what the run's row says of its training."""
         self.model.load_state_dict(self.best_weights)
+        return {'valid': self.best, 'best_epoch': self.best_epoch, 'epochs': self.epoch,
+                'seconds': round(self.seconds(), 1)}
 
-    @property
     def seconds(self):
         """Spent on this run, earlier sittings included."""
-        return self.before + time.monotonic() - self.began
+        return time.monotonic() - self.began
 
     def where(self):
         return f'epoch {self.epoch + 1}, step {self.step + 1}'
@@ -244,14 +235,14 @@ class Training:
 
     def __enter__(self):
         if self.first:
-            self.handler = signal.signal(signal.SIGTERM, self.asked_to_stop)
+            self.before = signal.signal(signal.SIGTERM, self.asked_to_stop)
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind, *_):
         self.bar.close()
         if not self.first:
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if kind else self.handler)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if kind else self.before)
         if kind in (SystemExit, KeyboardInterrupt):
             self.save()
             print(f'stopped before {self.where()}; the same command goes on from {self.path}',
@@ -259,7 +250,7 @@ class Training:
 
     def asked_to_stop(self, *_):
         """SIGTERM: leave at once, but not from within a change of the state."""
-        self.stop = True
+        self.asked = True
         if not self.busy:
             sys.exit(STOPPED)
 
@@ -269,24 +260,26 @@ class Training:
         self.busy = True
         yield
         self.busy = False
-        if self.stop:
+        if self.asked:
             sys.exit(STOPPED)
+
+    def parts(self):
+        """What has a state dict."""
+        parts = {'model': self.model, 'optimizer': self.optimizer, 'schedule': self.schedule}
+        return {name: part for name, part in parts.items() if part}
 
     def save(self):
         """Write resume.pt and log.csv."""
         self.saved_at = time.monotonic()
         if not self.first:
             return
-        parts = {name: part.state_dict() for name, part in self.parts().items()}
-        head = {'identity': self.identity, 'code': self.code, 'seconds': self.seconds}
-        stand = {key: getattr(self, key) for key in STAND}
-        save_pt(self.path, 'resume', head=head, parts=parts, rng=self.rng, **stand)
-        columns = list(dict.fromkeys(key for line in self.log for key in line))
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns, lineterminator='\n')
-        table.writeheader()
-        table.writerows(self.log)
-        save_text(self.path.with_name('log.csv'), text.getvalue())
+        head = {'identity': self.identity, 'code': self.code, 'seconds': self.seconds()}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
+        save_pt(self.path, 'resume', head=head, states=states, rng=self.rng,
+                stand={key: getattr(self, key) for key in self.kept})
+        lines = [','.join(self.log[0])] if self.log else []
+        lines += [','.join(map(str, entry.values())) for entry in self.log]
+        save_text(self.path.with_name('log.csv'), '\n'.join(lines) + '\n')
 
     def resume(self, args):
         """Go on from resume.pt where it is of this identity and code."""
@@ -298,25 +291,15 @@ class Training:
         if not usable(saved['head'], self.identity, self.code, args, self.path):
             return
         for name, part in self.parts().items():
-            part.load_state_dict(saved['parts'][name])
-        for key in STAND:
-            setattr(self, key, saved[key])
-        self.before, self.rng = saved['head']['seconds'], saved['rng']
+            part.load_state_dict(saved['states'][name])
+        vars(self).update(saved['stand'], rng=saved['rng'])
+        self.began -= saved['head']['seconds']
         set_rng_state(self.rng)
         print(f'goes on from {self.path}: {self.where()}')
 
-    def parts(self):
-        """What has a state dict."""
-        parts = {'model': self.model, 'optimizer': self.optimizer, 'schedule': self.schedule}
-        return {name: part for name, part in parts.items() if part is not None}
-
     def finish(self):
         """The result is written: resume.pt has done its work."""
-        if self.first:
-            self.path.unlink(missing_ok=True)
-
-
-STAND = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'tensors', 'log')
+        self.path.unlink(missing_ok=True)
 
 
 def rng_state():
@@ -328,5 +311,5 @@ def rng_state():
 def set_rng_state(state):
     """Put torch's generators back to `state`."""
     torch.set_rng_state(state['cpu'])
-    if torch.cuda.is_available() and state['cuda']:
+    if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state['cuda'])
