@@ -29,8 +29,6 @@ from common.sources import AMAZON, canonical_file, canonical_from_amazon, read_i
 FILTERS = {'movies': (5, 5, 30570), 'sports': (5, 5, 39477), 'books': (5, 5, 197891),
            'clothing': (5, 5, 135041)}
 DEFAULT = (4, 1, 0)
-PUBLISHED_EVALUATED = {'pantry': 21300, 'instruments': 49592, 'arts': 95095, 'movies': 26342,
-                       'sports': 21801}  # users that their code evaluates
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
@@ -51,17 +49,9 @@ class Dataset:
     fingerprint: str       # digest of all of the above and of the texts
     folder: Path
 
-    @property
-    def n_items(self):
-        return len(self.item_ids)
-
-    @property
-    def n_users(self):
-        return len(self.user_ids)
-
-    @property
-    def lengths(self):
-        return np.diff(self.offsets)
+    def __post_init__(self):
+        self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
+        self.lengths = np.diff(self.offsets)
 
     @functools.cached_property
     def attributes(self):
@@ -137,17 +127,17 @@ def evaluated_users(items, offsets):
 def kept_rows(user, item, time, filters):
     """(rows that stay, by user, time and place in the file; how many were exact repeats)."""
     min_user, min_item, sample = filters
+    # equal rows lie side by side after this, in the file's order; the first one is kept
     order = np.lexsort((np.arange(len(user)), time, item, user))
-    repeat = np.zeros(len(user), bool)  # equal rows lie side by side now; the first one is kept
-    repeat[1:] = ((np.diff(user[order]) == 0) & (np.diff(item[order]) == 0)
-                  & (np.diff(time[order]) == 0))
-    kept = np.sort(order[~repeat])
+    columns = np.stack([user, item, time])[:, order]
+    new = np.r_[True, (np.diff(columns) != 0).any(0)]
+    kept = np.sort(order[new])
     kept = kept[core(user[kept], item[kept], max(3, min_user), min_item)]
     alive = np.unique(user[kept])
     if sample and sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
         kept = kept[np.isin(user[kept], alive)]
-    return kept[np.lexsort((kept, time[kept], user[kept]))], int(repeat.sum())
+    return kept[np.lexsort((kept, time[kept], user[kept]))], int((~new).sum())
 
 
 def build(name, folder, filters):
@@ -169,8 +159,8 @@ def build(name, folder, filters):
         raise UserError(f"{path}: no user's last two items both occur in a training sequence; "
                         'there is nothing to evaluate')
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
-    tied = np.diff(time[kept], prepend=-1) == 0
-    tied = np.delete(tied, first)  # a user's first item has no neighbour before it
+    # a user's first item has no neighbour before it
+    tied = np.delete(np.diff(time[kept], prepend=-1) == 0, first)
     attributes = [known[key] for key in catalogue]
     texts = [tuple(value for _, value in pairs if value) for pairs in attributes]
     counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(kept),
@@ -196,8 +186,8 @@ def identity_of(folder, filters, known=None):
 
 def content_of(identity):
     """An identity without the times of its files."""
-    return [identity['filters'], identity['code'], identity['interactions.csv']['sha256'],
-            identity['items.jsonl']['sha256']]
+    stamps = [identity[stem]['sha256'] for stem in ('interactions.csv', 'items.jsonl')]
+    return [identity['filters'], identity['code'], *stamps]
 
 
 def prepare(name, filters):
@@ -218,11 +208,12 @@ def prepare(name, filters):
         identity = identity_of(folder, filters)
         data, attributes = build(name, folder, filters)
         head = {'identity': identity, 'counts': data.counts, 'fingerprint': data.fingerprint}
-        members = {'head': head, 'item_ids': data.item_ids, 'user_ids': data.user_ids,
-                   'attributes': attributes}
-        blobs = {key: np.frombuffer(json.dumps(value, ensure_ascii=False).encode(), np.uint8)
-                 for key, value in members.items()}
-        save_npz(folder / 'prepared.npz', {**blobs, **{key: getattr(data, key) for key in ARRAYS}})
+        members = {key: getattr(data, key) for key in ARRAYS}
+        for key, value in (('head', head), ('item_ids', data.item_ids), ('user_ids', data.user_ids),
+                           ('attributes', attributes)):
+            text = json.dumps(value, ensure_ascii=False)
+            members[key] = np.frombuffer(text.encode(), np.uint8)
+        save_npz(folder / 'prepared.npz', members)
         save_json(folder / 'counts.json', data.counts)
     return data
 
@@ -262,9 +253,7 @@ def published_counts(name):
     """What the paper's table 2 and its code say of a dataset: {count: value}, {} where nothing."""
     table = load_json(ROOT / 'common' / 'paper.json')['table2']
     known = dict(zip(table['columns'], table['rows'].get(name, [])))
-    if name in PUBLISHED_EVALUATED:
-        known['evaluated'] = PUBLISHED_EVALUATED[name]
-    return known
+    return known | {'evaluated': table['evaluated'][name]} if known else {}
 
 
 def report(data):

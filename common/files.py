@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -45,12 +46,11 @@ def command(main, *args):
         sys.exit(0)
     except OSError as error:  # a full disk, a folder without permission
         fail(f'{error.filename or "writing"}: {error.strerror or error}')
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        fail(out_of_memory(error))
-    except RuntimeError as error:  # a CPU's allocator has no exception of its own
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
+        if not re.search("out of memory|allocate memory|^$", str(error)):
             raise
-        fail(out_of_memory(error))
+        fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the script '
+             'has it; what was saved is kept')
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
@@ -59,13 +59,6 @@ def command(main, *args):
 def stop(*_):
     """SIGTERM: leave at once; whatever is open cleans up on its way out."""
     sys.exit(STOPPED)
-
-
-def out_of_memory(error):
-    """What to say when memory ran out, on a CPU or a GPU."""
-    why = str(error).splitlines()[0] if str(error) else 'no more to be had'
-    return (f'out of memory ({why}): lower --batch, or --micro-tokens where the script has it; '
-            'what was saved is kept')
 
 
 def fail(error):

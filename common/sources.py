@@ -298,8 +298,8 @@ def canonical_from_amazon(name, folder, min_user, min_item):
     category, expected = AMAZON[name]
     interactions, items = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
-    there = [*folder.glob('interactions.csv*'), *folder.glob('items.jsonl*')]
-    if there and not (source.exists() and all(path.suffix == '.gz' for path in there)):
+    plain = [path for path in folder.glob('i*') if path.suffix in ('.csv', '.jsonl')]
+    if plain or (items.exists() and not source.exists()):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
     ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected)
@@ -321,8 +321,8 @@ def write_interactions(path, target, min_user, min_item):
     share, so a count is never too low."""
     users, items, wanted = np.zeros(SLOTS, np.uint8), np.zeros(SLOTS, np.uint8), set()
     for user, item, _ in records(path, rating):
-        for table, key in ((users, slot(user)), (items, slot(item))):
-            table[key] += table[key] < 255
+        users[slot(user)] += users[slot(user)] < 255
+        items[slot(item)] += items[slot(item)] < 255
     with gzip_writer(target) as f:
         f.write(','.join(HEADER) + '\n')
         for user, item, stamp in records(path, rating, quiet=True):
