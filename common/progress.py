@@ -9,7 +9,7 @@ class Lines:
 
     @staticmethod
     def write(text):
-        text = text.strip('\r\n ')
+        text = text.replace('\x1b[A', '').strip()  # a nested bar moves the cursor up
         if text:
             sys.stderr.write(text + '\n')
 
