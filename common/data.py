@@ -227,7 +227,8 @@ def read_member(folder, name):
     except FileNotFoundError:
         raise UserError(f'{folder.name} is not prepared: run python -m common.data {folder.name}'
                         ) from None
-    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile):
+    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zlib.error,
+            zipfile.BadZipFile):  # RuntimeError: a flag of the zip's that nothing here writes
         raise UserError(f'{path}: damaged; run python -m common.data {folder.name}') from None
 
 
@@ -253,7 +254,9 @@ def published_counts(name):
     """What the paper's table 2 and its code say of a dataset: {count: value}, {} where nothing."""
     table = load_json(ROOT / 'common' / 'paper.json')['table2']
     known = dict(zip(table['columns'], table['rows'].get(name, [])))
-    return known | {'evaluated': table['evaluated'][name]} if known else {}
+    if name in table['evaluated']:
+        known['evaluated'] = table['evaluated'][name]
+    return known
 
 
 def report(data):

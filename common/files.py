@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def command(main, *args):
     except OSError as error:  # a full disk, a folder without permission
         fail(f'{error.filename or "writing"}: {error.strerror or error}')
     except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
-        if not re.search("out of memory|allocate memory|^$", str(error)):
+        known = re.search("out of memory|allocate memory", str(error))
+        if not known and not isinstance(error, MemoryError):
             raise
         fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the script '
              'has it; what was saved is kept')
@@ -72,7 +74,10 @@ def fail(error):
 def content_sha256(path):
     """Hex digest of what a file holds, unpacked where it is a .gz."""
     with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+        try:
+            return hashlib.file_digest(f, 'sha256').hexdigest()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f'{path}: is damaged ({error}); get it again') from None
 
 
 def digest(*parts):
@@ -186,12 +191,13 @@ def save_pt(path, kind, **content):
 def load_pt(path, kind, device='cpu'):
     """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        found = content['kind']
+        f = open(path, 'rb')
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
-    except OSError:
-        raise
+    try:
+        with f:
+            content = torch.load(f, map_location=device, weights_only=True)
+        found = content['kind']
     except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
         reason = f'{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""}'
         raise UserError(f'{path}: not a readable {kind} file ({reason})') from None

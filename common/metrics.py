@@ -117,5 +117,5 @@ def compare(a, b):
     mean = difference.mean()
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     interval = mean - 1.96 * error, mean + 1.96 * error
-    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else 1.0
+    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(not mean)
     return mean, interval, p

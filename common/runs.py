@@ -12,6 +12,7 @@ import json
 import pathlib
 import re
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -33,7 +34,7 @@ def parsed(file):
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node, clean=False) is not None:
-                node.body[0] = ast.Pass()
+                node.body = node.body[1:] or [ast.Pass()]
     return tree
 
 
@@ -124,6 +125,8 @@ def finished(folder, identity, code, args):
     row = read_row(folder)
     if row and usable(row, identity, code, args, folder):
         return row
+    if row:  # from here on the folder's files are no longer those that it tells of
+        (folder / 'row.json').unlink()
     return None
 
 
@@ -165,6 +168,6 @@ def read_ranks(dataset, run):
     try:
         with np.load(folder / 'ranks.npz', allow_pickle=False) as f:
             return row, {name: f[name] for name in ('users', 'sampled', 'full', 'new')}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
         raise UserError(f'{folder}/ranks.npz: missing or damaged; remove {folder} and run again'
                         ) from None

@@ -114,7 +114,7 @@ def read_items(path):
             key = item.pop('id')
             if not isinstance(key, (str, int)) or not str(key).strip():
                 raise KeyError
-            key = str(key).strip()
+            key = str(key).strip(' \t')
             pairs = [(as_text(name), as_text(value)) for name, value in item.items()]
         except (KeyError, AttributeError, TypeError):
             raise UserError(f'{where} is not an object with an "id" and texts, numbers or lists of '
@@ -198,8 +198,10 @@ def download(url, path):
     try:
         answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing is left to send
-            return
+        if error.code == 416:  # nothing is left to send, or the part is not of this file
+            if error.headers.get('Content-Range') == f'bytes */{have}':
+                return
+            path.unlink()
         raise
     with answer:
         if answer.url.startswith('http:') and url.startswith('https:'):
@@ -217,10 +219,7 @@ def download(url, path):
 
 def check(path, expected):
     """UserError where a file is no whole .gz, or its content has another sha256 than expected."""
-    try:
-        found = content_sha256(path) if expected or path.suffix == '.gz' else None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f'{path}: is damaged ({error}); remove it and run again') from None
+    found = content_sha256(path) if expected or path.suffix == '.gz' else None
     if expected and found != expected:
         raise UserError(f'{path}: its sha256 is not that of the version the paper used; remove it '
                         'to download that one, or go on with this one: --any-version, or '
@@ -240,17 +239,18 @@ def raw_file(name, remote, expected=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name('part-' + path.name)
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
+        url = f'{host.rstrip("/")}/{remote}'
         if not host.startswith(('https://', 'http://127.0.0.1:')):
             raise UserError(f'ELEPHANT_AMAZON_URL {host}: only https')
         try:
-            download(f'{host.rstrip("/")}/{remote}', part)
+            download(url, part)
             check(part, expected)
             part.replace(path)
             return path
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EACCES):
                 raise  # of this machine: another host would not help
-            print(f'{host}{remote}: {error}', file=sys.stderr)
+            print(f'{url}: {error}', file=sys.stderr)
     category = AMAZON[name][0]
     raise UserError(f'{name} could not be downloaded: put {category}.csv and '
                     f'meta_{category}.json.gz (Amazon 2018, ratings only and metadata) into '
@@ -299,7 +299,7 @@ def canonical_from_amazon(name, folder, min_user, min_item):
     interactions, items = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
     plain = [path for path in folder.glob('i*') if path.suffix in ('.csv', '.jsonl')]
-    if plain or (items.exists() and not source.exists()):
+    if plain or not source.exists() and (interactions.exists() or items.exists()):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
     ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected)

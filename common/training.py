@@ -145,7 +145,8 @@ class Training:
     `tensors`: what a loop carries besides (the item table of an epoch). Everything that the next
     step depends on is in resume.pt, which is used again only for the same identity and code.
     """
-    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'tensors', 'log')
+    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'tensors', 'losses',
+            'log')
 
     def __init__(self, run, args, model, optimizer, steps, schedule=None, clip=None, total=None):
         self.folder, self.identity, self.code, label = run
@@ -155,6 +156,7 @@ class Training:
         self.total = total or steps * args.epochs
         self.epoch = self.step = self.bad = self.best_epoch = 0
         self.best, self.best_weights, self.tensors, self.log = -math.inf, None, {}, []
+        self.losses = {}
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
         self.asked = self.busy = False
         self.rng = rng_state()
@@ -198,7 +200,7 @@ class Training:
                 self.schedule.step()
             self.step += 1
             self.rng = rng_state()
-        self.losses = {name: round(value, 5) for name, value in zip(losses, values)}
+            self.losses = {name: round(value, 5) for name, value in zip(losses, values)}
         self.bar.set_postfix(self.losses, refresh=False)
         self.bar.update()
         if time.monotonic() - self.saved_at >= self.pause:
@@ -235,24 +237,32 @@ class Training:
 
     def __enter__(self):
         if self.first:
-            self.before = signal.signal(signal.SIGTERM, self.asked_to_stop)
+            self.before = {number: signal.signal(number, self.asked_to_stop)
+                           for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, kind, *_):
         self.bar.close()
         if not self.first:
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if kind else self.before)
-        if kind in (SystemExit, KeyboardInterrupt):
+        stopped = kind in (SystemExit, KeyboardInterrupt)
+        for number, before in self.before.items():
+            signal.signal(number, signal.SIG_IGN if stopped else before)
+        if stopped:
             self.save()
             print(f'stopped before {self.where()}; the same command goes on from {self.path}',
                   file=sys.stderr)
 
-    def asked_to_stop(self, *_):
-        """SIGTERM: leave at once, but not from within a change of the state."""
-        self.asked = True
+    def asked_to_stop(self, number, _):
+        """SIGTERM or SIGINT: leave at once, but not from within a change of the state."""
+        self.asked = number
         if not self.busy:
-            sys.exit(STOPPED)
+            self.leave()
+
+    def leave(self):
+        if self.asked == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(STOPPED)
 
     @contextlib.contextmanager
     def uninterrupted(self):
@@ -261,7 +271,7 @@ class Training:
         yield
         self.busy = False
         if self.asked:
-            sys.exit(STOPPED)
+            self.leave()
 
     def parts(self):
         """What has a state dict."""

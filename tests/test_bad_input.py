@@ -1,6 +1,7 @@
-"""What a user, or a file from elsewhere, gets wrong: one clear line, exit code 2, nothing run, nothing written.
+"""What a user, or a file from elsewhere, gets wrong: one clear line, exit code 2, nothing run,
+nothing written. Bad data files: test_data.py, test_sources.py; whole commands: test_chain.py.
 
-Bad data files: test_data.py, test_sources.py; whole commands: test_chain.py. Run: python -m pytest tests/test_bad_input.py
+Run: python -m pytest tests/test_bad_input.py (about 15 seconds)
 """
 import importlib
 import pickle
@@ -11,36 +12,71 @@ import pytest
 import torch
 
 from common import data
-from common.files import command, save_pt
+from common.files import command, save_json, save_pt
 from tests.toy import canonical, tiny_bert
 
-ABOVE_ZERO, FROM_ZERO = ('0', '-1', '1e309', 'nan', 'x', ''), ('-1', 'nan', 'x', '')
-OPTIONS = {  # script: (a command line that is right, options above 0, options from 0)
-    'pretrain': (['one', '--out', 'x'], '--layers --share --valid_share --epochs --max_steps --patience --batch --accumulate --lr '
-                 '--micro_tokens --save_every', '--warmup --weight_decay --mlm_weight --seed'),
-    'finetune': (['one', '--stage', '1', '--plm', 'p'], '--layers --epochs --patience --batch --lr --micro_tokens --save_every',
-                 '--warmup --weight_decay --seed'),
-    'export_embeddings': (['one', '--out', 'x', '--plm', 'p'], '--layers --micro_tokens --save_every', ''),
-    'train_seq': (['one', '--model', 'sasrec'], '--max_items --lrs --batch --epochs --patience --pca --save_every', '--hidden --seeds'),
-    'evaluate': (['topk', 'one', 'x', '--user', 'u'], '--k', ''),
-}
-WRONG_OPTIONS = [(script, option, value) for script, (_, above, least) in OPTIONS.items()
-                 for options, values in ((above, ABOVE_ZERO), (least, FROM_ZERO)) for option in options.split() for value in values]
-CHOICES = [('finetune', '--stage', '3'), ('train_seq', '--model', 'gru'), ('train_seq', '--loss', 'mse'), ('train_seq', '--init_scale', 'big'),
-           ('train_seq', '--variants', 'pt'), ('pretrain', '--precision', 'float16'), ('pretrain', '--share', '101'),
-           ('pretrain', '--valid_share', '51'), ('train_seq', '--max_items', '10000000'), ('train_seq', '--hidden', '10000000'),
-           ('pretrain', '--batch', '1'), ('pretrain', '--nosuch', '1')]
+# ------------------------------------------------------------------------ options
+
+ABOVE_ZERO, FROM_ZERO = ('0', '-1', '1e309', 'nan', 'x', ''), ('-1', '1e309', 'nan', 'x', '')
+RECOMMEND = ['recommend', 'one', 'x', '--users', 'u']
+OPTIONS = [  # script, a command line that is right, options above 0, options from 0
+    ('common.data', ['one'], '--min-user --min-item', '--users'),
+    ('pretrain', ['one', '--out', 'x'], '--layers --max-tokens --share --valid-share --epochs '
+     '--max-steps --patience --batch --accumulate --lr --micro-tokens',
+     '--warmup --weight-decay --mlm-weight --seed --save-every'),
+    ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--layers --max-tokens --epochs --patience '
+     '--batch --lr --micro-tokens', '--warmup --weight-decay --seeds --save-every'),
+    ('export_embeddings', ['one', '--out', 'x', '--plm', 'p'], '--layers --micro-tokens', ''),
+    ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
+     '--patience', '--seeds --save-every'),
+    ('evaluate', RECOMMEND, '--k', ''),
+    ('evaluate', ['attention', 'one'], '--users --micro-tokens', ''),
+]
+RIGHT = {script: line for script, line, _, _ in OPTIONS} | {'evaluate': RECOMMEND}
+WRONG_VALUES = [(script, line, option, value) for script, line, above, least in OPTIONS
+                for options, values in ((above, ABOVE_ZERO), (least, FROM_ZERO))
+                for option in options.split() for value in values]
+CHOICES = [
+    ('finetune', '--stage', '3'), ('train_seq', '--model', 'gru'), ('train_seq', '--loss', 'mse'),
+    ('train_seq', '--init-scale', 'big'), ('train_seq', '--variants', 'pt'),
+    ('train_seq', '--variants', '-freeze'), ('train_seq', '--variants', 'pt-frozen'),
+    ('train_seq', '--variants', '../x-freeze'), ('train_seq', '--variants', '/x-freeze'),
+    ('pretrain', '--precision', 'float16'), ('pretrain', '--share', '101'),
+    ('pretrain', '--valid-share', '51'), ('pretrain', '--max-tokens', '1'),
+    ('pretrain', '--max-tokens', '1025'), ('train_seq', '--max-items', '10000000'),
+    ('train_seq', '--hidden', '10000000'), ('pretrain', '--batch', '1'),
+    ('finetune', '--batch', '1'), ('pretrain', '--nosuch', '1'),
+    ('pretrain', '--max_steps', '1'), ('pretrain', '--max', '1'),
+    ('evaluate', '--precision', 'float16'), ('evaluate', '--nosuch', '1'),
+]
+WRONG_OPTIONS = WRONG_VALUES + [(script, RIGHT[script], *rest) for script, *rest in CHOICES]
 
 
-@pytest.mark.parametrize('script, option, value', WRONG_OPTIONS + CHOICES)
-def test_options_out_of_range_are_named(script, option, value, capsys):
+def said_of(script, line, capsys):
+    """The last line that a wrong command line is answered with."""
     with pytest.raises(SystemExit) as exit_:
-        importlib.import_module(script).parse_args([*OPTIONS[script][0], option, value])
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == 2 and option in last, last
+        importlib.import_module(script).parse_args(line)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
-# ---------------------------------------------------------------------------- files that carry code, or are of something else
+@pytest.mark.parametrize('script, line, option, value', WRONG_OPTIONS,
+                         ids=[f'{script} {option} {v}' for script, _, option, v in WRONG_OPTIONS])
+def test_options_out_of_range_are_named(script, line, option, value, capsys):
+    assert option in said_of(script, [*line, option, value], capsys)
+
+
+@pytest.mark.parametrize('script, line', RIGHT.items(), ids=RIGHT)
+def test_the_command_lines_above_are_right_but_for_the_option(script, line):
+    importlib.import_module(script).parse_args(line)
+
+
+@pytest.mark.parametrize('script', ['pretrain', 'finetune', 'export_embeddings', 'train_seq'])
+def test_again_and_keep_exclude_each_other(script, capsys):
+    assert '--again' in said_of(script, [*RIGHT[script], '--keep', '--again'], capsys)
+
+
+# ------------------------------------------------------------------------ files from elsewhere
 
 class Trap:
     """Unpickling this makes a file."""
@@ -54,12 +90,17 @@ class Trap:
 
 @pytest.fixture(scope='module')
 def ready(tmp_path_factory):
+    """A prepared dataset `one`, a language model `plm`, the row of a run `m`."""
     folder = tmp_path_factory.mktemp('bad')
     canonical(folder / 'data' / 'one')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
         data.prepare('one', data.DEFAULT)
     tiny_bert(folder / 'plm')
+    row = {'run': 'm', 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
+    save_json(folder / 'runs' / 'one' / 'm' / 'row.json', row)
+    ranks = {name: np.zeros((40, 2), np.int32) for name in ('sampled', 'full', 'new')}
+    np.savez(folder / 'runs' / 'one' / 'm' / 'ranks.npz', users=np.arange(40), **ranks)
     return folder
 
 
@@ -77,29 +118,60 @@ def refused(script, capsys, *options):
     module = importlib.import_module(script)
     with pytest.raises(SystemExit) as exit_:
         command(module.main, module.parse_args([str(o) for o in options]))
-    lines = [line for line in capsys.readouterr().err.strip().splitlines() if line.startswith('error: ')]
+    lines = capsys.readouterr().err.strip().splitlines()
+    lines = [line for line in lines if line.startswith('error: ')]
     assert exit_.value.code == 2 and len(lines) == 1, lines
     return lines[0]
 
 
+def contents(world):
+    """{path: bytes} of all files, but for locks."""
+    return {path: path.read_bytes() for path in world.rglob('*')
+            if path.is_file() and path.name != '.lock'}
+
+
+EXPORT = ['export_embeddings', 'one', '--out', 'out.pt']
+PT = ['pretrain', 'one', '--plm', 'plm', '--out', 'out']
+FT1 = ['finetune', 'one', '--stage', '1']
+RECOMMEND_M = ['evaluate', 'recommend', 'one', 'm', '--users', 'u1']
+SASREC = ['train_seq', 'one', '--model', 'sasrec']
 PLACES = {
-    'checkpoint of finetune': ('x.pt', ['finetune', 'one', '--stage', '1', '--checkpoint', 'x.pt']),
-    'stage 1 for stage 2': ('runs/one/recformer/ft1.pt', ['finetune', 'one', '--stage', '2']),
-    'checkpoint of export': ('x.pt', ['export_embeddings', 'one', '--out', 'out.pt', '--checkpoint', 'x.pt']),
-    'published state dict': ('x.pt', ['export_embeddings', 'one', '--out', 'out.pt', '--checkpoint', 'x.pt', '--plm', 'plm']),
-    'embeddings': ('runs/one/embeddings/lf.pt', ['train_seq', 'one', '--model', 'sasrec', '--variants', 'lf-freeze']),
-    'checkpoint of evaluate': ('x.pt', ['evaluate', 'checkpoint', 'one', 'x.pt']),
-    'checkpoint of topk': ('x.pt', ['evaluate', 'topk', 'one', 'x.pt', '--user', 'u1']),
-    'language model': ('plm/pytorch_model.bin', ['pretrain', 'one', '--plm', 'plm', '--out', 'out.pt']),
-    'prepared data': ('data/one/prepared.npz', ['train_seq', 'one', '--model', 'sasrec', '--hidden', '8']),
+    'checkpoint of finetune': ('x.pt', [*FT1, '--checkpoint', 'x.pt']),
+    'checkpoint in a folder': ('x/model.pt', [*FT1, '--checkpoint', 'x']),
+    'checkpoint of stage 0': ('x.pt', ['finetune', 'one', '--stage', '0', '--checkpoint', 'x.pt']),
+    'stage 1 for stage 2': ('runs/one/ft1-seed0/model.pt', ['finetune', 'one', '--stage', '2']),
+    'checkpoint of export': ('x.pt', [*EXPORT, '--checkpoint', 'x.pt']),
+    'published state dict': ('x.pt', [*EXPORT, '--checkpoint', 'x.pt', '--plm', 'plm']),
+    'embeddings that are there': ('there.pt', [*EXPORT[:-1], 'there.pt', '--plm', 'plm']),
+    'embeddings': ('runs/one/embeddings/lf.pt', [*SASREC, '--variants', 'lf-freeze']),
+    'embeddings without training': ('runs/one/embeddings/lf.pt', ['evaluate', 'untrained', 'one']),
+    'ID model of inspect': ('runs/one/m/model.pt', ['evaluate', 'inspect', 'one', 'm']),
+    'ID model of recommend': ('runs/one/m/model.pt', RECOMMEND_M),
+    'ranks': ('runs/one/m/ranks.npz', ['evaluate', 'compare', 'one', 'm', 'm']),
+    'checkpoint of attention': ('x.pt', ['evaluate', 'attention', 'one', '--checkpoint', 'x.pt']),
+    'language model': ('plm/pytorch_model.bin', PT),
+    'prepared data': ('data/one/prepared.npz', [*SASREC, '--hidden', '8']),
+    'prepared data of a source': ('data/one/prepared.npz', PT),
 }
 
 
 def trap(path, sprung):
     if path.suffix == '.npz':
-        np.savez(path, texts=np.array([Trap(sprung)], object), items=np.zeros(1), offsets=np.zeros(1), evaluated=np.zeros(1), negatives=np.zeros(1))
+        names = ('head', 'item_ids', 'user_ids', 'attributes', *data.ARRAYS, 'users', 'sampled',
+                 'full', 'new')
+        np.savez(path, **{name: np.array([Trap(sprung)], object) for name in names})
     else:
-        torch.save({'meta': Trap(sprung), 'longformer.x': Trap(sprung)}, path, pickle_module=pickle)
+        content = {'kind': Trap(sprung), 'head': Trap(sprung), 'longformer.x': Trap(sprung)}
+        torch.save(content, path, pickle_module=pickle)
+
+
+def old_trap(path, sprung):
+    """In torch's older format, a plain pickle; where numpy reads, a pickle alone."""
+    if path.suffix == '.npz':
+        path.write_bytes(pickle.dumps(Trap(sprung)))
+    else:
+        torch.save({'longformer.x': Trap(sprung)}, path, pickle_module=pickle,
+                   _use_new_zipfile_serialization=False)
 
 
 def junk(path, _):
@@ -110,37 +182,100 @@ def empty(path, _):
     path.write_bytes(b'')
 
 
+def cut_short(path, _):
+    save_pt(path, 'recformer', matrix=torch.zeros(20, 20))
+    path.write_bytes(path.read_bytes()[:-200])
+
+
 def of_another_kind(path, _):
-    save_pt(path, 'picture', {'identity': 1}, matrix=torch.zeros(2, 2))
+    save_pt(path, 'picture', identity={'options': 1}, matrix=torch.zeros(2, 2))
 
 
-@pytest.mark.parametrize('make', [trap, junk, empty, of_another_kind])
+MAKERS = [trap, old_trap, junk, empty, cut_short, of_another_kind]
+
+
+@pytest.mark.parametrize('make', MAKERS)
 @pytest.mark.parametrize('place', PLACES)
 def test_no_file_that_is_read_runs_or_passes(world, place, make, capsys):
     file, (script, *options) = PLACES[place]
     if file.startswith('plm'):
         (world / 'plm' / 'model.safetensors').unlink()
-    sprung = world / 'sprung'
     (world / file).parent.mkdir(parents=True, exist_ok=True)
+    sprung = world / 'sprung'
     make(world / file, sprung)
-    line = refused(script, capsys, *[world / o if o in (file, 'plm', 'out.pt') else o for o in options])
+    before = contents(world)
+    ours = {file, file.removesuffix('/model.pt'), 'plm', 'out.pt', 'out'}
+    line = refused(script, capsys, *[world / o if o in ours else o for o in options])
     assert not sprung.exists(), 'the file was run'
-    assert (world / file).name in line or 'plm' in line and str(world / 'plm') in line, line
-    assert not (world / 'out.pt').exists() and not (world / 'runs' / 'one' / 'results.json').exists()
+    assert str(world / file) in line or str(world / 'plm') in line, line
+    assert contents(world) == before, 'something was written'
 
 
-def test_a_trapped_resume_file_is_not_used_and_training_starts_over(world, capsys):
+def test_the_traps_would_spring(tmp_path):
+    for make in (trap, old_trap):
+        make(tmp_path / 'x.pt', tmp_path / 'sprung')
+        with pytest.raises(Exception):
+            torch.load(tmp_path / 'x.pt', weights_only=False)['no such key']
+        (tmp_path / 'sprung').unlink()
+    trap(tmp_path / 'x.npz', tmp_path / 'sprung')
+    with np.load(tmp_path / 'x.npz', allow_pickle=True) as f, pytest.raises(Exception):
+        f['head'].no_such_attribute
+    assert (tmp_path / 'sprung').exists()
+
+
+@pytest.mark.parametrize('make', MAKERS)
+def test_a_bad_resume_file_is_not_used_and_training_starts_over(world, make, capsys):
     import train_seq
-    file = world / 'runs' / 'one' / 'seq' / 'sasrec-bce-random-raw-h8-seed0-lr0.01.resume'
-    file.parent.mkdir(parents=True)
-    trap(file, world / 'sprung')
-    train_seq.main(train_seq.parse_args(['one', '--model', 'sasrec', '--hidden', '8', '--lrs', '0.01', '--epochs', '1']))
-    assert 'made again' in capsys.readouterr().out and not (world / 'sprung').exists()
+    folder = world / 'runs' / 'one' / 'sasrec-bce-random-8-lr0.01-seed0'
+    folder.mkdir(parents=True)
+    make(folder / 'resume.pt', world / 'sprung')
+    line = ['one', '--model', 'sasrec', '--hidden', '8', '--lrs', '0.01', '--epochs', '1']
+    train_seq.main(train_seq.parse_args(line))
+    out = capsys.readouterr().out
+    assert f'{folder}/resume.pt' in out and 'training starts over' in out
+    assert not (world / 'sprung').exists()
+    assert (folder / 'row.json').exists() and not (folder / 'resume.pt').exists()
 
 
-@pytest.mark.parametrize('name', ['../one', 'a/b', '$(touch x)', '`touch x`', '/etc', 'one;ls', 'One two', '\n', 'é'])
-@pytest.mark.parametrize('script, options', [('train_seq', ['--model', 'sasrec']), ('finetune', ['--stage', '1', '--plm', 'plm']),
-                                             ('export_embeddings', ['--out', 'x', '--plm', 'plm']), ('evaluate', ['table'])])
-def test_names_like_paths_or_commands_are_refused(world, script, options, name, capsys):
-    line = refused(script, capsys, *([*options, name] if script == 'evaluate' else [name, *options]))
-    assert 'letters, digits' in line
+@pytest.mark.parametrize('text', ['', '[]', '{"run": 1}', '{', 'null', '\x00'])
+@pytest.mark.parametrize('options', [
+    ['evaluate', 'table', 'one'], ['evaluate', 'compare', 'one', 'm', 'm'],
+    ['evaluate', 'inspect', 'one', 'm'],
+    [*SASREC, '--hidden', '8', '--lrs', '0.01', '--epochs', '1']])
+def test_a_row_that_is_none_is_named(world, options, text, capsys):
+    run = 'sasrec-bce-random-8-lr0.01-seed0' if options[0] == 'train_seq' else 'm'
+    file = world / 'runs' / 'one' / run / 'row.json'
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text)
+    before = contents(world)
+    assert str(file) in refused(options[0], capsys, *options[1:])
+    assert contents(world) == before
+
+
+# ------------------------------------------------------------------------ names
+
+NAMES = ['../one', 'a/b', '$(touch x)', '`touch x`', '/etc', 'one;ls', 'One two', '\n', 'é', '.',
+         '..']
+SCRIPTS = {'common.data': ['NAME'], 'train_seq': ['NAME', '--model', 'sasrec'],
+           'finetune': ['NAME', '--stage', '1', '--plm', 'plm'],
+           'pretrain': ['NAME', '--plm', 'plm'],
+           'export_embeddings': ['NAME', '--out', 'x', '--plm', 'plm'],
+           **{f'evaluate {action}': [action, 'NAME', *rest] for action, rest in {
+               'untrained': [], 'table': [], 'compare': ['a', 'b'], 'inspect': ['a'],
+               'recommend': ['a', '--users', 'u1'], 'attention': [], 'curve': []}.items()}}
+
+
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_names_like_paths_or_commands_are_refused(world, script, name, capsys):
+    before = set(world.parent.rglob('*'))
+    options = [{'NAME': name, 'plm': world / 'plm'}.get(o, o) for o in SCRIPTS[script]]
+    assert 'letters, digits' in refused(script.split()[0], capsys, *options)
+    assert set(world.parent.rglob('*')) == before, 'not even a folder'
+
+
+@pytest.mark.parametrize('run', ['../one/m', '/etc', 'a/b', '$(x)', '', '\n', 'm\n'])
+def test_runs_are_names_of_folders(world, run, capsys):
+    for options in (['compare', run, 'm'], ['compare', 'm', run], ['inspect', run]):
+        options.insert(1, 'one')
+        assert 'not the name of a run' in refused('evaluate', capsys, *options)

@@ -1,12 +1,18 @@
-"""Split, cold exclusion and negatives by hand on ten users; broken files. Run: python -m pytest tests/test_data.py"""
+"""Split, cold exclusion and negatives by hand on ten users; CSV as it occurs; broken files.
+
+Run: python -m pytest tests/test_data.py
+"""
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
 
 from common import data
+from common.arrays import newest, offsets_of, ragged, row_numbers, take
 from common.files import UserError
+from common.sources import AMAZON
 
 
 @pytest.fixture
@@ -18,55 +24,114 @@ def root(tmp_path, monkeypatch):
 def write(root, rows, items='abcdefghijkl', name='toy'):
     folder = root / name
     folder.mkdir(exist_ok=True)
-    (folder / 'interactions.csv').write_text('user,item,timestamp\n' + '\n'.join(f'{u},{i},{t}' for u, i, t in rows) + '\n')
-    (folder / 'items.jsonl').write_text('\n'.join(json.dumps({'id': i, 'title': f'item {i}'}) for i in items) + '\n')
+    lines = ['user,item,timestamp', *(f'{u},{i},{t}' for u, i, t in rows)]
+    (folder / 'interactions.csv').write_text('\n'.join(lines) + '\n')
+    lines = [json.dumps({'id': i, 'title': f'item {i}'}) for i in items]
+    (folder / 'items.jsonl').write_text('\n'.join(lines) + '\n')
     return folder
 
 
-TEN = {'u0': 'abcd', 'u1': 'bcda', 'u2': 'cdab', 'u3': 'abce', 'u4': 'abec', 'u5': 'abcdf', 'u6': 'fabcd', 'u7': 'abc', 'u8': 'gabcd',
-       'u9': 'abcgd'}
+TEN = {'u0': 'abcd', 'u1': 'bcda', 'u2': 'cdab', 'u3': 'abce', 'u4': 'abec', 'u5': 'abcdf',
+       'u6': 'fabcd', 'u7': 'abc', 'u8': 'gabcd', 'u9': 'abcgd'}
+
+
+def ten_rows():
+    return [(u, i, t) for u, s in TEN.items() for t, i in enumerate(s)]
 
 
 def ten_users(root):
-    return write(root, [(u, i, t) for u, s in TEN.items() for t, i in enumerate(s)])
+    return write(root, ten_rows())
 
+
+def letters(d, items):
+    return ''.join(d.item_ids[i - 1] for i in items)
+
+
+# ------------------------------------------------------------------------ ragged arrays
+
+def test_ragged_arrays_by_hand():
+    items, offsets = np.array([5, 6, 7, 8, 9], np.int32), np.array([0, 2, 2, 5])
+    assert ragged([4, 0, 7], [2, 0, 3]).tolist() == [4, 5, 7, 8, 9]
+    nothing = np.zeros(0, np.int64)
+    assert ragged(nothing, nothing).tolist() == []
+    assert offsets_of([2, 0, 3]).tolist() == [0, 2, 2, 5] and offsets_of(nothing).tolist() == [0]
+    taken, where = take(items, offsets, np.array([2, 1, 0, 2]))
+    assert taken.tolist() == [7, 8, 9, 5, 6, 7, 8, 9] and where.tolist() == [0, 3, 3, 5, 8]
+    last, lengths = newest(items, offsets, 2)
+    assert last.tolist() == [5, 6, 8, 9] and lengths.tolist() == [2, 0, 2]
+    assert last.dtype == np.int64
+    assert row_numbers([2, 0, 3]).tolist() == [0, 0, 2, 2, 2]
+    taken, where = take(items, offsets, nothing)
+    assert taken.tolist() == [] and where.tolist() == [0]
+
+
+# ------------------------------------------------------------------------ split, filters, negatives
 
 def test_ten_users_by_hand(root):
-    """u7 has three interactions and goes; e occurs only as somebody's last two, so u3 and u4 are not evaluated."""
+    """u7 has three interactions and goes; e occurs only as somebody's last two, so u3 and u4 are
+    not evaluated."""
     ten_users(root)
     d = data.prepare('toy', data.DEFAULT)
-    assert d.item_ids == list('abcdefg') and d.n_users == 9 and 'u7' not in d.user_ids
-    sequences = {u: ''.join(d.item_ids[i - 1] for i in d.items[d.offsets[r]:d.offsets[r + 1]]) for r, u in enumerate(d.user_ids)}
+    assert d.item_ids == list('abcdefg') and d.n_items == 7
+    assert d.n_users == 9 and 'u7' not in d.user_ids
+    rows = [d.items[d.offsets[r]:d.offsets[r + 1]] for r in range(d.n_users)]
+    sequences = {u: letters(d, row) for u, row in zip(d.user_ids, rows)}
     assert sequences == {u: s for u, s in TEN.items() if u != 'u7'}
     assert [d.user_ids[u] for u in d.evaluated] == ['u0', 'u1', 'u2', 'u5', 'u6', 'u8', 'u9']
     items, offsets, targets = d.split('valid')
-    assert ''.join(d.item_ids[i - 1] for i in items[offsets[3]:offsets[4]]) == 'abc' and d.item_ids[targets[3] - 1] == 'd', 'u5'
+    assert letters(d, items[offsets[3]:offsets[4]]) == 'abc', 'u5'
+    assert letters(d, targets) == 'cdadccg'
     items, offsets, targets = d.split('test')
-    assert ''.join(d.item_ids[i - 1] for i in items[offsets[3]:offsets[4]]) == 'abcd' and d.item_ids[targets[3] - 1] == 'f', 'u5'
+    assert letters(d, items[offsets[3]:offsets[4]]) == 'abcd', 'u5'
+    assert letters(d, targets) == 'dabfddd'
     for row, user in zip(d.negatives, d.evaluated):
-        own, given = set(d.items[d.offsets[user]:d.offsets[user + 1]]), row[row > 0]
-        assert set(given) == set(range(1, 8)) - own and len(set(given)) == len(given), 'a small catalogue: all others'
+        own = set(d.items[d.offsets[user]:d.offsets[user + 1]])
+        given = row[row > 0]
+        assert set(given) == set(range(1, 8)) - own, 'a small catalogue: all others'
+        assert len(set(given)) == len(given)
     again = data.load('toy')
-    assert again.fingerprint == d.fingerprint and (again.negatives == d.negatives).all() and again.attributes == d.attributes
+    assert again.fingerprint == d.fingerprint
+    assert (again.negatives == d.negatives).all() and again.attributes == d.attributes
+    assert d.attributes[0] == [('title', 'item a')] and d.title(2) == 'item b'
+
+
+def test_training_part_and_chosen_users(root):
+    ten_users(root)
+    d = data.prepare('toy', data.DEFAULT)
+    items, offsets = d.training()
+    assert letters(d, items) == 'ab' + 'bc' + 'cd' + 'ab' + 'ab' + 'abc' + 'fab' + 'gab' + 'abc'
+    assert np.diff(offsets).tolist() == [2, 2, 2, 2, 2, 3, 3, 3, 3]
+    items, offsets = d.training(leave=1)
+    assert letters(d, items[:offsets[3]]) == 'abc' + 'bcd' + 'cda'
+    items, offsets, targets = d.split('test', np.array([3]))
+    assert (letters(d, items), letters(d, targets)) == ('abc', 'e'), 'u3, though not evaluated'
+    assert offsets.tolist() == [0, 3]
 
 
 def test_order_is_time_then_place_in_the_file_and_repeats_count_once(root):
-    write(root, [('u', 'd', 5), ('u', 'a', 1), ('u', 'c', 3), ('u', 'b', 3), ('u', 'c', 3), ('v', 'c', 1), ('v', 'a', 2), ('v', 'd', 3), ('v', 'b', 4), ('w', 'a', 1), ('w', 'b', 1), ('w', 'c', 1), ('w', 'd', 1), ('w', 'a', 2), ('w', 'a', 3)])
+    rows = [('u', 'd', 5), ('u', 'a', 1), ('u', 'c', 3), ('u', 'b', 3), ('u', 'c', 3)]
+    rows += [('v', i, t) for t, i in enumerate('cadb', 1)]
+    rows += [('w', i, 1) for i in 'abcd'] + [('w', 'a', 2), ('w', 'a', 3)]
+    write(root, rows)
     d = data.prepare('toy', data.DEFAULT)
-    assert [d.item_ids[i - 1] for i in d.items[:4]] == ['a', 'c', 'b', 'd']
+    assert letters(d, d.items[:4]) == 'acbd'
     assert d.counts['rows_repeated'] == 1 and d.counts['interactions'] == 14
+    assert d.counts['tied_neighbours'] == 4 / 11, 'one of u, three of w; 14 - 3 neighbours'
 
 
 def test_core_is_repeated_until_nothing_changes():
-    # item 2 falls first; user 1 then has one row left and falls; user 0 is left with items 0 and 1 at two rows each
+    # item 2 falls first; user 1 then has one row left and falls; user 0 is left with items 0 and 1
+    # at two rows each
     user = np.array([0, 0, 0, 0, 1, 1])
     item = np.array([0, 0, 1, 1, 0, 2])
     assert data.core(user, item, 2, 2).tolist() == [0, 1, 2, 3]
+    assert data.core(user, item, 5, 2).tolist() == []
 
 
 def test_negatives_are_uniform_and_the_same_on_every_run():
     items, offsets = np.tile(np.array([1, 2, 3], np.int32), 3000), np.arange(0, 9001, 3)
-    first, second = (data.draw_negatives(items, offsets, np.arange(3000), 203) for _ in range(2))
+    draw = lambda: data.draw_evaluation_negatives(items, offsets, np.arange(3000), 203)
+    first, second = draw(), draw()
     assert (first == second).all() and first.shape == (3000, 100) and first.min() == 4
     counts = np.bincount(first.ravel(), minlength=204)[4:]
     assert abs(counts / 1500 - 1).max() < 0.12, 'each of 200 items half the time'
@@ -75,9 +140,11 @@ def test_negatives_are_uniform_and_the_same_on_every_run():
 
 def test_sample_of_users_is_seeded(root):
     ten_users(root)
-    a, b = (data.build('toy', root / 'toy', 4, 1, 7) for _ in range(2))
-    assert a.n_users == 7 and a.user_ids == b.user_ids
+    (a, _), (b, _) = (data.build('toy', root / 'toy', (4, 1, 7)) for _ in range(2))
+    assert a.n_users == 7 and a.user_ids == b.user_ids and a.fingerprint == b.fingerprint
 
+
+# ------------------------------------------------------------------------ files as they occur
 
 def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     folder = ten_users(root)
@@ -85,82 +152,260 @@ def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     (folder / 'interactions.csv').unlink()
     with gzip.open(folder / 'interactions.csv.gz', 'wb') as f:
         f.write(b'\xef\xbb\xbf' + text.encode())
-    odd = [{'id': 'a', 'title': 'x' * 100_000}, {'id': 'b', 'title': '\U0001f600 \x00\x1b', 'brand': None}, {'id': 'c', 'category': ['p', 'q'], 'price': 3}]
-    odd.append({'id': ' d ', 'na\ud800me': 'half a \ud800 pair'})
-    (folder / 'items.jsonl').write_text('\n'.join(json.dumps(o) for o in odd + [{'id': i} for i in 'efg']))
+    odd = [{'id': 'a', 'title': 'x' * 100_000},
+           {'id': 'b', 'title': '\U0001f600 \x00\x1b', 'brand': None},
+           {'id': 'c', 'category': ['p', 'q'], 'price': 3},
+           {'id': ' d ', 'na\ud800me': 'half a \ud800 pair'}]
+    odd += [{'id': i} for i in 'efg']
+    (folder / 'items.jsonl').write_text('\n'.join(map(json.dumps, odd)))
     d = data.prepare('toy', data.DEFAULT)
-    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ('brand', '') and d.attributes[2] == [('category', 'p q'), ('price', '3')]
+    assert letters(d, d.items[:4]) == 'abcd' and d.n_users == 9
+    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ('brand', '')
+    assert d.attributes[2] == [('category', 'p q'), ('price', '3')]
     assert d.attributes[3] == [('na?me', 'half a ? pair')]
+    assert d.title(5) == 'e', 'no text: its id'
+
+
+def test_missing_values_are_no_words(root):
+    """JSON's null and NaN (pandas writes it) are missing, alone and in a list."""
+    folder = ten_users(root)
+    lines = ['{"id": "a", "title": NaN, "brand": "acme", "price": 0, "size": 2.5}',
+             '{"id": "b", "title": null, "tags": ["x", NaN, null, "y"], "sold": false}']
+    lines += [json.dumps({'id': i}) for i in 'cdefg']
+    (folder / 'items.jsonl').write_text('\n'.join(lines))
+    d = data.prepare('toy', data.DEFAULT)
+    assert d.attributes[0] == [('title', ''), ('brand', 'acme'), ('price', '0'), ('size', '2.5')]
+    title, tags, sold = d.attributes[1]
+    assert title == ('title', '') and tags[1].split() == ['x', 'y'] and sold == ('sold', 'False')
+    assert d.title(1) == 'acme'
+
+
+# An id as it is meant -> as a CSV writer puts it into a file.
+QUOTED = {'a': '"a"', 'b, or c': '"b, or c"', 'the "best" c': '"the ""best"" c"', '"': '""""',
+          "d'": "d'", 'ä é': '"ä é"', 'e;f': 'e;f'}
+
+
+def test_quotes_and_commas_in_ids(root):
+    folder = ten_users(root)
+    named = dict(zip('abcdefg', QUOTED))
+    lines = ['"user","Item ","timestamp"']
+    lines += [f'"{u}, ""{u}""",{QUOTED[named[i]]},"{t}"' for u, i, t in ten_rows()]
+    (folder / 'interactions.csv').write_text('\n'.join(lines), encoding='utf-8')
+    texts = [json.dumps({'id': key, 'title': f'item {old}'}) for old, key in named.items()]
+    (folder / 'items.jsonl').write_text('\n'.join(texts))
+    d = data.prepare('toy', data.DEFAULT)
+    assert d.item_ids == sorted(QUOTED) and d.user_ids[0] == 'u0, "u0"'
+    assert d.counts['rows_unknown_item'] == 0
+    sequence = [d.item_ids[i - 1] for i in d.items[d.offsets[5]:d.offsets[6]]]
+    assert sequence == [named[i] for i in 'abcdf'], 'u5'
+    assert data.load('toy').item_ids == d.item_ids
+
+
+@pytest.mark.parametrize('space', [' ', '\t'])
+def test_spaces_around_ids_do_not_count(root, space):
+    folder = write(root, [], items=[f'{space}{i}{space}' for i in 'abcdefg'])
+    rows = [f'{space}{u},"{i}{space}",{t}{space}' for u, i, t in ten_rows()]
+    (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
+    d = data.prepare('toy', data.DEFAULT)
+    assert d.item_ids == list('abcdefg') and d.counts['rows_unknown_item'] == 0
+
+
+@pytest.mark.parametrize('space', ['\u00a0', '\u2003', '\n', '\x1f'])
+def test_an_id_that_ends_in_other_white_space_is_the_same_id_in_both_files(root, space):
+    folder = write(root, [], items=[i + space for i in 'abcdefg'])
+    rows = [f'{u},"{i}{space}",{t}' for u, i, t in ten_rows()]
+    (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
+    d = data.prepare('toy', data.DEFAULT)
+    assert d.n_items == 7 and d.counts['rows_unknown_item'] == 0
 
 
 def test_ids_that_end_in_a_control_character_stay_apart(root):
-    write(root, [(u, i + '\0' * (i == 'a'), t) for u, s in TEN.items() for t, i in enumerate(s)], items=['a', 'a\0', *'bcdefg'])
+    rows = [(u, i + '\0' * (i == 'a'), t) for u, i, t in ten_rows()]
+    write(root, rows, items=['a', 'a\0', *'bcdefg'])
     assert data.prepare('toy', data.DEFAULT).item_ids[:2] == ['a\0', 'b']
 
+
+# ------------------------------------------------------------------------ is it up to date?
 
 def test_a_changed_file_is_noticed(root):
     folder = ten_users(root)
     data.prepare('toy', data.DEFAULT)
     with open(folder / 'interactions.csv', 'a') as f:
         f.write('u0,a,99\n')
-    with pytest.raises(UserError, match='changed since'):
+    with pytest.raises(UserError, match='its files have changed since.*python -m common.data toy'):
         data.load('toy')
     assert data.prepare('toy', data.DEFAULT).counts['interactions'] == 41
+    items = folder / 'items.jsonl'
+    items.write_text(items.read_text().replace('item a', 'item A'))
+    with pytest.raises(UserError, match='its files have changed since'):
+        data.load('toy')
+    assert data.prepare('toy', data.DEFAULT).title(1) == 'item A'
 
+
+def test_files_that_were_touched_copied_or_packed_are_the_same(root):
+    folder = ten_users(root)
+    made = data.prepare('toy', data.DEFAULT)
+    for name in ('interactions.csv', 'items.jsonl'):
+        os.utime(folder / name, (10 ** 9, 10 ** 9))
+    assert data.load('toy').fingerprint == made.fingerprint
+    rows = folder / 'interactions.csv'
+    with gzip.open(folder / 'interactions.csv.gz', 'wb') as f:
+        f.write(rows.read_bytes())
+    rows.unlink()
+    assert data.load('toy').fingerprint == made.fingerprint
+    time = (folder / 'prepared.npz').stat().st_mtime_ns
+    data.prepare('toy', data.DEFAULT)
+    assert (folder / 'prepared.npz').stat().st_mtime_ns == time, 'made once'
+
+
+def test_a_change_within_the_same_size_is_noticed(root):
+    folder = ten_users(root)
+    data.prepare('toy', data.DEFAULT)
+    path = folder / 'interactions.csv'
+    path.write_text(path.read_text().replace('u9,d,4', 'u9,e,4'))
+    with pytest.raises(UserError, match='its files have changed since'):
+        data.load('toy')
+
+
+@pytest.mark.parametrize('file', data.CODE)
+def test_changed_code_asks_for_preparation(root, monkeypatch, file):
+    folder = ten_users(root)
+    made = data.prepare('toy', data.DEFAULT)
+    real = data.code_digest
+    changed = lambda name: 'changed' if name == file else real(name)
+    monkeypatch.setattr(data, 'code_digest', changed)
+    with pytest.raises(UserError, match='common/data.py has changed since.*-m common.data toy'):
+        data.load('toy')
+    time = (folder / 'prepared.npz').stat().st_mtime_ns
+    assert data.prepare('toy', data.DEFAULT).fingerprint == made.fingerprint
+    assert (folder / 'prepared.npz').stat().st_mtime_ns > time, 'made again'
+    assert data.load('toy').fingerprint == made.fingerprint
+
+
+def test_other_filters_make_it_again(root):
+    ten_users(root)
+    assert data.prepare('toy', data.DEFAULT).n_users == 9
+    assert data.prepare('toy', (3, 1, 0)).n_users == 10
+    assert data.load('toy').n_users == 10
+    d = data.prepare('toy', (4, 4, 0))
+    assert d.n_users == 7 and d.item_ids == list('abcd'), 'e, f, g have two rows; u3, u4 then three'
+    assert data.load('toy').fingerprint == d.fingerprint
+
+
+# ------------------------------------------------------------------------ broken files
 
 HEADER = 'user,item,timestamp\n'
 BAD_INTERACTIONS = {
-    '': 'file is empty', 'u,a,1\n': 'line 1 must be', HEADER: 'no interaction', HEADER + 'u,a\n': 'line 2 has 2 columns',
-    HEADER + 'u,a,1,9\n': 'line 2 has 4 columns', HEADER + 'u,a,1\nu,b,soon\n': "line 3: timestamp 'soon'", HEADER + 'u,a,nan\n': 'timestamp',
-    HEADER + 'u,a,-5\n': 'timestamp', HEADER + 'u,a,1.5\n': 'timestamp', HEADER + 'u,a,inf\n': 'timestamp', HEADER + 'u,a,\n': 'timestamp',
-    HEADER + ',a,1\n': 'empty user or item', HEADER + 'u,,1\n': 'empty user or item', HEADER + 'u,zzz,1\n': 'unknown items',
-    HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4', HEADER + 'u,a,' + '9' * 30 + '\n': 'timestamp',
+    '': 'file is empty',
+    'u,a,1\n': 'line 1 must be user,item,timestamp',
+    'user;item;timestamp\n': 'line 1 must be',
+    HEADER: 'no interaction',
+    HEADER + 'u,a\n': 'line 2 has 2 columns',
+    HEADER + 'u,a,1,9\n': 'line 2 has 4 columns',
+    HEADER + 'u,"a,1\n': 'line 2 is not CSV',
+    HEADER + 'u,"a"b,1\n': 'line 2 is not CSV',
+    HEADER + '"u\nv",a,1\nu,a\n': 'line 4 has 2 columns',
+    HEADER + 'u,a,1\nu,b,soon\n': "line 3: timestamp 'soon'",
+    HEADER + 'u,a,nan\n': 'timestamp',
+    HEADER + 'u,a,-5\n': 'timestamp',
+    HEADER + 'u,a,1.5\n': 'timestamp',
+    HEADER + 'u,a,inf\n': 'timestamp',
+    HEADER + 'u,a,\n': 'timestamp',
+    HEADER + 'u,a,' + '9' * 30 + '\n': 'timestamp',
+    HEADER + 'u,a,' + '9' * 5000 + '\n': 'timestamp',
+    HEADER + 'u,' + 'a' * 140_000 + ',1\n': 'line 2 is not CSV',
+    HEADER + ',a,1\n': 'empty user or item',
+    HEADER + 'u,,1\n': 'empty user or item',
+    HEADER + 'u,"",1\n': 'empty user or item',
+    HEADER + 'u,zzz,1\n': 'unknown items',
+    HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
 }
+OBJECT = 'is not an object with an "id" and texts'
 BAD_ITEMS = {
-    '': 'holds no items', '\n\n': 'holds no items', 'id,title\n': 'line 1 is not a JSON object', '[]\n': 'line 1 is not an object with',
-    '{"title": "x"}\n': 'with an "id"', '{"id": ""}\n': 'with an "id"', '{"id": null}\n': 'with an "id"', '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
-    '{"id": "a", "title": {"x": 1}}\n': 'title is an object', '{"id": "a"\n': 'line 1 is not a JSON',
-    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 (holds lists|is not)', '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2',
+    '': 'holds no items',
+    '\n\n': 'holds no items',
+    'id,title\n': 'line 1 is not a JSON object',
+    '{"id": "a"\n': 'line 1 is not a JSON object',
+    '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2 is not a JSON object',
+    '[]\n': f'line 1 {OBJECT}',
+    '7\n': f'line 1 {OBJECT}',
+    '{"title": "x"}\n': f'line 1 {OBJECT}',
+    '{"id": ""}\n': f'line 1 {OBJECT}',
+    '{"id": " "}\n': f'line 1 {OBJECT}',
+    '{"id": null}\n': f'line 1 {OBJECT}',
+    '{"id": ["a"]}\n': f'line 1 {OBJECT}',
+    '{"id": "a"}\n{"id": "b", "title": {"x": 1}}\n': f'line 2 {OBJECT}',
+    '{"id": "a", "title": [{"x": 1}]}\n': f'line 1 {OBJECT}',
+    '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
+    '{"id": 1}\n{"id": "1"}\n': 'line 2 repeats the id 1',
+    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is not',
+    '{"id": "a", "title": ' + '9' * 5000 + '}\n': 'line 1 is not a JSON object',
 }
 
 
-@pytest.mark.parametrize('text', BAD_INTERACTIONS)
+@pytest.mark.parametrize('text', BAD_INTERACTIONS, ids=range(len(BAD_INTERACTIONS)))
 def test_bad_interactions(root, text):
     folder = ten_users(root)
     (folder / 'interactions.csv').write_text(text)
-    with pytest.raises(UserError, match=BAD_INTERACTIONS[text]):
+    with pytest.raises(UserError, match=BAD_INTERACTIONS[text]) as error:
         data.prepare('toy', data.DEFAULT)
+    assert str(folder / 'interactions.csv') in str(error.value)
     assert not (folder / 'prepared.npz').exists()
 
 
-@pytest.mark.parametrize('text', BAD_ITEMS)
+@pytest.mark.parametrize('text', BAD_ITEMS, ids=range(len(BAD_ITEMS)))
 def test_bad_items(root, text):
     folder = ten_users(root)
     (folder / 'items.jsonl').write_text(text)
-    with pytest.raises(UserError, match=BAD_ITEMS[text]):
+    with pytest.raises(UserError, match=BAD_ITEMS[text]) as error:
         data.prepare('toy', data.DEFAULT)
+    assert str(folder / 'items.jsonl') in str(error.value)
     assert not (folder / 'prepared.npz').exists()
+
+
+def damaged_versions(text):
+    """Bytes of a broken .gz of this text, and what is said of it."""
+    whole = gzip.compress(text)
+    return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'line 1 must be'),
+            (whole[:30] + b'xx' + whole[32:], 'damaged'),
+            (gzip.compress(HEADER.encode() + b'\xff\xfe,a,1\n'), 'not UTF-8')]
 
 
 def test_damaged_files(root):
     folder = ten_users(root)
-    whole = gzip.compress((folder / 'interactions.csv').read_bytes())
+    good = (folder / 'interactions.csv').read_bytes()
     (folder / 'interactions.csv').unlink()
-    for bytes_, word in ((whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'line 1 must be'), (whole[:30] + b'xx' + whole[32:], 'damaged'),
-                         (gzip.compress(HEADER.encode() + b'\xff\xfe,a,1\n'), 'not UTF-8')):
-        (folder / 'interactions.csv.gz').write_bytes(bytes_)
-        with pytest.raises(UserError, match=word):
+    for content, word in damaged_versions(good):
+        (folder / 'interactions.csv.gz').write_bytes(content)
+        with pytest.raises(UserError, match=f'interactions.csv.gz: .*{word}'):
             data.prepare('toy', data.DEFAULT)
     (folder / 'interactions.csv').write_text(HEADER)
     with pytest.raises(UserError, match='has both'):
         data.prepare('toy', data.DEFAULT)
+    for name in ('interactions.csv', 'interactions.csv.gz'):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match='interactions.csv: no such file.*data/README.md'):
+        data.prepare('toy', data.DEFAULT)
 
 
-@pytest.mark.parametrize('name', ['../x', 'a/b', '', 'x y', 'x;ls', '.'])
+def test_files_damaged_after_the_preparation(root):
+    folder = ten_users(root)
+    data.prepare('toy', data.DEFAULT)
+    whole = gzip.compress((folder / 'interactions.csv').read_bytes())
+    (folder / 'interactions.csv').unlink()
+    for content in (whole[:-20], b'not gzip', whole[:30] + b'xx' + whole[32:]):
+        (folder / 'interactions.csv.gz').write_bytes(content)
+        with pytest.raises(UserError, match='interactions.csv.gz: .*damaged'):
+            data.load('toy')
+
+
+@pytest.mark.parametrize('name', ['../x', 'a/b', '', 'x y', 'x;ls', '.', 'x\n'])
 def test_names_are_plain_words(root, name):
     with pytest.raises(UserError, match='letters, digits'):
         data.prepare(name, data.DEFAULT)
+    with pytest.raises(UserError, match='letters, digits'):
+        data.load(name)
 
 
 def test_missing_and_damaged_preparation(root):
@@ -169,9 +414,61 @@ def test_missing_and_damaged_preparation(root):
     folder = ten_users(root)
     with pytest.raises(UserError, match='run python -m common.data toy'):
         data.load('toy')
+    path = folder / 'prepared.npz'
     for text in (b'', b'junk', b'PK\x03\x04junk'):
-        (folder / 'prepared.npz').write_bytes(text)
+        path.write_bytes(text)
         with pytest.raises(UserError, match='damaged'):
             data.load('toy')
     data.prepare('toy', data.DEFAULT)
     assert data.load('toy').n_users == 9
+
+
+def test_any_damage_of_the_preparation_is_named(root):
+    """Cut anywhere, or with any byte changed: damaged, or (where nothing reads it) the same."""
+    folder = ten_users(root)
+    made = data.prepare('toy', data.DEFAULT)
+    path = folder / 'prepared.npz'
+    whole = path.read_bytes()
+    broken = [whole[:n] for n in range(0, len(whole), 97)]
+    for place in range(0, len(whole), 23):
+        changed = bytearray(whole)
+        changed[place] ^= 255
+        broken.append(bytes(changed))
+    for content in broken:
+        path.write_bytes(content)
+        try:
+            d = data.load('toy')
+            assert d.fingerprint == made.fingerprint and d.attributes == made.attributes
+            assert (d.items == made.items).all() and (d.negatives == made.negatives).all()
+        except UserError as error:
+            assert 'damaged; run python -m common.data toy' in str(error)
+
+
+# ------------------------------------------------------------------------ report
+
+def test_report_counts_and_warns(root, capsys):
+    folder = ten_users(root)
+    lines = [json.dumps({'id': i, 'title': 'the same'}) for i in 'abcdef']
+    (folder / 'items.jsonl').write_text('\n'.join(lines))
+    with open(folder / 'interactions.csv', 'a') as f:
+        f.write('u0,a,0\n')
+    d = data.prepare('toy', data.DEFAULT)
+    data.report(d)
+    out = capsys.readouterr().out
+    assert 'dropped: 2 rows whose item has no text, 1 repeated rows' in out
+    assert f'warning: {len(d.evaluated)} users have fewer than 100 negatives' in out
+    assert 'items whose text another item has too: 5' in out
+    assert 'warning: all items have the same text' in out
+    assert 'paper' not in out and 'published' not in out
+    d.name = 'pantry'
+    data.report(d)
+    out = capsys.readouterr().out
+    assert 'paper 21,300' in out and 'users, items, interactions, avg_len, evaluated differ' in out
+
+
+@pytest.mark.parametrize('name', ['toy', *AMAZON])
+def test_published_counts_of_every_dataset(name):
+    known = data.published_counts(name)
+    assert bool(known) == (name not in ('toy', 'industrial', 'office'))
+    assert known.keys() <= {'users', 'items', 'interactions', 'avg_len', 'evaluated'}
+    assert ('evaluated' in known) == (name in ('pantry', 'instruments', 'arts', 'movies', 'sports'))

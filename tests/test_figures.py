@@ -1,113 +1,401 @@
-"""Figures, cold items and footprint: by hand, and as commands on made-up data. Run: python -m pytest tests/test_figures.py"""
+"""Figures, cold items, size, recommendations: by hand, and as commands on made-up data.
+Run: python -m pytest tests/test_figures.py
+"""
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import export_embeddings
 import finetune
 import train_seq
 from common import data
-from common.figures import average, findings, first_tokens, numbers, sasrec_attention
-from common.files import UserError, load_pt
-from common.sasrec import Layout, SASRec
-from common.text import Packed
+from common.arrays import offsets_of
+from common.backbone import load_recformer
+from common.figures import (average, cls_attention, draw_attention, draw_curve, findings,
+                            first_tokens, numbers)
+from common.files import UserError, load_json, load_pt, save_json
+from common.layers import Machine
+from common.models import load_seq
+from common.sasrec import SASRec
+from common.sequence import Layout
+from common.text import Packed, tokenize
 from tests.toy import canonical, tiny_bert
+
+PNG = b'\x89PNG'
 
 
 def packed(positions):
+    """One sequence of tokens at these item positions."""
     p = np.array(positions)
-    return Packed(np.zeros(len(p), np.int64), np.zeros(len(p), np.int64), p, np.zeros(len(p), bool), np.array([len(p)]))
+    zeros = np.zeros(len(p), np.int64)
+    return Packed(zeros, zeros, p, zeros.astype(bool), np.array([len(p)]))
 
+
+# ------------------------------------------------------------------------ numbers
 
 def test_numbers_by_hand():
     """Three layers of two heads over [CLS], item 1 (two tokens), item 2 (two tokens)."""
     p = packed([0, 1, 1, 2, 2])
     assert first_tokens(p).tolist() == [False, True, False, True, False]
     even, first, newest = [.6, .1, .1, .1, .1], [0, .5, 0, .5, 0], [.2, .4, .4, 0, 0]
-    n = numbers(p, np.array([[even, even], [first, first], [newest, even]]))
-    assert n['bottom']['itself'] == pytest.approx(.6) and n['bottom']['heads'] == pytest.approx(1) and n['bottom']['first'] == pytest.approx(1)
-    assert n['middle']['first'] == pytest.approx(2) and n['middle']['newest'] == pytest.approx(1)
-    assert n['middle']['border'] == pytest.approx(.5 ** .5)       # (1 1 1 1) against (1 0 1 0)
-    assert n['top']['heads'] == pytest.approx(.5 ** .5) and n['top']['itself'] == pytest.approx(.4)
-    assert n['top']['newest'] == pytest.approx((1 / 1.2) / .5) and np.isnan(n['top']['layers'])
+    found = numbers(p, np.array([[even, even], [first, first], [newest, even]]))
+    bottom, middle, top = (found[name] for name in ('bottom', 'middle', 'top'))
+    assert bottom['itself'] == pytest.approx(.6) and bottom['heads'] == pytest.approx(1)
+    assert bottom['first'] == pytest.approx(1) and np.isnan(bottom['border'])
+    assert middle['first'] == pytest.approx(2) and middle['newest'] == pytest.approx(1)
+    assert middle['border'] == pytest.approx(.5 ** .5)  # (1 1 1 1) against (1 0 1 0)
+    assert top['heads'] == pytest.approx(.5 ** .5) and top['itself'] == pytest.approx(.4)
+    assert top['newest'] == pytest.approx((1 / 1.2) / .5) and np.isnan(top['layers'])
+    assert 'sasrec' not in top
+
+
+def test_resemblance_to_sasrec_by_hand():
+    """Per item the top third gives .1, .2, .6 (its last token is cut off the middle item)."""
+    p = packed([0, 1, 2, 2, 3])
+    weights = np.tile([.1, .1, .05, .15, .6], (3, 2, 1))
+    found = numbers(p, weights, np.array([.2, .3, .5]))
+    expected = np.corrcoef([.1, .2, .6], [.2, .3, .5])[0, 1]
+    assert found['top']['sasrec'] == pytest.approx(expected)
+    two = numbers(packed([0, 1, 2, 2]), weights[:, :, :4], np.array([.4, .6]))
+    assert 'sasrec' not in two['top'], 'two items always lie on a line'
 
 
 def test_findings_follow_the_numbers():
-    flat = {'itself': .5, 'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'newest': 1.0, 'sasrec': 0.0}
-    same = {s: dict(flat) for s in ('bottom', 'middle', 'top')}
+    flat = {'itself': .5, 'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'newest': 1.0,
+            'sasrec': 0.0}
+    same = {stratum: dict(flat) for stratum in ('bottom', 'middle', 'top')}
     assert [yes for _, yes, _ in findings(same, same)] == [False] * 4
-    tuned = {'bottom': {**flat, 'layers': .95}, 'middle': {**flat, 'first': 3.0, 'layers': .95}, 'top': {**flat, 'sasrec': .7, 'layers': .95}}
+    tuned = {'bottom': {**flat, 'layers': .95}, 'middle': {**flat, 'first': 3.0, 'layers': .95},
+             'top': {**flat, 'sasrec': .7, 'layers': .95}}
     assert [yes for _, yes, _ in findings(same, tuned)] == [True] * 4
     assert average([same, tuned])['top']['sasrec'] == pytest.approx(.35)
+
+
+def test_average_leaves_out_users_without_a_value():
+    users = [{name: {'first': value} for name in ('bottom', 'middle', 'top')} for value in (1., 3.)]
+    users[1]['top'] = {'first': np.nan, 'sasrec': .4}
+    found = average(users)
+    assert found['bottom'] == {'first': 2.0}
+    assert found['top'] == {'first': 1.0, 'sasrec': .4}
+
+
+def test_a_third_of_one_layer_has_no_neighbours():
+    """Of four layers only the bottom third has two: its number stands, the others' are none."""
+    p, weights = packed([0, 1, 1, 2, 2]), np.tile([.2, .4, .2, .1, .1], (4, 2, 1))
+    found = average([numbers(p, weights)])
+    assert found['bottom']['layers'] == pytest.approx(1)
+    assert np.isnan(found['middle']['layers']) and np.isnan(found['top']['layers'])
+    assert np.isnan(found['bottom']['border'])
+    for stratum, border in zip(found, (np.nan, .6, .6)):
+        found[stratum]['border'] = border
+    _, yes, how = findings(found, found)[0]
+    assert yes and how == '1.000 against 0.600'
 
 
 def test_sasrecs_weights_are_those_of_its_attention():
     torch.manual_seed(0)
     model = SASRec(SASRec.random_table(20, 16), max_items=10).eval()
     items = np.array([3, 9, 4, 1], np.int32)
-    weights = sasrec_attention(model, items)
+    weights = model.attention_weights(items)
     assert weights.shape == (2, 4) and weights.sum(1) == pytest.approx(1)
-    layout = Layout(np.array([4]), 10, True, 'cpu')
+    layout = Layout(np.array([4]), 10, True, Machine())
     x = model.item_embedding()[items] * 4 + model.position_embedding(layout.position)
     block = model.blocks[0]
-    mixed = torch.from_numpy(weights[0]) @ block.attention.value(x)
-    torch.testing.assert_close(block.attention.out(mixed), block.attention(block.attention_norm(x), x, layout)[-1], atol=1e-5, rtol=1e-4)
+    mixed = block.attention.out(torch.from_numpy(weights[0]) @ block.attention.value(x))
+    expected = block.attention(block.attention_norm(x), x, layout)[-1]
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    """A data set with one cold test item, a tiny language model tuned for a moment, and two ID models."""
-    for name, folder in (('ELEPHANT_DATA', 'data'), ('ELEPHANT_RUNS', 'runs')):
-        monkeypatch.setenv(name, str(tmp_path / folder))
-    canonical(tmp_path / 'data' / 'one')
-    with open(tmp_path / 'data' / 'one' / 'interactions.csv', 'a') as f:
+# ------------------------------------------------------------------------ drawing
+
+def test_dollars_in_titles_and_words_are_text(tmp_path):
+    r"""matplotlib would read '$x_$' as a formula, and fail."""
+    p, weights = packed([0, 1, 1, 2, 2]), np.full((3, 2, 5), .2)
+    words = ['$', 'x_$', r'$\frac{$', '$5 off$', '_^$']
+    maps = {'tuned $^{$': weights, r'vanilla $\x$': weights}
+    draw_attention(tmp_path / 'a.png', maps, p, words, np.array([[.3, .7]]))
+    draw_attention(tmp_path / 'b.png', maps, p, words)
+    draw_curve(tmp_path / 'c.png', {('$_$', 1.0): (2.0, .1)}, {'$^{$': (1.0, .1)})
+    for name in 'abc':
+        assert (tmp_path / f'{name}.png').read_bytes()[:4] == PNG
+    assert sorted(file.name for file in tmp_path.iterdir()) == ['a.png', 'b.png', 'c.png']
+
+
+def test_a_user_of_one_item_and_a_sasrec_of_fewer_items_can_be_drawn(tmp_path):
+    weights = np.full((4, 1, 2), .5)
+    draw_attention(tmp_path / 'one.png', {'tuned': weights}, packed([0, 1]), ['a', 'b'])
+    p, weights = packed([0, 1, 2, 3]), np.full((3, 1, 4), .25)
+    draw_attention(tmp_path / 'few.png', {'tuned': weights}, p, list('abcd'), np.array([[.3, .7]]))
+
+
+# ------------------------------------------------------------------------ commands
+
+RANDOM = 'sasrec-bce-random-16-lr0.01-seed0'
+LF = 'sasrec-bce-lf-trainable-centred-16-lr0.01-seed0'
+BERT = 'bert4rec-masked-random-16-lr0.01-seed0'
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A data set with one cold test item, a tiny language model tuned for a moment, ID models.
+    Yields the folder of the runs."""
+    folder = tmp_path_factory.mktemp('figures')
+    canonical(folder / 'data' / 'one')
+    with open(folder / 'data' / 'one' / 'interactions.csv', 'a') as f:
         f.write(''.join(f'cold,{item},{t}\n' for t, item in enumerate(('i1', 'i2', 'i3', 'new'))))
-    with open(tmp_path / 'data' / 'one' / 'items.jsonl', 'a') as f:
+    with open(folder / 'data' / 'one' / 'items.jsonl', 'a') as f:
         f.write('{"id": "new", "title": "fine salt"}\n')
-    data.prepare('one', data.DEFAULT)
-    run, plm = tmp_path / 'runs' / 'one', str(tiny_bert(tmp_path / 'plm', layers=3))
-    finetune.main(finetune.parse_args(['one', '--stage', '1', '--plm', plm, '--epochs', '1']))
-    export_embeddings.main(export_embeddings.parse_args(['one', '--plm', plm, '--out', str(run / 'embeddings' / 'lf.pt')]))
-    train_seq.main(train_seq.parse_args(['one', '--model', 'sasrec', '--variants', 'random', 'lf-trainable', '--lrs', '0.01', '--epochs', '2',
-                                         '--init_scale', 'centred']))
-    return run
+    plm = str(tiny_bert(folder / 'plm', layers=3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
+        patch.setenv('ELEPHANT_RUNS', str(folder / 'runs'))
+        data.prepare('one', data.DEFAULT)
+        run = folder / 'runs' / 'one'
+        tune = ['one', '--stage', '1', '--plm', plm, '--epochs', '1', '--max-tokens', '40']
+        finetune.main(finetune.parse_args(tune))
+        out = str(run / 'embeddings' / 'lf.pt')
+        export_embeddings.main(export_embeddings.parse_args(['one', '--plm', plm, '--out', out]))
+        train('random', 'lf-trainable')
+        yield run
+
+
+def train(*variants, model='sasrec', more=()):
+    options = ['one', '--model', model, '--lrs', '0.01', '--epochs', '2', '--hidden', '16',
+               '--init-scale', 'centred', '--variants', *variants, *more]
+    train_seq.main(train_seq.parse_args(options))
 
 
 def call(*options):
-    evaluate.main(evaluate.parse_args([str(o) for o in options]))
+    evaluate.main(evaluate.parse_args([str(value) for value in options]))
 
 
-def test_commands(world, capsys):
-    files = sorted((world / 'seq').glob('*.pt'))
-    lf, random = files
-    call('cold', 'one', *files)
-    text = capsys.readouterr().out
-    assert '1 users of one' in text and text.count('sasrec-bce') == 2 and (world / 'cold.md').exists()
-    call('footprint', 'one', *files)
-    row = capsys.readouterr().out.splitlines()[2].split('|')
-    assert float(row[4]) == pytest.approx(lf.stat().st_size / 1e6, abs=0.06) and float(row[6]) >= 0
-    call('attention', 'one', '--seq', lf, '--users', '5')
-    assert capsys.readouterr().out.count('\n- (') == 4 and (world / 'figure1.png').read_bytes()[:4] == b'\x89PNG'
-    with pytest.raises(UserError, match='no runs of one'):
-        call('curve', 'one')
-    share = world.parent / 'figure2' / '10' / 'one'
-    share.mkdir(parents=True)
-    (share / 'results.json').write_text((world / 'results.json').read_text().replace('"lf"', '"pt"'))
-    call('curve', 'one')
-    assert 'PT centred, 10 % of' in capsys.readouterr().out and (world / 'figure2.png').exists()
-    with pytest.raises(UserError, match='no such user'):
-        call('attention', 'one', '--user', 'nobody')
+def cells_of(line):
+    """The cells of one line of a Markdown table."""
+    return [cell.strip() for cell in line.strip('|').split('|')]
+
+
+def test_inspect(world, capsys):
+    train('lf-id+text')
+    train('random', model='bert4rec')
+    both = 'sasrec-bce-lf-id+text-centred-16-lr0.01-seed0'
+    capsys.readouterr()
+    call('inspect', 'one', RANDOM, LF, both, BERT)
+    out = capsys.readouterr().out
+    assert out.startswith('1 users with a cold test item\n')
+    assert (world / 'inspect.md').read_text() in out and 'inspect.md' in out.splitlines()[-1]
+    table = {cells_of(line)[0]: cells_of(line) for line in out.splitlines() if line.startswith('|')}
+    assert list(table)[2:] == [RANDOM, LF, both, BERT]
+    for run in (RANDOM, LF, both, BERT):
+        row, cells = load_json(world / run / 'row.json'), table[run]
+        model, _ = load_seq(world / run, data.load('one'))
+        assert cells[1] == f'{row["parameters"]:,}'
+        size = (world / run / 'model.pt').stat().st_size
+        assert float(cells[2]) == pytest.approx(size / 1e6, abs=.06)
+        assert float(cells[3]) == pytest.approx(row['seconds'] / row['epochs'], abs=.06)
+        assert float(cells[4]) >= 0
+        for cell, ranking in zip(cells[5:7], ('sampled', 'full')):
+            assert float(cell) == pytest.approx(100 * row['metrics'][ranking]['NDCG@10'], abs=.006)
+    assert table[both][7:] == table[BERT][7:] == ['-', '-'], 'they score by other rows'
+    for run in (RANDOM, LF):
+        assert [float(cell) for cell in table[run][7:]] == \
+            pytest.approx([100 * gain_of_the_cold_item(world, run), 100], abs=.006)
+
+
+@torch.no_grad()
+def gain_of_the_cold_item(world, run):
+    """NDCG@10 of the one cold user, whose negatives are all other items (there are few)."""
+    found = data.load('one')
+    model, about = load_seq(world / run, found)
+    row, new = found.user_ids.index('cold'), found.item_ids.index('new') + 1
+    evaluate.give_back(model, about, np.array([new]), found, world)
+    own = found.items[found.offsets[row]:found.offsets[row + 1]]
+    assert own[-1] == new
+    scores = (model.states(own[:-1], np.array([0, 3])) @ model.item_embedding().T)[0].numpy()
+    others = np.setdiff1d(np.arange(1, found.n_items + 1), own)
+    rank = (scores[others] > scores[new]).sum()
+    return 1 / np.log2(rank + 2) if rank < 10 else 0.0
 
 
 def test_a_cold_item_gets_the_row_it_started_from(world):
-    d = data.load('one')
-    file = next((world / 'seq').glob('*lf-trainable*.pt'))
-    model, meta = evaluate.load_model(file, d)
-    new, before = d.item_ids.index('new') + 1, model.item_embedding.weight.clone()
-    evaluate.give_back(model, meta, np.array([new]), d, world)
+    found = data.load('one')
+    new = found.item_ids.index('new') + 1
+    model, about = load_seq(world / LF, found)
+    before = model.item_embedding.weight.clone()
+    evaluate.give_back(model, about, np.array([new]), found, world)
+    now = model.item_embedding.weight
     rows = load_pt(world / 'embeddings' / 'lf.pt', 'embeddings')['matrix'][1:]
     start = (rows - rows.mean(0))[new - 1]
-    now = model.item_embedding.weight
-    assert torch.nn.functional.cosine_similarity(now[new], start, dim=0).item() == pytest.approx(1, abs=1e-5)
-    assert not torch.equal(before[new], now[new]) and torch.equal(before[:new], now[:new]) and torch.equal(before[new + 1:], now[new + 1:])
+    assert F.cosine_similarity(now[new], start, dim=0).item() == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(before[new], now[new])
+    others = np.delete(np.arange(len(now)), new)
+    assert torch.equal(before[others], now[others])
+
+
+def test_a_random_models_cold_row_is_the_one_its_training_began_with(world):
+    found = data.load('one')
+    new = np.array([found.item_ids.index('new') + 1])
+    model, about = load_seq(world / RANDOM, found)
+    evaluate.give_back(model, about, new, found, world)
+    args = train_seq.parse_args(['one', '--model', 'sasrec', '--hidden', '16'])
+    begun = train_seq.build(train_seq.make_world(args), about).item_embedding.weight
+    assert torch.equal(model.item_embedding.weight[new], begun[new])
+
+
+def test_recommend(world, capsys):
+    """The order of the scores, without what the user had; by hand."""
+    found = data.load('one')
+    capsys.readouterr()
+    call('recommend', 'one', RANDOM, '--users', 'cold', 'u3', '--k', '4')
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == \
+        [[user, str(rank)] for user in ('cold', 'u3') for rank in (1, 2, 3, 4)]
+    model, _ = load_seq(world / RANDOM, found)
+    row = found.user_ids.index('u3')
+    history = found.items[found.offsets[row]:found.offsets[row + 1]]
+    with torch.no_grad():
+        states = model.states(history, np.array([0, len(history)]))
+        scores = (states @ model.item_embedding().T)[0].numpy()
+    left = np.setdiff1d(np.arange(1, found.n_items + 1), history)
+    best = left[np.argsort(-scores[left])][:4]
+    assert [line.split()[2] for line in lines[4:]] == [found.item_ids[item - 1] for item in best]
+    for line, item in zip(lines[4:], best):
+        assert float(line.split()[3]) == pytest.approx(scores[item], abs=.05)
+        assert line.endswith(found.title(item))
+    call('recommend', 'one', RANDOM, '--users', 'cold', '--k', '1000')
+    lines = capsys.readouterr().out.splitlines()
+    own = found.items[found.offsets[found.user_ids.index('cold')]:][:4]
+    assert len(lines) == found.n_items - 4
+    assert not {line.split()[2] for line in lines} & {found.item_ids[item - 1] for item in own}
+    with pytest.raises(UserError, match='--users nobody: no such user in one'):
+        call('recommend', 'one', RANDOM, '--users', 'nobody')
+
+
+@pytest.mark.parametrize('command', [['inspect', 'one'], ['recommend', '--users=u1', 'one'],
+                                     ['attention', 'one', '--seq']])
+def test_what_is_no_id_model_is_refused(world, command):
+    for run, words in (('nosuch', 'no such'), ('ft1-seed0', 'is a recformer file')):
+        with pytest.raises(UserError, match=words):
+            call(*command, run)
+
+
+def test_attention(world, capsys):
+    call('attention', 'one', '--seq', LF, '--users', '5', '--user', 'u1')
+    out = capsys.readouterr().out
+    assert out.startswith('CLS attention of 5 users of one\n') and out.count('\n- (') == 4
+    assert (world / 'figure1.md').read_text() in out
+    assert (world / 'figure1.png').read_bytes()[:4] == PNG
+    rows = [cells_of(line) for line in out.splitlines() if line.startswith('|')][2:]
+    assert [row[:2] for row in rows] == [[model, third] for model in ('vanilla', 'tuned')
+                                         for third in ('bottom', 'middle', 'top')]
+    assert {len(row) for row in rows} == {9}
+    call('attention', 'one', '--users', '2', '--checkpoint', world / 'ft1-seed0')
+    assert capsys.readouterr().out.count('\n- (') == 4, 'without SASRec'
+    with pytest.raises(UserError, match='--user nobody: no such user in one'):
+        call('attention', 'one', '--user', 'nobody')
+    train('random', model='bert4rec')
+    with pytest.raises(UserError, match='SASRec is needed here'):
+        call('attention', 'one', '--seq', BERT)
+
+
+def test_attention_needs_three_layers(world, tmp_path):
+    plm = str(tiny_bert(tmp_path / 'plm', layers=2))
+    options = ['one', '--stage', '1', '--plm', plm, '--epochs', '1', '--out', str(tmp_path / 'ft1')]
+    finetune.main(finetune.parse_args(options))
+    with pytest.raises(UserError, match='has 2 layers; thirds of the depth need three'):
+        call('attention', 'one', '--checkpoint', tmp_path / 'ft1')
+
+
+def test_both_models_see_the_same_tokens(world, monkeypatch):
+    """The tuned one was made with --max-tokens 40; histories of all others are longer."""
+    seen = []
+
+    def noticed(model, items, offsets, tokens):
+        for found in cls_attention(model, items, offsets, tokens):
+            seen.append(found[0].tokens.tolist())
+            yield found
+    monkeypatch.setattr(evaluate, 'cls_attention', noticed)
+    call('attention', 'one', '--users', '20')
+    vanilla, tuned = seen[:21], seen[21:]
+    assert max(map(len, tuned)) == 40, 'some are cut'
+    assert vanilla == tuned
+
+
+def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
+    found, model = data.load('one'), load_recformer(world / 'ft1-seed0').eval()
+    tokens = tokenize(found.attributes, model.words)
+    items, offsets, _ = found.split('test', found.evaluated[:7])
+    many = list(cls_attention(model, items, offsets, tokens))
+    few = list(cls_attention(model, items, offsets, tokens, at_once=2))
+    assert len(many) == len(few) == 7
+    for row, ((p, weights), (same, others)) in enumerate(zip(many, few)):
+        history = items[offsets[row]:offsets[row + 1]]
+        alone = model.pack(history, offsets_of([len(history)]), tokens)
+        assert p.tokens.tolist() == same.tokens.tolist() == alone.tokens.tolist()
+        assert weights.shape == (3, 2, len(p.tokens))
+        assert weights.sum(2) == pytest.approx(1, abs=1e-5)
+        np.testing.assert_allclose(weights, others, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ figure 2
+
+def made_up(folder, init, mode, scale, value, loss='bce', lr=0.001, seed=0, valid=0.5, **more):
+    """The row of a SASRec run, with this NDCG@10."""
+    run = f'sasrec-{loss}-{init}-{mode}-{scale}-lr{lr}-seed{seed}{"".join(map(str, more.values()))}'
+    metrics = {'sampled': {'NDCG@10': value}, 'full': {'NDCG@10': value}}
+    row = {'run': run, 'dataset': 'one', 'model': 'sasrec', 'loss': loss, 'init': init,
+           'mode': mode, 'scale': scale, 'hidden': 16, 'lr': lr, 'seed': seed, 'valid': valid,
+           'seconds': 1, 'data': data.load('one').fingerprint, 'metrics': metrics, 'code': {},
+           'identity': {'options': {'lr': lr, 'seed': seed}}, **more}
+    save_json(folder / run / 'row.json', row)
+
+
+@pytest.fixture
+def shares(world, tmp_path, monkeypatch):
+    """A folder of runs from two shares of the source users, beside random and LF."""
+    monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path))
+    folder = tmp_path / 'one'
+    for seed, value in enumerate((.10, .12)):
+        made_up(folder, 'random', 'random', 'raw', value, seed=seed)
+    made_up(folder, 'lf', 'trainable', 'raw', .2)
+    made_up(folder, 'lf', 'trainable', 'centred', .3)
+    for share, value in (('10', .40), ('0.5', .35)):
+        made_up(folder, f'pt-share{share}', 'trainable', 'centred', value)
+    return folder
+
+
+def curve(capsys, folder):
+    """Lines of the curve's table: {what: number}."""
+    capsys.readouterr()
+    call('curve', 'one')
+    out = capsys.readouterr().out
+    assert (folder / 'figure2.md').read_text() in out
+    assert (folder / 'figure2.png').read_bytes()[:4] == PNG
+    return dict(cells_of(line) for line in out.splitlines() if line.startswith('|'))
+
+
+EXPECTED = {'SASRec from': 'NDCG@10', '---': '---',
+            'random': '11.00 ± 1.41',
+            'LF raw': '20.00 ± 0.00',
+            'LF centred': '30.00 ± 0.00',
+            'PT centred, 0.5 % of the source users': '35.00 ± 0.00',
+            'PT centred, 10 % of the source users': '40.00 ± 0.00'}
+
+
+def test_curve(shares, capsys):
+    assert curve(capsys, shares) == EXPECTED
+
+
+def test_curve_without_shares_says_what_makes_them(world):
+    with pytest.raises(UserError, match='bash run_all.sh one --figure2 makes them'):
+        call('curve', 'one')
+
+
+@pytest.mark.parametrize('other', [dict(loss='ce'), dict(lr=0.01, valid=0.1), dict(data='older'),
+                                   dict(hidden=8, mode='random', init='random', scale='raw')])
+def test_curve_averages_over_seeds_alone(shares, capsys, other):
+    """Not over losses, rates that were tried, widths, and versions of the data."""
+    given = {'init': 'pt-share10', 'mode': 'trainable', 'scale': 'centred', **other}
+    made_up(shares, value=.9, **given)
+    assert curve(capsys, shares) == EXPECTED

@@ -1,15 +1,31 @@
-"""Whole-or-absent files, refusals, locks, resume. Run: python -m pytest tests/test_files.py"""
+"""Whole-or-absent files, refusals, locks; training that is stopped, goes on, or goes wrong.
+
+Run: python -m pytest tests/test_files.py
+"""
+import csv
+import gzip
 import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+import types
 
+import numpy as np
 import pytest
 import torch
 
-from common.files import HOST, ROOT, UserError, digest, load_pt, lock, made_from, save_pt, save_text, whole
-from common.training import EarlyStopping, State, adamw, apply_gradients, linear_schedule
+from common import files, training
+from common.files import (HOST, ROOT, STOPPED, Diverged, UserError, command, content_sha256, digest,
+                          file_stamp, load_json, load_pt, lock, save_json, save_pt,
+                          save_text, whole)
+from common.training import Training, adamw, linear_schedule
 
+
+# ------------------------------------------------------------------------ reading and writing
 
 class Trap:
     def __reduce__(self):
@@ -18,7 +34,7 @@ class Trap:
 
 def test_a_booby_trapped_file_is_refused_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({'meta': {'kind': 'seq'}, 'x': Trap()}, 'a.pt')
+    torch.save({'kind': 'seq', 'x': Trap()}, 'a.pt')
     (tmp_path / 'b.pt').write_bytes(pickle.dumps(Trap()))
     for name in ('a.pt', 'b.pt'):
         with pytest.raises(UserError, match='not a readable seq file'):
@@ -28,18 +44,50 @@ def test_a_booby_trapped_file_is_refused_and_runs_nothing(tmp_path, monkeypatch)
 
 def test_damaged_and_foreign_files_are_named(tmp_path):
     path = tmp_path / 'x.pt'
-    save_pt(path, 'seq', {'identity': {'a': (1, 2)}}, model=torch.ones(3))
-    assert made_from(path, 'seq', {'a': [1, 2]}) and not made_from(path, 'seq', {'a': [1]})
+    save_pt(path, 'seq', identity={'a': (1, 2)}, model=torch.ones(3))
+    content = load_pt(path, 'seq')
+    assert content['identity'] == {'a': (1, 2)} and torch.equal(content['model'], torch.ones(3))
     with pytest.raises(UserError, match='is a seq file; a resume file'):
         load_pt(path, 'resume')
-    bytes_ = path.read_bytes()
-    for cut in (0, 10, len(bytes_) // 2):
-        path.write_bytes(bytes_[:cut])
-        with pytest.raises(UserError, match='x.pt'):
+    good = path.read_bytes()
+    for cut in (0, 10, len(good) // 2):
+        path.write_bytes(good[:cut])
+        with pytest.raises(UserError, match='x.pt: not a readable seq file'):
             load_pt(path, 'seq')
-        assert not made_from(path, 'seq', {'a': [1, 2]})
+    for foreign in ({'model': torch.ones(3)}, torch.ones(3), [1]):
+        torch.save(foreign, path)
+        with pytest.raises(UserError, match='x.pt: not a readable seq file'):
+            load_pt(path, 'seq')
     with pytest.raises(UserError, match='no such file'):
         load_pt(tmp_path / 'y.pt', 'seq')
+
+
+def test_a_file_cut_anywhere_is_named(tmp_path):
+    path = tmp_path / 'x.pt'
+    save_pt(path, 'seq', model={str(i): torch.ones(300) for i in range(20)})
+    whole = path.read_bytes()
+    assert len(whole) > 20_000
+    for cut in [*range(0, len(whole), 997), len(whole) - 100, len(whole) - 1]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match='x.pt: not a readable seq file'):
+            load_pt(path, 'seq')
+
+
+def test_what_may_not_be_read_is_no_damage(tmp_path):
+    """A training that starts over because its state may not be read would lose it."""
+    with pytest.raises(IsADirectoryError):
+        load_pt(tmp_path, 'seq')
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+    value = {'a': [1, None, 'ä'], 'b': {'c': 0.1 + 0.2}}
+    save_json(tmp_path / 'deep' / 'er' / 'x.json', value)
+    assert load_json(tmp_path / 'deep' / 'er' / 'x.json') == value
+    with pytest.raises(UserError, match='y.json: no such file'):
+        load_json(tmp_path / 'y.json')
+    (tmp_path / 'y.json').write_text('{"cut')
+    with pytest.raises(UserError, match='y.json: not valid JSON'):
+        load_json(tmp_path / 'y.json')
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):
@@ -54,31 +102,40 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
 def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
     dead = subprocess.Popen(['true'])
     dead.wait()
-    left = [f'.x.pt.{HOST}.{os.getppid()}.part', f'.x.pt.another-{HOST}.{dead.pid}.part']  # of a living process; of another machine
+    # of a living process; of another machine
+    left = [f'.x.pt.{HOST}.{os.getppid()}.part', f'.x.pt.another-{HOST}.{dead.pid}.part']
     for name in (f'.x.pt.{HOST}.{dead.pid}.part', *left):
         (tmp_path / name).write_text('half')
     save_text(tmp_path / 'y', 'whole')
     assert {p.name for p in tmp_path.iterdir()} == {'y', *left}
 
 
-WRITES = {  # file: (how a script writes it, with 100 kB too many)
-    'x.pt': 'save_pt(path, "seq", {}, model=torch.ones(10 ** 6))', 'results.json': 'save_json(path, ["x" * 10 ** 6])',
+# file: how a script writes it, with 100 kB too many
+WRITES = {
+    'x.pt': 'save_pt(path, "seq", model=torch.ones(10 ** 6))',
+    'row.json': 'write_row(path.parent, ["x" * 10 ** 6], {}, seconds=1)',
     'results.md': 'save_text(path, "x" * 10 ** 6)',
-    'ranks/run.npz': 'metrics.save_row(path.parent.parent, {"run": "run"}, {"users": np.random.default_rng(0).random(10 ** 6)})'}
+    'ranks.npz': 'write_row(path.parent, {}, {}, {"users": rng.random(10 ** 6)}, seconds=1)',
+    'prepared.npz': 'save_npz(path, {"items": rng.random(10 ** 6)})'}
 
 
-@pytest.mark.parametrize('name', WRITES)
-def test_a_file_size_limit_leaves_the_earlier_file(tmp_path, name):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text('earlier')
-    code = ('import pathlib; from common import metrics; from common.files import *\n'
-            f'path = pathlib.Path({str(path)!r})\ncommand(lambda: {WRITES[name]})')
-    out = subprocess.run(['bash', '-c', 'ulimit -f 100; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT,
-                         capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith('error: '), out.stderr
-    assert path.name in out.stderr and len(out.stderr.splitlines()) == 1, out.stderr
-    assert path.read_text() == 'earlier' and [p for p in tmp_path.rglob('*') if p.is_file()] == [path]
+def test_a_file_size_limit_leaves_the_earlier_file(tmp_path):
+    code = ['import contextlib, pathlib; from common.runs import *; from common.files import *',
+            'rng = np.random.default_rng(0)']
+    for name, write in WRITES.items():
+        (tmp_path / name / name).parent.mkdir()
+        (tmp_path / name / name).write_text('earlier')
+        code += [f'path = pathlib.Path({str(tmp_path / name / name)!r})',
+                 f'with contextlib.suppress(SystemExit): command(lambda: {write})']
+    limited = ['bash', '-c', 'ulimit -f 100; exec "$0" -c "$1"', sys.executable, '\n'.join(code)]
+    out = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    said = out.stderr.splitlines()
+    assert len(said) == len(WRITES), said
+    for name, line in zip(WRITES, said):
+        assert line.startswith('error: ') and str(tmp_path / name / name) in line, line
+        assert (tmp_path / name / name).read_text() == 'earlier'
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
 
 
 def test_a_second_user_of_a_folder_is_refused_by_name(tmp_path):
@@ -90,15 +147,116 @@ def test_a_second_user_of_a_folder_is_refused_by_name(tmp_path):
         pass
 
 
-def test_digest_sees_type_shape_and_order():
-    import numpy as np
-    a = np.arange(6)
-    assert len({digest(a), digest(a.reshape(2, 3)), digest(a.astype('int32')), digest(a[::-1]), digest(a, 1), digest(1, a)}) == 6
+def test_a_second_user_who_waits_comes_after_the_first(tmp_path):
+    order = []
 
+    def second():
+        with lock(tmp_path, wait=True):
+            order.append('second')
+    thread = threading.Thread(target=second)
+    with lock(tmp_path):
+        thread.start()
+        time.sleep(0.1)
+        order.append('first')
+    thread.join()
+    assert order == ['first', 'second']
+
+
+# ------------------------------------------------------------------------ identities
+
+def test_digest_sees_type_shape_and_order():
+    a = np.arange(6)
+    found = {digest(a), digest(a.reshape(2, 3)), digest(a.astype('int32')), digest(a[::-1]),
+             digest(a, 1), digest(1, a)}
+    assert len(found) == 6
+    assert digest(torch.arange(6)) == digest(a) and digest(a[::2]) == digest(a[::2].copy())
+    assert digest({'x': 1, 'y': 2}) == digest({'y': 2, 'x': 1})
+
+
+def test_an_untouched_file_is_not_read_again(tmp_path, monkeypatch):
+    path = tmp_path / 'x'
+    path.write_text('one')
+    first = file_stamp(path)
+    assert first['sha256'] == content_sha256(path) and first['size'] == 3
+    read = []
+    monkeypatch.setattr(files, 'content_sha256', lambda path: read.append(path) or 'new')
+    assert file_stamp(path, first) == first and not read
+    os.utime(path, (10 ** 9, 10 ** 9))
+    assert file_stamp(path, first)['sha256'] == 'new' and read == [path]
+    path.write_text('more')
+    os.utime(path, ns=(0, first['time']))
+    assert file_stamp(path, first)['sha256'] == 'new' and len(read) == 2
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    path, good = tmp_path / 'x.gz', gzip.compress(b'some text' * 99)
+    path.write_bytes(good)
+    plain = tmp_path / 'x'
+    plain.write_bytes(b'some text' * 99)
+    assert content_sha256(path) == content_sha256(plain)
+    for content in (good[:-5], b'junk', good[:15] + b'xx' + good[17:]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match='x.gz: .*damaged'):
+            content_sha256(path)
+
+
+# ------------------------------------------------------------------------ errors in one line
+
+@pytest.fixture
+def handler():
+    """Restores what SIGTERM and SIGINT do; called and put back after a test that changes it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore():
+        for number, action in before.items():
+            signal.signal(number, action)
+    yield restore
+    restore()
+
+
+ERRORS = {
+    'two lines': (UserError('two\n lines'), 2, 'error: two lines'),
+    'file': (PermissionError(13, 'Permission denied', 'x.pt'), 2, 'error: x.pt: Permission denied'),
+    'GPU': (torch.OutOfMemoryError('CUDA out of memory.'), 2, r'error: out of memory .*--batch'),
+    'memory': (MemoryError(), 2, 'error: out of memory .*what was saved is kept'),
+    'CPU': (RuntimeError("you tried; can't allocate memory: 9 bytes"), 2, 'error: out of memory'),
+    'keyboard': (KeyboardInterrupt(), 130, 'interrupted; the same command goes on'),
+}
+
+
+@pytest.mark.parametrize('name', ERRORS)
+def test_what_a_user_can_mend_ends_in_one_line(name, handler, capsys):
+    error, code, said = ERRORS[name]
+
+    def main(word):
+        assert word == 'argument'
+        raise error
+    with pytest.raises(SystemExit) as leave:
+        command(main, 'argument')
+    out = capsys.readouterr()
+    assert leave.value.code == code and len(out.err.splitlines()) == 1 and out.out == ''
+    assert re.match(said, out.err)
+
+
+@pytest.mark.parametrize('error', [RuntimeError('shapes do not match'), NotImplementedError(),
+                                   ValueError('out of memory of names')])
+def test_other_errors_keep_their_traceback(error, handler):
+    def main():
+        raise error
+    with pytest.raises(type(error)):
+        command(main)
+
+
+def test_sigterm_outside_training_leaves_with_143(handler):
+    with pytest.raises(SystemExit) as leave:
+        command(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert leave.value.code == STOPPED == 143
+
+
+# ------------------------------------------------------------------------ optimiser
 
 def test_schedule_rises_then_falls_without_a_jump():
-    p = torch.nn.Linear(1, 1)
-    optimizer = adamw(p, 1.0, 0.0)
+    optimizer = adamw(torch.nn.Linear(1, 1), 1.0, 0.0)
     schedule = linear_schedule(optimizer, 10, 100)
     rates = []
     for _ in range(100):
@@ -110,38 +268,435 @@ def test_schedule_rises_then_falls_without_a_jump():
     assert optimizer.param_groups[0]['lr'] == 0
 
 
-def test_decay_leaves_biases_and_norms_alone():
-    model = torch.nn.ModuleDict({'dense': torch.nn.Linear(2, 2), 'LayerNorm': torch.nn.LayerNorm(2)})
+def test_decay_leaves_biases_norms_and_what_is_frozen_alone():
+    parts = {'dense': torch.nn.Linear(2, 2), 'LayerNorm': torch.nn.LayerNorm(2)}
+    model = torch.nn.ModuleDict(parts)
     decay, plain = adamw(model, 1.0, 0.1).param_groups
-    assert len(decay['params']) == 1 and decay['params'][0] is model.dense.weight and len(plain['params']) == 3
+    assert len(decay['params']) == 1 and decay['params'][0] is model.dense.weight
+    assert len(plain['params']) == 3
+    assert decay['weight_decay'] == 0.1 and plain['weight_decay'] == 0
+    model.dense.requires_grad_(False)
+    decay, plain = adamw(model, 1.0, 0.1).param_groups
+    assert decay['params'] == [] and len(plain['params']) == 2
 
 
-def test_state_of_other_options_is_not_used(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    best = EarlyStopping(model, 2)
-    state = State(tmp_path / 'r.resume', {'lr': 1}, 5, model=model, best=best)
-    best.update(0.5, 0)
-    state.next_epoch()
-    torch.manual_seed(7)
-    state.save()
-    expected = torch.rand(1)
-    fresh = EarlyStopping(model, 2)
-    assert State(tmp_path / 'r.resume', {'lr': 1}, 5, model=model, best=fresh).epoch == 1 and fresh.best == 0.5
-    assert torch.equal(torch.rand(1), expected), "torch's generator goes on"
-    assert State(tmp_path / 'r.resume', {'lr': 2}, 5, model=model, best=fresh).epoch == 0
-    with pytest.raises(UserError, match='validation metric is nan'):
-        best.update(float('nan'), 1)
+# ------------------------------------------------------------------------ training: a small loop
+
+IDENTITY, CODE = {'lr': 1}, {'train.py': 'one'}
+VALID = 0.5, 0.25, 0.75, 0.75  # of the small loop's epochs
+STEPS, EPOCHS = 3, 4
 
 
-@pytest.mark.parametrize('saved', [False, True])
-def test_training_that_goes_wrong_names_the_step_and_the_last_good_state(tmp_path, saved):
-    model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    state = State(tmp_path / 'x.resume', {}, 10, model=model)
-    if saved:
-        state.save()
-    model.weight.grad = torch.tensor([[float('nan'), 1.0]])
-    before = model.weight.detach().clone()
-    with pytest.raises(UserError, match=f'epoch 1, step 1.*{"x.resume holds" if saved else "nothing was saved yet"}.*--lr'):
-        apply_gradients(1.0, model, optimizer, state)
-    assert torch.equal(model.weight, before), 'the step was not taken'
+@pytest.fixture(autouse=True)
+def on_one_machine(monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def options(**more):
+    given = {'again': False, 'keep': False, 'save_every': 10, 'patience': 9, 'epochs': EPOCHS}
+    return types.SimpleNamespace(**{**given, **more})
+
+
+def small(folder, identity=IDENTITY, code=CODE, **more):
+    """(Training, model) of a small model with weights of their own seed."""
+    torch.manual_seed(3)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    schedule = linear_schedule(optimizer, 2, STEPS * EPOCHS)
+    given = {'clip': more.pop('clip', None), 'total': more.pop('total', None)}
+    run = folder, identity, code, 'small'
+    return Training(run, options(**more), model, optimizer, STEPS, schedule, **given), model
+
+
+def train(folder, disturb=lambda place, epoch, step: None, **more):
+    """The small loop, to its end; `disturb` is called at every place. Each step draws from torch's
+    generator, and `tensors` carries their sum."""
+    t, model = small(folder, **more)
+    t.tensors.setdefault('sum', torch.zeros(()))
+    t.optimizer.register_step_post_hook(lambda *_: disturb('optimiser', t.epoch, t.step))
+    visited = []
+    with t:
+        for epoch in t.epochs():
+            disturb('epoch', epoch, t.step)
+            for step in t.steps():
+                visited.append((epoch, step))
+                x = torch.rand(5, 4)
+                disturb('forward', epoch, step)
+                loss = (model(x) - torch.rand(5, 2)).square().mean()
+                loss.backward()
+                disturb('backward', epoch, step)
+                t.tensors['sum'] = t.tensors['sum'] + loss.detach()
+                t.update(loss=loss, more=2 * loss)
+                disturb('updated', epoch, step)
+            disturb('validation', epoch, t.step)
+            t.end_epoch(VALID[epoch], full=VALID[epoch] / 2)
+            disturb('ended', epoch, t.step)
+    t.visited = visited
+    return t, model
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def log_of(folder):
+    """log.csv without its seconds."""
+    with open(folder / 'log.csv', newline='') as f:
+        rows = list(csv.DictReader(f))
+    assert [float(row['seconds']) for row in rows] == sorted(float(row['seconds']) for row in rows)
+    return [{key: value for key, value in row.items() if key != 'seconds'} for row in rows]
+
+
+def saved(folder):
+    return load_pt(folder / 'resume.pt', 'resume')
+
+
+# ------------------------------------------------------------------------ training: its course
+
+def test_log_best_weights_and_what_a_row_says(tmp_path):
+    t, model = train(tmp_path)
+    assert t.visited == [(e, s) for e in range(EPOCHS) for s in range(STEPS)]
+    lines = (tmp_path / 'log.csv').read_text().splitlines()
+    assert lines[0] == 'epoch,seconds,loss,more,valid,full' and len(lines) == 1 + EPOCHS
+    log = log_of(tmp_path)
+    assert [row['epoch'] for row in log] == ['1', '2', '3', '4']
+    assert [float(row['valid']) for row in log] == list(VALID)
+    assert [float(row['full']) for row in log] == [v / 2 for v in VALID]
+    assert all(float(row['more']) == pytest.approx(2 * float(row['loss']), abs=2e-5) for row in log)
+    last = weights(model).clone()
+    found = t.restore_best()
+    assert found.keys() == {'valid', 'best_epoch', 'epochs', 'seconds'}
+    assert (found['valid'], found['best_epoch'], found['epochs']) == (0.75, 3, 4)
+    assert found['seconds'] == pytest.approx(t.seconds(), abs=0.1)
+    assert not torch.equal(weights(model), last), 'of epoch 3, the first of two as good'
+    t.finish()
+    assert {path.name for path in tmp_path.iterdir()} == {'log.csv'}
+    t.finish()
+
+
+def test_best_weights_are_those_of_their_epoch(tmp_path):
+    seen = []
+
+    def disturb(place, epoch, step):
+        if place == 'ended':
+            seen.append(weights(saved_model(tmp_path)))
+    t, model = train(tmp_path, disturb)
+    t.restore_best()
+    assert torch.equal(weights(model), seen[2])
+
+
+def saved_model(folder):
+    model = torch.nn.Linear(4, 2)
+    model.load_state_dict(saved(folder)['states']['model'])
+    return model
+
+
+@pytest.mark.parametrize('patience, epochs', [(1, 2), (2, 4), (3, 4)])
+def test_training_ends_when_patience_does(tmp_path, patience, epochs):
+    t, _ = train(tmp_path, patience=patience)
+    assert len(log_of(tmp_path)) == epochs and t.restore_best()['epochs'] == epochs
+
+
+def test_a_total_of_steps_ends_within_an_epoch(tmp_path):
+    t, _ = train(tmp_path, total=2 * STEPS + 1)
+    assert t.visited == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert len(log_of(tmp_path)) == 3
+    again, _ = train(tmp_path, total=2 * STEPS + 1)
+    assert again.visited == [], 'it is done'
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    t = Training((tmp_path, IDENTITY, CODE, 'small'), options(), model, optimizer, 3, clip=0.5)
+    before = weights(model).clone()
+    (model(torch.ones(1, 4)).sum() * 100).backward()
+    with t:
+        t.update(loss=torch.ones(()))
+    assert (weights(model) - before).norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_state_is_saved_when_it_is_due(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, 'monotonic', lambda: clock[0])
+    stands = []
+
+    def disturb(place, epoch, step):
+        if place == 'forward':
+            clock[0] += 50
+        if place == 'updated':
+            stand = saved(tmp_path)['stand'] if (tmp_path / 'resume.pt').exists() else None
+            stands.append(stand and (stand['epoch'], stand['step']))
+    t, _ = train(tmp_path, disturb, save_every=2, total=6)
+    # 50 s a step: after 150 s the first is due; the end of an epoch saves too
+    assert stands == [None, None, (0, 3), (1, 0), (1, 0), (1, 3)]
+    assert saved(tmp_path)['head']['seconds'] == t.seconds() == 300
+    other = tmp_path / 'other'
+    stands.clear()
+
+    def every(place, epoch, step):
+        if place == 'updated':
+            stands.append(saved(other)['stand']['step'])
+    train(other, every, save_every=0, total=6)
+    assert stands == [1, 2, 3, 1, 2, 3], '0: after every step'
+
+
+def test_of_several_processes_the_first_alone_writes(tmp_path, monkeypatch, handler):
+    monkeypatch.setenv('RANK', '1')
+    before = signal.getsignal(signal.SIGTERM)
+    t, _ = train(tmp_path, save_every=0)
+    assert t.restore_best()['epochs'] == EPOCHS and not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------------------------------ training: stopped
+
+class Killed(BaseException):
+    """As SIGKILL: nothing is saved on the way out."""
+
+
+def at(place, epoch, step, action):
+    """A disturbance: `action` at that moment alone."""
+    def disturb(*now):
+        if now == (place, epoch, step):
+            action()
+    return disturb
+
+
+def sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def sigint():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill():
+    raise Killed
+
+
+# place, epoch, step as they are at the moment -> epoch and step that the file then names
+MOMENTS = {
+    ('epoch', 0, 0): (0, 0), ('forward', 0, 0): (0, 0), ('forward', 1, 1): (1, 1),
+    ('backward', 1, 2): (1, 2), ('optimiser', 1, 1): (1, 2), ('optimiser', 1, 2): (1, 3),
+    ('updated', 2, 0): (2, 1), ('updated', 2, 2): (2, 3), ('validation', 0, 3): (0, 3),
+    ('validation', 1, 3): (1, 3), ('ended', 1, 0): (2, 0), ('ended', 3, 0): (4, 0)}
+
+
+@pytest.mark.parametrize('stop, leaves', [(sigterm, SystemExit), (sigint, KeyboardInterrupt)])
+@pytest.mark.parametrize('moment', MOMENTS, ids=lambda moment: '-'.join(map(str, moment)))
+def test_stopped_it_goes_on_to_the_same_bits(tmp_path, handler, capsys, stop, leaves, moment):
+    plain, expected = train(tmp_path / 'plain')
+    folder, stand = tmp_path / 'stopped', MOMENTS[moment]
+    with pytest.raises(leaves) as leave:
+        train(folder, at(*moment, stop))
+    handler()
+    assert stop is sigint or leave.value.code == 143
+    where = f'epoch {stand[0] + 1}, step {stand[1] + 1}'
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f'stopped before {where}; the same command goes on from {folder / "resume.pt"}'
+    found = saved(folder)
+    assert (found['stand']['epoch'], found['stand']['step']) == stand
+    assert found['head']['identity'] == IDENTITY and found['head']['code'] == CODE
+    torch.manual_seed(99)  # whatever the generator is at
+    t, model = train(folder)
+    assert f'goes on from {folder / "resume.pt"}: {where}' in capsys.readouterr().out
+    assert t.visited == plain.visited[STEPS * stand[0] + stand[1]:]
+    assert torch.equal(weights(model), weights(expected))
+    assert torch.equal(t.tensors['sum'], plain.tensors['sum'])
+    assert log_of(folder) == log_of(tmp_path / 'plain')
+    again, best = t.restore_best(), plain.restore_best()
+    assert {**again, 'seconds': 0} == {**best, 'seconds': 0}
+    assert torch.equal(weights(model), weights(expected))
+
+
+def test_sigterm_within_a_step_saves_what_was_before_it(tmp_path, handler):
+    """Weights, optimiser, rate and torch's generator are those before the step under way."""
+    before = {}
+
+    def remember():
+        state = {'model': t.model, 'optimizer': t.optimizer, 'schedule': t.schedule}
+        before.update({name: pickle.dumps(part.state_dict()) for name, part in state.items()})
+        before['rng'] = torch.get_rng_state()
+    t, model = small(tmp_path)
+    with pytest.raises(SystemExit), t:
+        for epoch in t.epochs():
+            for step in t.steps():
+                if step == 2:
+                    remember()
+                loss = model(torch.rand(5, 4)).square().mean()
+                loss.backward()
+                if step == 2:
+                    sigterm()
+                t.update(loss=loss)
+    found = saved(tmp_path)
+    assert found['stand']['step'] == 2
+    assert torch.equal(found['rng']['cpu'], before['rng'])
+    assert not torch.equal(torch.get_rng_state(), before['rng']), 'the step had drawn already'
+    assert torch.equal(found['states']['model']['weight'], pickle.loads(before['model'])['weight'])
+    was = pickle.loads(before['optimizer'])['state'][0]
+    now = found['states']['optimizer']['state'][0]
+    assert all(torch.equal(was[key], now[key]) for key in was)
+    assert found['states']['schedule'] == pickle.loads(before['schedule'])
+    t, model = small(tmp_path)
+    expected = torch.Generator()
+    expected.set_state(before['rng'])
+    assert torch.equal(torch.rand(5), torch.rand(5, generator=expected)), 'it goes on from there'
+
+
+@pytest.mark.parametrize('moment', [('forward', 0, 1), ('forward', 2, 1), ('validation', 2, 3),
+                                    ('ended', 2, 0), ('validation', 0, 3)])
+@pytest.mark.parametrize('save_every', [0, 10])
+def test_killed_it_goes_on_to_the_same_bits(tmp_path, moment, save_every):
+    plain, expected = train(tmp_path / 'plain')
+    folder = tmp_path / 'killed'
+    with pytest.raises(Killed):
+        train(folder, at(*moment, kill), save_every=save_every)
+    t, model = train(folder, save_every=save_every)
+    assert torch.equal(weights(model), weights(expected))
+    assert log_of(folder) == log_of(tmp_path / 'plain')
+    assert t.restore_best()['best_epoch'] == 3
+
+
+def test_seconds_of_earlier_sittings_count(tmp_path, monkeypatch, handler):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, 'monotonic', lambda: clock[0])
+
+    def disturb(place, epoch, step):
+        if place == 'forward':
+            clock[0] += 10
+            if (epoch, step) == (1, 0):
+                sigterm()
+    with pytest.raises(SystemExit):
+        train(tmp_path, disturb)
+    assert saved(tmp_path)['head']['seconds'] == 40
+    clock[0] = 5000.0
+    t, _ = small(tmp_path)
+    assert t.seconds() == 40
+
+
+def test_sigterm_does_after_training_what_it_did_before(tmp_path, handler):
+    ours = lambda *_: None
+    signal.signal(signal.SIGTERM, ours)
+    train(tmp_path / 'a')
+    assert signal.getsignal(signal.SIGTERM) is ours
+    t, model = small(tmp_path / 'b')
+    with pytest.raises(Diverged), t:
+        t.update(loss=torch.tensor(float('nan')))
+    assert signal.getsignal(signal.SIGTERM) is ours, 'the next rate is tried; it can be stopped'
+
+
+# ------------------------------------------------------------------------ training: which state
+
+def half_way(folder, seconds=None):
+    """A resume.pt of epoch 2, step 2; `seconds`: what it says to have taken."""
+    with pytest.raises(Killed):
+        train(folder, at('updated', 1, 0, kill), save_every=0)
+    if seconds is not None:
+        content = saved(folder)
+        content['head']['seconds'] = seconds
+        save_pt(folder / 'resume.pt', **content)
+
+
+def test_state_of_other_options_is_not_used(tmp_path, capsys):
+    half_way(tmp_path)
+    t, model = small(tmp_path, identity={'lr': 2})
+    assert (t.epoch, t.step, t.log, t.best_weights) == (0, 0, [], None)
+    said = capsys.readouterr().out
+    assert said == f'{tmp_path / "resume.pt"}: made again, as it was made with other lr\n'
+    t, _ = small(tmp_path, keep=True, identity={'lr': 2})
+    assert (t.epoch, t.step) == (0, 0)
+    t, _ = small(tmp_path)
+    assert (t.epoch, t.step, t.best) == (1, 1, 0.5)
+
+
+def test_state_of_other_code_is_used_where_keep_says_so(tmp_path, capsys):
+    half_way(tmp_path)
+    t, _ = small(tmp_path, code={'train.py': 'two'})
+    assert (t.epoch, t.step) == (0, 0)
+    assert 'made again, as it was made with other code (train.py)' in capsys.readouterr().out
+    t, _ = small(tmp_path, code={'train.py': 'two'}, keep=True)
+    assert (t.epoch, t.step) == (1, 1)
+    said = capsys.readouterr().out
+    assert 'kept, though made by other code' in said and 'goes on from' in said
+
+
+def test_a_state_that_took_long_is_not_given_up_silently(tmp_path):
+    half_way(tmp_path, seconds=3600)
+    with pytest.raises(UserError, match='resume.pt: was made with other lr and took 60 minutes; '
+                                        '--again makes it again$'):
+        small(tmp_path, identity={'lr': 2})
+    with pytest.raises(UserError, match='--again makes it again, --keep uses it as it is'):
+        small(tmp_path, code={'train.py': 'two'})
+    assert small(tmp_path)[0].seconds() >= 3600
+    assert small(tmp_path, again=True, identity={'lr': 2})[0].epoch == 0
+
+
+def test_again_starts_over(tmp_path):
+    half_way(tmp_path)
+    t, _ = train(tmp_path, again=True)
+    assert len(t.visited) == STEPS * EPOCHS and len(log_of(tmp_path)) == EPOCHS
+
+
+def test_a_damaged_state_is_said_and_training_starts_over(tmp_path, capsys):
+    half_way(tmp_path)
+    path = tmp_path / 'resume.pt'
+    path.write_bytes(path.read_bytes()[:-100])
+    t, _ = train(tmp_path)
+    said = capsys.readouterr().out
+    assert 'resume.pt: not a readable resume file' in said and 'training starts over' in said
+    assert len(t.visited) == STEPS * EPOCHS
+
+
+# ------------------------------------------------------------------------ training: gone wrong
+
+@pytest.mark.parametrize('bad', ['loss', 'second loss', 'gradient'])
+@pytest.mark.parametrize('clip', [None, 1.0])
+@pytest.mark.parametrize('there', [False, True])
+def test_what_goes_wrong_names_the_step_and_the_last_good_state(tmp_path, bad, clip, there):
+    t, model = small(tmp_path, clip=clip)
+    if there:
+        t.save()
+    nan = float('nan')
+    model.weight.grad = torch.ones(2, 4)
+    if bad == 'gradient':
+        model.weight.grad[1, 2] = nan
+    losses = {'loss': torch.tensor(nan if bad == 'loss' else 1.5),
+              'more': torch.tensor(nan if bad == 'second loss' else 1.0)}
+    before = weights(model).clone()
+    good = (tmp_path / 'resume.pt').read_bytes() if there else None
+    kept = 'resume.pt holds the last good state' if there else 'resume.pt was not written yet'
+    with pytest.raises(Diverged, match=f'epoch 1, step 1: loss .*gradient norm .*{kept}; '
+                                       'try a lower rate or --precision float32'), t:
+        t.update(**losses)
+    assert torch.equal(weights(model), before) and t.step == 0, 'the step was not taken'
+    assert (tmp_path / 'resume.pt').exists() == there
+    if there:
+        assert (tmp_path / 'resume.pt').read_bytes() == good
+
+
+@pytest.mark.parametrize('metric', [float('nan'), float('inf')])
+def test_a_metric_that_is_no_number_is_refused(tmp_path, metric):
+    t, _ = small(tmp_path)
+    said = f'validation metric is {metric} after epoch 1: .*lower rate'
+    with pytest.raises(Diverged, match=said), t:
+        t.end_epoch(metric)
+    assert t.epoch == 0 and not (tmp_path / 'log.csv').exists()
+
+
+def test_what_diverges_once_diverges_again(tmp_path):
+    """The state before the step that went wrong is the one that the same command goes on from."""
+    def train_on():
+        t, model = small(tmp_path, save_every=0)
+        with t:
+            for epoch in t.epochs():
+                for step in t.steps():
+                    loss = model(torch.rand(5, 4)).square().mean()
+                    loss.backward()
+                    t.update(loss=loss if (epoch, step) != (1, 1) else loss * float('inf'))
+                t.end_epoch(1.0)
+    for _ in range(2):
+        with pytest.raises(Diverged, match='epoch 2, step 2.*holds the last good state'):
+            train_on()

@@ -3,24 +3,28 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from common.layers import additive, attend, dropout, half, remade
+from common.layers import Machine, Model, additive, attend, dropout, half, remade, rows
 
 
 def inputs(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(3, 2, n, 8, dtype=dtype).requires_grad_() for n in (5, 7, 7))
-    seen = np.random.default_rng(0).random((3, 1, 5, 7)) < 0.5
+    seen = torch.from_numpy(np.random.default_rng(0).random((3, 1, 5, 7)) < 0.5)
     seen[..., 0] = True
-    return (q, k, v), torch.from_numpy(seen), additive(seen, 'cpu').to(dtype)
+    return (q, k, v), seen, additive(seen).to(dtype)
 
+
+# ------------------------------------------------------------------------ attention
 
 @pytest.mark.parametrize('dtype, close', [(torch.float32, 1e-6), (torch.bfloat16, 0.03)])
 def test_attention_equals_torchs_with_gradients(dtype, close):
     """In bfloat16 the plain products round scores and weights: about 2^-8 of a value."""
     qkv, seen, mask = inputs(dtype)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    ours, torchs = attend(*qkv, mask), F.scaled_dot_product_attention(*exact, attn_mask=seen)
+    ours = attend(*qkv, mask)
+    torchs = F.scaled_dot_product_attention(*exact, attn_mask=seen)
     aim = torch.randn(ours.shape)
     (ours.float() * aim).sum().backward()
     (torchs * aim).sum().backward()
@@ -36,36 +40,113 @@ def test_dropped_weights_average_to_attention_and_masked_keys_stay_unseen(dtype)
     whole = attend(q, k, v, mask).float()
     drawn = torch.stack([attend(q, k, v, mask, 0.5, True).float() for _ in range(400)])
     torch.testing.assert_close(drawn.mean(0), whole, atol=0.15, rtol=0)
-    assert not drawn[:, ~seen.expand(whole.shape)].any() and (drawn == 0).float().mean() > 0.5
-    assert torch.equal(attend(q, k, v, mask, 0.5, False).float(), whole), 'no dropout outside training'
+    assert not drawn[:, ~seen.expand(whole.shape)].any()
+    assert (drawn == 0).float().mean() > 0.5
+    untrained = attend(q, k, v, mask, 0.5, False).float()
+    assert torch.equal(untrained, whole), 'no dropout outside training'
+
+
+def test_the_path_with_dropout_equals_torchs_where_nothing_is_dropped():
+    """float32 in training takes plain products; a share of 2^-16 drops next to nothing."""
+    qkv, seen, mask = inputs(torch.float32)
+    torch.manual_seed(3)
+    ours = attend(*qkv, mask, 2 ** -16, True)
+    torchs = F.scaled_dot_product_attention(*qkv, attn_mask=seen)
+    torch.testing.assert_close(ours, torchs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_mask_is_0_or_minus_infinity_in_the_type_of_the_products():
+    seen = torch.tensor([[True, False]])
+    mask = additive(seen)
+    assert mask.tolist() == [[0.0, -torch.inf]] and mask.dtype == torch.float32
+    with torch.autocast('cpu', torch.bfloat16):
+        mask = additive(seen)
+    assert mask.tolist() == [[0.0, -torch.inf]] and mask.dtype == torch.bfloat16
 
 
 def test_what_is_made_again_has_the_same_gradient():
     x = torch.randn(4, 3, requires_grad=True)
     w = torch.randn(3, 3, requires_grad=True)
-    f = lambda y: F.gelu(y @ w).exp() @ w
+
+    def f(y):
+        return F.gelu(y @ w).exp() @ w
     found = []
     for run in (f, lambda y: remade(f, y)):
         x.grad = w.grad = None
         run(x).sum().backward()
         found.append((x.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found))
+    with torch.no_grad():
+        assert torch.equal(remade(f, x), f(x))
 
 
-@pytest.mark.parametrize('p', [0.3, 0.5])  # 16 random bits an element, and 8
+# ------------------------------------------------------------------------ dropout
+
+@pytest.mark.parametrize('p', [0.1, 0.3, 0.5])  # 16 random bits an element, and 8
 def test_dropout_keeps_its_share_and_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(1001, 101, requires_grad=True)
     y = dropout(x, p, True)
     kept = y != 0
-    assert abs(kept.float().mean() - (1 - p)) < 0.01 and torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
+    assert abs(kept.float().mean() - (1 - p)) < 0.01
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
     y.sum().backward()
     assert torch.equal(x.grad, y), 'the gradient is dropped with the value'
     assert torch.equal(dropout(x, p, False), x)
 
+
+@pytest.mark.parametrize('p', [0.1, 0.5])
+def test_dropout_decides_each_element_alone_and_by_the_seed(p):
+    """Eight bits of one word are eight elements: neighbours must not go together."""
+    def kept(seed):
+        torch.manual_seed(seed)
+        return dropout(torch.ones(100_003), p, True) != 0
+    one = kept(0)
+    for apart in (1, 2, 3, 4, 8):
+        both = (one[apart:] & one[:-apart]).float().mean()
+        assert abs(both - (1 - p) ** 2) < 0.01
+    assert torch.equal(one, kept(0)) and not torch.equal(one, kept(1))
+
+
+def test_dropout_of_nothing_and_of_bfloat16():
+    assert dropout(torch.ones(0, 4), 0.5, True).shape == (0, 4)
+    y = dropout(torch.ones(64, 64, dtype=torch.bfloat16), 0.5, True)
+    assert y.dtype == torch.bfloat16 and set(y.flatten().tolist()) == {0.0, 2.0}
+
+
+# ------------------------------------------------------------------------ machine
 
 def test_half_casts_where_autocast_is_on():
     x = torch.randn(3)
     assert half(x) is x
     with torch.autocast('cpu', torch.bfloat16):
         assert half(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('bfloat16', [False, True])
+def test_a_machines_products_run_in_its_precision(bfloat16):
+    machine = Machine(bfloat16=bfloat16)
+    layer = nn.Linear(4, 4)
+    with machine.autocast():
+        y = layer(torch.randn(2, 4))
+    assert y.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert layer.weight.dtype == torch.float32, 'weights stay as they are'
+
+
+def test_a_machine_puts_any_array_and_a_model_knows_its_machine():
+    array = np.arange(12).reshape(3, 4)[:, ::2]
+    assert Machine().put(array).tolist() == array.tolist()
+    model, machine = Model(), Machine(bfloat16=True)
+    assert model.machine == Machine() and model.on(machine) is model
+    assert model.machine is machine and Model().machine == Machine(), 'of this model alone'
+
+
+def test_rows_are_those_of_indexing_with_their_gradient():
+    index = torch.tensor([[2, 0], [2, 1]])
+    found = []
+    for f in (rows, lambda x, i: x[i]):
+        x = torch.arange(12.0).reshape(4, 3).requires_grad_()
+        y = f(x, index)
+        (y * y).sum().backward()
+        found.append((y, x.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found))

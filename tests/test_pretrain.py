@@ -1,6 +1,9 @@
-"""Stage-PT's draws and losses, FT1's prefixes, by hand. Run: python -m pytest tests/test_pretrain.py"""
+"""Stage-PT's draws and losses, stage-FT's prefixes, losses and item tables, by hand.
+Run: python -m pytest tests/test_pretrain.py
+"""
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,115 +12,368 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import export_embeddings
 import finetune
 import pretrain
+from common.backbone import from_backbone, load_recformer, start_model
 from common.data import prepare
-from common.files import ROOT, load_pt
-from common.recformer import Batch, cosine_logits, from_backbone
-from common.text import load_tokenizer, pack_items
+from common.files import ROOT, UserError, load_json, load_pt
+from common.layers import Machine
+from common.recformer import cosine_logits
+from common.text import mask_words, tokenize
+from common.training import Processes
 from tests.toy import canonical, tiny_bert
+
+FILTERS = 4, 1, 0
+ALONE = Processes(torch.device('cpu'))
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """A folder with two data sets and a tiny language model; the environment points to it."""
+    folder = tmp_path_factory.mktemp('pretrain')
+    canonical(folder / 'data' / 'one')
+    canonical(folder / 'data' / 'two', items=20, seed=1)
+    tiny_bert(folder / 'plm')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
+        patch.setenv('ELEPHANT_RUNS', str(folder / 'runs'))
+        yield folder
+
+
+@pytest.fixture(scope='module')
+def data(place):
+    return [prepare(name, FILTERS) for name in ('one', 'two')]
 
 
 @pytest.fixture
-def setting(tmp_path, monkeypatch):
-    monkeypatch.setenv('ELEPHANT_DATA', str(tmp_path / 'data'))
-    canonical(tmp_path / 'data' / 'one')
-    canonical(tmp_path / 'data' / 'two', items=20, seed=1)
-    data = [prepare(n, (4, 1, 0)) for n in ('one', 'two')]
-    tokenizer = load_tokenizer(tiny_bert(tmp_path / 'plm'))
-    return data, tokenizer, from_backbone(tmp_path / 'plm').eval()
+def model(place):
+    return start_model(None, str(place / 'plm')).eval()
 
 
-def sources(tokenizer, *options):
-    return pretrain.Sources(pretrain.parse_args(['one', 'two', '--out', 'x', '--batch', '4', *options]), tokenizer)
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
 
 
-def test_two_domains_share_no_item_and_split_points_come_from_the_second_half(setting):
-    (one, two), tokenizer, _ = setting
-    s = sources(tokenizer)
+def options(*more):
+    return pretrain.parse_args(['one', 'two', '--batch', '4', *more])
+
+
+@pytest.fixture
+def sources(data, model):
+    return pretrain.Sources(options(), model.words)
+
+
+# ------------------------------------------------------------------------ stage-PT: data
+
+def test_two_domains_share_no_item_and_split_points_come_from_the_second_half(data, sources, model):
+    (one, two), s = data, sources
     users = np.arange(len(s.lengths))
-    seen = {u: set() for u in users}
+    seen = {user: set() for user in users}
     for seed in range(60):
-        packed, targets = s.draw(users, np.random.default_rng(seed), tokenizer.cls)
-        held = np.add.reduceat(packed.item_positions, np.cumsum(packed.lengths) - packed.lengths)
+        packed, _, targets = s.draw(users, np.random.default_rng(seed), model)
+        begin = np.cumsum(packed.lengths) - packed.lengths
+        held = np.maximum.reduceat(packed.item_positions, begin)
         assert (held > 0).all(), 'a history is never empty'
-        for u, t in enumerate(targets):
-            seen[u].add(int(np.flatnonzero(s.items[s.begin[u]:s.begin[u] + s.lengths[u]] == t)[0]))
-    assert all(seen[u] == set(range(s.lengths[u] // 2, s.lengths[u])) for u in users)
-    assert s.items[s.begin[one.n_users]:].min() > one.n_items and s.items.max() == one.n_items + two.n_items
-    assert not set(s.valid) & set(s.train) and len(s.valid) + len(s.train) == len(users)
-    assert (sources(tokenizer, '--leave_out').lengths == s.lengths - 2).all()
-    assert len(sources(tokenizer, '--share', '10').train) == round(len(s.train) / 10)
+        for user, target in enumerate(targets):
+            own = s.items[s.begin[user]:s.begin[user] + s.lengths[user]]
+            point = int(np.flatnonzero(own == target)[0])
+            seen[user].add(point)
+            assert held[user] == point, 'a history is all that came before'
+    assert all(seen[user] == set(range(s.lengths[user] // 2, s.lengths[user])) for user in users)
+    assert s.items[s.begin[one.n_users]:].min() > one.n_items
+    assert s.items.max() == one.n_items + two.n_items == s.tokens.n
 
 
-def test_a_target_twice_in_a_batch_is_no_negative_of_itself(setting):
-    _, tokenizer, model = setting
-    s = sources(tokenizer)
-    histories, _ = s.draw(np.arange(4), np.random.default_rng(0), tokenizer.cls)
+def test_what_is_drawn_is_the_history_newest_first_and_the_target(data, sources, model):
+    s, user = sources, data[0].n_users + 3
+    for seed in range(10):
+        histories, targets, ids = s.draw(np.array([user]), np.random.default_rng(seed), model)
+        own = s.items[s.begin[user]:s.begin[user] + s.lengths[user]].tolist()
+        point = own.index(ids[0])
+        known = tokenize(data[0].attributes + data[1].attributes, model.words)
+
+        def tokens_of(items):
+            parts = [known.ids[known.offsets[item]:known.offsets[item + 1]] for item in items]
+            return [model.words.cls, *np.concatenate(parts)]
+        assert histories.tokens.tolist() == tokens_of(own[:point][::-1])
+        assert targets.tokens.tolist() == tokens_of(ids)
+
+
+def test_users_are_held_out_left_out_and_shared_out(sources, model):
+    s = sources
+    assert not set(s.valid) & set(s.train)
+    assert len(s.valid) + len(s.train) == len(s.lengths) and len(s.valid) == 4
+    left = pretrain.Sources(options('--leave-out'), model.words)
+    assert (left.lengths == s.lengths - 2).all()
+    few = pretrain.Sources(options('--share', '10'), model.words)
+    assert len(few.train) == round(len(s.train) / 10) and set(few.train) < set(s.train)
+    assert (few.valid == s.valid).all(), 'the held-out users do not depend on the share'
+    least = pretrain.Sources(options('--share', '0.01'), model.words)
+    assert len(least.train) == 4, 'a batch at least'
+    other = pretrain.Sources(options('--seed', '1'), model.words)
+    assert set(other.valid) != set(s.valid)
+
+
+# ------------------------------------------------------------------------ stage-PT: losses
+
+def test_a_target_twice_in_a_batch_is_no_negative_of_itself(sources, model):
+    histories, _, _ = sources.draw(np.arange(4), np.random.default_rng(0), model)
     items = np.array([5, 9, 5, 7])
-    targets = pack_items(items, s.tokens, tokenizer.cls)
-    loss, _ = pretrain.contrastive(model, histories, targets, items, 'cpu')
-    logits = cosine_logits(model(Batch(histories, 64, 'cpu')), model(Batch(targets, 64, 'cpu')))
-    expected = [F.cross_entropy(logits[i, keep][None], torch.tensor([keep.index(i)])) for i, keep in
-                enumerate(([0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]))]
-    torch.testing.assert_close(loss, torch.stack(expected).mean())
+    targets = model.pack_items(items, sources.tokens)
+    loss, accuracy = pretrain.contrastive(model, histories, targets, items)
+    logits = cosine_logits(model(histories), model(targets))
+    candidates = [0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]
+    losses, right = [], []
+    for row, kept in enumerate(candidates):
+        label = torch.tensor([kept.index(row)])
+        losses.append(F.cross_entropy(logits[row, kept][None], label))
+        right.append(float(logits[row, kept].argmax() == label))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert float(accuracy) == np.mean(right)
 
 
-def test_masked_model_in_parts_equals_the_whole(setting):
-    import contextlib
-    _, tokenizer, model = setting
-    s, grads = sources(tokenizer), []
-    packed, _ = s.draw(np.arange(8), np.random.default_rng(0), tokenizer.cls)
-    for size in ('100000', '40'):
-        model.zero_grad()
-        args = pretrain.parse_args(['one', '--out', 'x', '--micro_tokens', size])
-        value = pretrain.masked_model(model, packed, np.random.default_rng(3), tokenizer, args, 'cpu', contextlib.nullcontext, 0.5, pretrain.Ranks(torch.device('cpu')))
-        grads.append((value, model.lm_head.dense.weight.grad.clone(), model.layers[0].attention.self.key.weight.grad.clone()))
-    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-5)
-    for a, b in zip(grads[0][1:], grads[1][1:]):
+def test_masked_model_in_parts_equals_the_whole(sources, model):
+    packed, _, _ = sources.draw(np.arange(8), np.random.default_rng(0), model)
+    found = []
+    for size in (100_000, 40):
+        model.on(Machine(micro_tokens=size)).zero_grad()
+        value = pretrain.masked_gradients(model, packed, np.random.default_rng(3), 0.5, ALONE)
+        weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
+        found.append((value, [weight.grad.clone() for weight in weights]))
+    (whole, expected), (parts, gradients) = found
+    assert float(whole) == pytest.approx(float(parts), rel=1e-5) and whole > 0
+    for a, b in zip(expected, gradients):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
-def test_prefixes_are_of_the_training_part_with_the_item_after(setting):
-    (data, _), _, _ = setting
+def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, model):
+    users, args = np.array([3, 50, 7, 8, 60, 11, 12, 13]), options('--mlm-weight', '0.3')
+    found = pretrain.step_gradients(model, sources, users, np.random.default_rng(5), args, ALONE)
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    rng, total, contrastive, mlm = np.random.default_rng(5), 0, [], []
+    for batch in (users[:4], users[4:]):
+        histories, targets, ids = sources.draw(batch, rng, model)
+        loss, _ = pretrain.contrastive(model, histories, targets, ids)
+        contrastive.append(loss.item())
+        of_words = 0
+        for packed in (histories, targets):
+            tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
+            right, packed.tokens = torch.from_numpy(packed.tokens[chosen]), tokens
+            logits = model.mlm_logits(model(packed, None))[chosen]
+            of_words = of_words + F.cross_entropy(logits, right)
+        mlm.append(of_words.item())
+        total = total + (loss + 0.3 * of_words) / 2
+    total.backward()
+    assert float(found['contrastive']) == pytest.approx(np.mean(contrastive), rel=1e-5)
+    assert float(found['mlm']) == pytest.approx(np.mean(mlm), rel=1e-5)
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_held_out_users_are_drawn_alike_each_time(sources, model):
+    args = options('--batch', '2')
+    values = [pretrain.held_out_accuracy(model.train(), sources, args, ALONE) for _ in range(2)]
+    assert values[0] == values[1] and model.training
+    right = 0
+    for number, group in enumerate(np.array_split(sources.valid, 2)):
+        rng = np.random.default_rng([0, 2, number])
+        histories, targets, _ = sources.draw(group, rng, model.eval())
+        logits = cosine_logits(model(histories), model(targets))
+        right += int((logits.argmax(1) == torch.arange(len(group))).sum())
+    assert values[0] == right / len(sources.valid)
+
+
+def test_stage_pt_as_a_command(place, data, tmp_path, capsys):
+    """It leaves the word table as it was, and a checkpoint that knows its limit of tokens."""
+    out = tmp_path / 'pt'
+    command = ['one', 'two', '--plm', str(place / 'plm'), '--batch', '8', '--accumulate', '2',
+               '--max-steps', '6', '--max-tokens', '64', '--lr', '0.001', '--warmup', '0',
+               '--out', str(out)]
+    pretrain.main(pretrain.parse_args(command))
+    assert names(out) == ['.lock', 'log.csv', 'model.pt', 'row.json']
+    tuned, begun = load_recformer(out), from_backbone(place / 'plm')
+    assert (tuned.stage, tuned.config.max_tokens, tuned.items) == ('pt', 64, None)
+    assert torch.equal(tuned.word_table, begun.word_table), 'frozen in pre-training'
+    assert not torch.equal(tuned.layers[0].output.dense.weight, begun.layers[0].output.dense.weight)
+    row = load_json(out / 'row.json')
+    assert row['stage'] == 'pt' and 0 <= row['valid'] <= 1 and 'metrics' not in row
+    log = (out / 'log.csv').read_text().splitlines()
+    assert log[0] == 'epoch,seconds,contrastive,mlm,accuracy,valid'
+    assert len(log) == row['epochs'] + 1
+    capsys.readouterr()
+    pretrain.main(pretrain.parse_args(command))
+    assert 'is up to date' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ stage-FT
+
+def test_prefixes_are_of_the_training_part_with_the_item_after(data):
+    data = data[0]
     users = np.flatnonzero(data.lengths >= 4)
-    sizes = {u: set() for u in users}
+    sizes = {user: set() for user in users}
     for seed in range(60):
-        items, offsets, labels = finetune.prefixes(data, users, np.random.default_rng(seed))
-        for row, u in enumerate(users):
-            train = data.items[data.offsets[u]:data.offsets[u + 1] - 2]
-            n = offsets[row + 1] - offsets[row]
-            assert (items[offsets[row]:offsets[row + 1]] == train[:n]).all() and labels[row] == train[n]
-            sizes[u].add(int(n))
-    assert all(sizes[u] == set(range(1, data.lengths[u] - 2)) for u in users)
+        (items, offsets), labels = finetune.prefixes(data, users, np.random.default_rng(seed))
+        for row, user in enumerate(users):
+            train = data.items[data.offsets[user]:data.offsets[user + 1] - 2]
+            size = offsets[row + 1] - offsets[row]
+            assert (items[offsets[row]:offsets[row + 1]] == train[:size]).all()
+            assert labels[row] == train[size]
+            sizes[user].add(int(size))
+    assert all(sizes[user] == set(range(1, data.lengths[user] - 2)) for user in users)
 
 
-def test_tuned_layers(setting):
-    _, _, model = setting
+@pytest.mark.parametrize('size', [100_000, 30])
+def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
+    tokens = tokenize(data[0].attributes, model.words)
+    table = model.encode_items(tokens).requires_grad_()
+    histories, labels = finetune.prefixes(data[0], np.arange(8), np.random.default_rng(0))
+    model.on(Machine(micro_tokens=size))
+    loss = finetune.add_gradients(model, table, histories, labels, tokens)
+    states = model(model.pack(*histories, tokens))
+    cosine = F.cosine_similarity(states[:, None], table[None, 1:], dim=2) / 0.05
+    expected = F.cross_entropy(cosine, torch.from_numpy(labels).long() - 1)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    weight = model.layers[0].output.dense.weight
+    of_weight, of_table = torch.autograd.grad(expected, [weight, table])
+    torch.testing.assert_close(weight.grad, of_weight, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(table.grad, of_table, atol=1e-5, rtol=1e-3)
+
+
+def test_tuned_layers(model):
+    finetune.choose_layers(model, 'all')
+    assert all(p.requires_grad for p in model.parameters())
+    refused = ('2', 'has layers 0 to 1'), ('1,x', 'give layer numbers'), ('', 'give layer')
+    for wrong, words in refused:
+        with pytest.raises(UserError, match=f'--tune-layers {wrong}.*{words}'):
+            finetune.choose_layers(model, wrong)
     finetune.choose_layers(model, '1')
-    assert {n.split('.')[3] for n, p in model.named_parameters() if p.requires_grad} == {'1'}
+    trained = {name.split('.')[3] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {'1'}
 
 
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    """torchrun on two CPU processes: negatives gathered, gradients summed, masks shared. No dropout, so it can be compared."""
+def tuned(place, stage, *more):
+    """Run finetune.py for a moment; returns the folder of its runs."""
+    args = ['one', '--stage', stage, '--epochs', '2', '--batch', '16', '--lr', '0.001',
+            '--warmup', '0', '--precision', 'float32', *map(str, more)]
+    finetune.main(finetune.parse_args(args))
+    return place / 'runs' / 'one'
+
+
+def test_item_tables_of_the_two_stages(place, data):
+    """Stage 1 ends with the items as its best weights encode them; stage 2 keeps that table, or
+    tunes it too; each stage's row says what it is."""
+    folder = tuned(place, '1', '--plm', place / 'plm')
+    first = load_recformer(folder / 'ft1-seed0')
+    tokens = tokenize(data[0].attributes, first.words)
+    assert torch.equal(first.items, first.encode_items(tokens))
+    assert (first.stage, first.data) == ('ft1', data[0].fingerprint)
+    tuned(place, '2')
+    second = load_recformer(folder / 'ft2-seed0')
+    assert torch.equal(second.items, first.items) and second.stage == 'ft2'
+    assert not torch.equal(second.word_table, first.word_table)
+    tuned(place, '2', '--trainable-items')
+    third = load_recformer(folder / 'ft2-items-seed0')
+    assert not torch.equal(third.items, first.items) and not third.items[0].any()
+    tuned(place, '1', '--plm', place / 'plm', '--tune-layers', '1', '--freeze-words')
+    layer = load_recformer(folder / 'ft1-layers1-seed0')
+    begun = from_backbone(place / 'plm')
+    moved = {name for name, value in layer.state_dict().items()
+             if not torch.equal(value, begun.state_dict()[name])}
+    positions = 'longformer.embeddings.item_position_embeddings.weight'
+    assert {name.split('.')[3] for name in moved - {positions}} == {'1'}
+    told = {name: load_json(folder / name / 'row.json') for name in
+            ('ft1-seed0', 'ft2-seed0', 'ft2-items-seed0', 'ft1-layers1-seed0')}
+    assert [(row['init'], row['mode'], row['items'], row['tune_layers']) for row in told.values()] \
+        == [('lf', 'ft1', False, 'all'), ('ft1', 'ft2', False, 'all'), ('ft1', 'ft2', True, 'all'),
+            ('lf', 'ft1', False, '1')]
+
+
+def test_stage_two_needs_stage_ones_table_of_this_data(place, data, tmp_path):
+    tuned(place, '1', '--plm', place / 'plm')
+    first = place / 'runs' / 'one' / 'ft1-seed0'
+    with pytest.raises(UserError, match='was tuned on another version of two'):
+        finetune.main(finetune.parse_args(['two', '--stage', '2', '--checkpoint', str(first)]))
+    tuned(place, '2')
+    with pytest.raises(UserError, match='stage 2 starts from a checkpoint of finetune.py'):
+        tuned(place, '2', '--checkpoint', place / 'runs' / 'one' / 'ft2-seed0')
+
+
+def test_stage_zero_is_the_untouched_model_and_trains_nothing(place, data):
+    folder = tuned(place, '0', '--plm', place / 'plm') / 'ft0-lf-seed0'
+    assert names(folder) == ['.lock', 'ranks.npz', 'row.json']
+    row = load_json(folder / 'row.json')
+    assert (row['mode'], row['epochs'], row['valid']) == ('lf', 0, None)
+
+
+# ------------------------------------------------------------------------ export
+
+def export(*options):
+    command = ['one', '--precision', 'float32', *map(str, options)]
+    export_embeddings.main(export_embeddings.parse_args(command))
+
+
+def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
+    """Of the vanilla model without its random item positions; of a checkpoint, which needs no
+    language model's folder."""
+    plm = shutil.copytree(place / 'plm', tmp_path / 'plm')
+    out = tmp_path / 'lf.pt'
+    export('--plm', plm, '--out', out)
+    content = load_pt(out, 'embeddings')
+    vanilla = start_model(None, str(plm))
+    vanilla.longformer.embeddings.item_position_embeddings.weight.data.zero_()
+    tokens = tokenize(data[0].attributes, vanilla.words)
+    torch.testing.assert_close(content['matrix'], vanilla.encode_items(tokens), atol=1e-5, rtol=0)
+    assert content['items'] == data[0].item_ids and not content['matrix'][0].any()
+    head = content['head']
+    assert (head['stage'], head['plm'], head['dataset']) == ('lf', str(plm), 'one')
+    rows = content['matrix'][1:].double()
+    unit = F.normalize(rows, dim=1)
+    others = ~torch.eye(len(rows), dtype=torch.bool)
+    assert head['norm'] == pytest.approx(float(rows.norm(dim=1).mean()))
+    assert head['cosine'] == pytest.approx(float((unit @ unit.T)[others].mean()))
+    tuned(place, '1', '--plm', plm)
+    shutil.rmtree(plm)
+    out, folder = tmp_path / 'ft.pt', place / 'runs' / 'one' / 'ft1-seed0'
+    export('--checkpoint', folder, '--out', out)
+    items = load_recformer(folder).items
+    torch.testing.assert_close(load_pt(out, 'embeddings')['matrix'], items, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    export('--checkpoint', folder, '--out', out)
+    assert 'is up to date' in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------ several processes
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
+    """torchrun on two CPU processes: negatives gathered, gradients summed, masks shared. No
+    dropout, so it can be compared."""
+    monkeypatch.setenv('ELEPHANT_DATA', str(tmp_path / 'data'))
     canonical(tmp_path / 'data' / 'one')
+    prepare('one', FILTERS)
     plm = tiny_bert(tmp_path / 'plm')
     config = json.loads((plm / 'config.json').read_text())
     (plm / 'config.json').write_text(json.dumps({**config, 'hidden_dropout_prob': 0.0}))
-    environment = {**os.environ, 'ELEPHANT_DATA': str(tmp_path / 'data'), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    run = lambda *command: subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run('-m', 'common.data', 'one').returncode == 0
-    options = ['pretrain.py', 'one', '--plm', plm, '--batch', '9', '--accumulate', '2', '--epochs', '2', '--lr', '0.01', '--warmup', '0',
-               '--precision', 'float32', '--device', 'cpu', '--out']
-    alone, shared = tmp_path / 'a' / 'pt.pt', tmp_path / 'b' / 'pt.pt'
-    assert run(*options, alone).returncode == 0
-    out = run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', *options, shared)
+    command = ['one', '--plm', str(plm), '--batch', '9', '--accumulate', '2', '--epochs', '2',
+               '--lr', '0.01', '--warmup', '0', '--precision', 'float32', '--device', 'cpu',
+               '--out']
+    alone, shared = str(tmp_path / 'alone'), str(tmp_path / 'shared')
+    pretrain.main(pretrain.parse_args([*command, alone]))
+    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    out = subprocess.run([sys.executable, *torchrun, 'pretrain.py', *command, shared], cwd=ROOT,
+                         env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
+                         capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    a, b = (load_pt(p, 'recformer') for p in (alone, shared))
-    torch.manual_seed(0)
-    start = from_backbone(plm).state_dict()
-    # against how far each tensor moved; Adam blows up the rounding of gradients near zero, such as a key.s bias, so: the median
-    apart = [float((v - b['model'][k]).norm() / (v - start[k]).norm()) for k, v in a['model'].items() if not torch.equal(v, start[k])]
-    assert np.median(apart) < 0.01
-    assert a['meta']['accuracy'] == pytest.approx(b['meta']['accuracy'])
-    assert out.stdout.count('written to') == 1
+    assert out.stdout.count('written to') == 1, 'the first process alone prints'
+    a, b = (load_recformer(folder).state_dict() for folder in (alone, shared))
+    begun = start_model(None, str(plm)).state_dict()
+    # against how far each tensor moved; Adam blows up the rounding of gradients near zero, such
+    # as a key's bias, so: the median
+    apart = [float((value - b[name]).norm() / (value - begun[name]).norm())
+             for name, value in a.items() if not torch.equal(value, begun[name])]
+    assert len(apart) > 30 and np.median(apart) < 0.01
+    rows = [load_json(f'{folder}/row.json') for folder in (alone, shared)]
+    assert rows[0]['valid'] == pytest.approx(rows[1]['valid'])

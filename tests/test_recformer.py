@@ -1,114 +1,279 @@
-"""RecFormer against transformers' own models. Run: python -m pytest tests/test_recformer.py (no download)."""
+"""RecFormer against transformers' own models, its layout of attention against plain masks, its
+checkpoints. Run: python -m pytest tests/test_recformer.py (no download).
+"""
+import shutil
+
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+import torch.nn.functional as F
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from common.files import UserError
-from common.recformer import Batch, encode_items, from_backbone, lf_untouched, load_model, load_named, save_model
-from common.text import ItemTokens, Packed
+from common import layers
+from common.backbone import (from_backbone, load_named, load_recformer, save_recformer, start_model,
+                             untouched, weights_digest)
+from common.files import UserError, save_pt
+from common.layers import Machine
+from common.recformer import Batch, cosine_logits
+from common.text import ItemTokens, Packed, load_words, tokenize
 from tests.toy import longformer, tiny_bert, tiny_longformer
+
+LENGTHS = [[1], [5, 1, 40], [150, 3, 64, 65], [160, 1], [161, 1], [400, 1, 161, 64, 129, 128, 192]]
 
 
 def packed(lengths, vocab=100, seed=0):
+    """Random sequences of these lengths, of special tokens at item position 0."""
     lengths = np.array(lengths)
     zeros = np.zeros(lengths.sum(), np.int64)
     tokens = np.random.default_rng(seed).integers(2, vocab, lengths.sum())
     return Packed(tokens, zeros, zeros, zeros.astype(bool), lengths)
 
 
+def joined(a, b):
+    """The sequences of two Packed, as one."""
+    names = 'tokens', 'types', 'item_positions', 'starts', 'lengths'
+    return Packed(*(np.concatenate([getattr(a, name), getattr(b, name)]) for name in names))
+
+
+# ------------------------------------------------------------------------ layout of attention
+
+def reference(lengths, window):
+    """For every token, in order, the sorted rows of the tokens that it attends: CLS, and window / 2
+    tokens to each side of it."""
+    found, begin = [], 0
+    for length in lengths:
+        for query in range(length):
+            seen = [key for key in range(length) if key == 0 or abs(key - query) <= window // 2]
+            found.append([begin + key for key in seen])
+        begin += length
+    return found
+
+
+def attended(batch):
+    """The same of a Batch; a token that would count twice stands there twice."""
+    block = batch.place // batch.queries.shape[1]
+    query = batch.place % batch.queries.shape[1]
+    seen = batch.mask[block, 0, query] == 0
+    keys = batch.keys[block]
+    return [sorted(row[kept].tolist()) for row, kept in zip(keys, seen)]
+
+
+@pytest.mark.parametrize('window', [2, 8, 64])
+@pytest.mark.parametrize('lengths', LENGTHS)
+def test_layout_is_that_of_plain_masks(lengths, window):
+    batch = Batch(packed(lengths), window, Machine())
+    assert attended(batch) == reference(lengths, window)
+    total = torch.arange(sum(lengths))
+    assert torch.equal(batch.queries.flatten()[batch.place], total), 'each token asks for itself'
+    assert ((batch.mask == 0) | (batch.mask == -torch.inf)).all()
+    assert (batch.mask == 0).any(-1).all(), 'a query that attends nothing gives NaN'
+    begin = 0
+    for row, length in enumerate(lengths):
+        assert batch.real[row].tolist() == [column < length for column in range(max(lengths))]
+        assert batch.all[row, :length].tolist() == list(range(begin, begin + length))
+        assert batch.positions[begin:begin + length].tolist() == list(range(length))
+        assert batch.cls[row] == begin
+        begin += length
+
+
+class Counting(Machine):
+    """A machine that notes how many numbers each copy to the device has."""
+
+    def put(self, array):
+        self.sizes = getattr(self, 'sizes', []) + [array.size]
+        return super().put(array)
+
+
+@pytest.mark.parametrize('lengths', [[150, 3, 64, 65], [400, 1, 161, 64, 129]])
+def test_host_sends_tokens_and_lengths_and_waits_for_nothing(lengths, monkeypatch):
+    """Tensors of the device 'meta' have no values: whatever asked for one would fail."""
+    monkeypatch.setattr(layers, 'half', lambda x: x)  # autocast knows no such device
+    machine = Counting(torch.device('meta'))
+    batch = Batch(packed(lengths), 64, machine)
+    assert sorted(machine.sizes, reverse=True)[:3] == [sum(lengths)] * 3
+    assert max(machine.sizes[3:]) <= len(lengths) and len(machine.sizes) <= 5
+    assert batch.mask.numel() > 20 * sum(machine.sizes), 'queries x keys'
+    assert {value.device.type for value in vars(batch).values()} == {'meta'}
+    real = Batch(packed(lengths), 64, Machine())
+    for name, value in vars(batch).items():
+        assert (value.shape, value.dtype) == (getattr(real, name).shape, getattr(real, name).dtype)
+
+
+# ------------------------------------------------------------------------ against transformers
+
 def square(p, pad=1):
-    """Padded ids and mask [B, L] of packed sequences, for the reference."""
-    ids, mask, begin = torch.full((len(p.lengths), p.lengths.max()), pad), torch.zeros(len(p.lengths), p.lengths.max(), dtype=torch.long), 0
-    for row, n in enumerate(p.lengths):
-        ids[row, :n], mask[row, :n] = torch.from_numpy(p.tokens[begin:begin + n]), 1
-        begin += n
-    return ids, mask
+    """Packed sequences as padded ids, mask, and global mask [B, L], for the reference."""
+    ids = torch.full((len(p.lengths), p.lengths.max()), pad)
+    mask = torch.zeros_like(ids)
+    begin = 0
+    for row, length in enumerate(p.lengths):
+        ids[row, :length] = torch.from_numpy(p.tokens[begin:begin + length])
+        mask[row, :length] = 1
+        begin += length
+    everywhere = torch.zeros_like(ids)
+    everywhere[:, 0] = 1
+    return ids, mask, everywhere
 
 
-def ours_of(reference, tmp_path, window):
-    reference.save_pretrained(tmp_path)
-    model = lf_untouched(from_backbone(tmp_path)).eval()
+def ours_of(theirs, folder, window):
+    """RecFormer with the weights of a transformers model, without item positions."""
+    theirs.save_pretrained(folder)
+    model = untouched(from_backbone(folder)).eval()
     model.config.window = window
     return model
 
 
 @pytest.mark.parametrize('window', [8, 64])
-@pytest.mark.parametrize('lengths', [[1], [5, 1, 40], [150, 3, 64, 65], [400, 1, 161, 64, 129]])
+@pytest.mark.parametrize('lengths', LENGTHS)
 def test_equals_transformers_longformer(tmp_path, window, lengths):
     torch.manual_seed(1)
-    reference = longformer(window)
-    model, p = ours_of(reference, tmp_path, window), packed(lengths)
-    batch, (ids, mask) = Batch(p, window, 'cpu'), square(p)
-    globe = torch.zeros_like(ids)
-    globe[:, 0] = 1
-    hidden = reference.longformer(ids, attention_mask=mask, global_attention_mask=globe).last_hidden_state
-    valid = hidden[mask.bool()]
-    torch.testing.assert_close(model(batch, None), valid, atol=1e-5, rtol=0, msg='states of all tokens')
-    torch.testing.assert_close(model(batch), hidden[:, 0], atol=1e-5, rtol=0, msg='CLS, computed alone in the last layer')
-    chosen = torch.arange(0, len(valid), 3)
-    torch.testing.assert_close(model(batch, chosen), valid[chosen], atol=1e-5, rtol=0, msg='chosen rows only')
-    logits = reference(ids, attention_mask=mask, global_attention_mask=globe).logits[mask.bool()]
-    torch.testing.assert_close(model.mlm_logits(model(batch, None)), logits, atol=1e-5, rtol=0)
+    theirs = longformer(window)
+    model, p = ours_of(theirs, tmp_path, window), packed(lengths)
+    ids, mask, everywhere = square(p)
+    found = theirs.longformer(ids, mask, everywhere, output_attentions=True)
+    hidden, valid = found.last_hidden_state, found.last_hidden_state[mask.bool()]
+    close = dict(atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(p, None), valid, **close, msg='all tokens')
+    torch.testing.assert_close(model(p), hidden[:, 0], **close, msg='CLS, alone in the last layer')
+    chosen = np.arange(0, len(valid), 3)
+    torch.testing.assert_close(model(p, chosen), valid[chosen], **close, msg='chosen rows only')
+    logits = theirs(ids, mask, everywhere).logits[mask.bool()]
+    torch.testing.assert_close(model.mlm_logits(model(p, None)), logits, **close)
+    of_cls = torch.stack(found.global_attentions)[..., 0]  # [layers, B, h, L and what pads it]
+    of_cls = of_cls[..., :ids.shape[1]].masked_fill(mask[:, None] == 0, 0)
+    torch.testing.assert_close(model.cls_attention(p), of_cls, **close)
 
 
-def test_gradients_equal_transformers_longformer(tmp_path):
+@pytest.mark.parametrize('lengths', [[70, 3, 200], [70, 3, 20]])
+def test_gradients_equal_transformers_longformer(tmp_path, lengths):
     torch.manual_seed(1)
-    reference = longformer(8)
-    model, p = ours_of(reference, tmp_path, 8), packed([70, 3, 200])
-    ids, mask = square(p)
-    globe = torch.zeros_like(ids)
-    globe[:, 0] = 1
+    theirs = longformer(8)
+    model, p = ours_of(theirs, tmp_path, 8), packed(lengths)
+    ids, mask, everywhere = square(p)
     aim = torch.randn(3, 16)
-    (reference.longformer(ids, attention_mask=mask, global_attention_mask=globe).last_hidden_state[:, 0] * aim).sum().backward()
-    (model(Batch(p, 8, 'cpu')) * aim).sum().backward()
-    theirs = dict(reference.named_parameters())
-    checked = 0
-    for name, q in model.named_parameters():
-        if name in theirs and theirs[name].grad is not None and 'token_type' not in name:
-            grad = q.grad if q.grad is not None else torch.zeros_like(q)
-            torch.testing.assert_close(grad, theirs[name].grad, atol=1e-5, rtol=1e-4, msg=name)
+    hidden = theirs.longformer(ids, mask, everywhere).last_hidden_state
+    (hidden[:, 0] * aim).sum().backward()
+    (model(p) * aim).sum().backward()
+    known, checked = dict(theirs.named_parameters()), 0
+    for name, ours in model.named_parameters():
+        if name in known and known[name].grad is not None and 'token_type' not in name:
+            gradient = torch.zeros_like(ours) if ours.grad is None else ours.grad
+            torch.testing.assert_close(gradient, known[name].grad, atol=1e-5, rtol=1e-4, msg=name)
             checked += 1
     assert checked > 30
 
 
 def test_a_bert_whose_text_fits_the_window_is_unchanged(tmp_path):
-    """Copied global projections, no position offset: within 32 tokens RecFormer from BERT is BERT."""
+    """Copied global projections, no position offset: within 32 tokens RecFormer is BERT."""
     torch.manual_seed(1)
-    bert = BertForMaskedLM(BertConfig(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
-                                      max_position_embeddings=64)).eval()
+    shape = dict(vocab_size=100, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 intermediate_size=24, max_position_embeddings=64)
+    bert = BertForMaskedLM(BertConfig(**shape)).eval()
     model, p = ours_of(bert, tmp_path, 64), packed([20, 1, 32])
-    ids, mask = square(p, 0)
+    ids, mask, _ = square(p, 0)
     hidden = bert.bert(ids, attention_mask=mask).last_hidden_state[mask.bool()]
-    torch.testing.assert_close(model(Batch(p, 64, 'cpu'), None), hidden, atol=1e-5, rtol=0)
-    torch.testing.assert_close(model.mlm_logits(hidden), bert(ids, attention_mask=mask).logits[mask.bool()], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(p, None), hidden, atol=1e-5, rtol=0)
+    logits = bert(ids, attention_mask=mask).logits[mask.bool()]
+    torch.testing.assert_close(model.mlm_logits(hidden), logits, atol=1e-5, rtol=0)
 
 
-def test_sequences_do_not_see_each_other(tmp_path):
-    model = from_backbone(tiny_bert(tmp_path)).eval()
-    alone = [model(Batch(packed([n], 60, seed=n), 64, 'cpu')) for n in (200, 7)]
-    a, b = packed([200], 60, seed=200), packed([7], 60, seed=7)
-    both = Packed(*(np.concatenate([getattr(a, f), getattr(b, f)]) for f in ('tokens', 'types', 'item_positions', 'starts', 'lengths')))
-    torch.testing.assert_close(model(Batch(both, 64, 'cpu')), torch.cat(alone), atol=1e-5, rtol=0)
+@pytest.mark.parametrize('lengths', [[200, 7], [100, 7]])
+def test_bfloat16_differs_by_rounding_alone(tmp_path, lengths):
+    """It takes other products than float32's fused kernel."""
+    model, p = ours_of(longformer(8), tmp_path, 8), packed(lengths)
+    exact = model(p, None)
+    found = model.on(Machine(bfloat16=True))(p, None).float()
+    assert (F.cosine_similarity(found, exact) > 0.999).all()
 
 
 def test_positions_are_tiled_and_first_layers_taken(tmp_path):
     model = from_backbone(tiny_bert(tmp_path, layers=3), layers=2)
     table = model.longformer.embeddings.position_embeddings.weight
-    assert table.shape[0] == 1024 and torch.equal(table[:64], table[64:128]) and len(model.layers) == 2
+    assert table.shape[0] == 1024 and torch.equal(table[:64], table[64:128])
+    assert len(model.layers) == model.config.layers == 2
     types = model.longformer.embeddings.token_type_embeddings.weight
     assert types.shape[0] == 4 and torch.equal(types[0], types[3])
     with pytest.raises(UserError, match='--layers 4: the model has 3'):
         from_backbone(tmp_path, layers=4)
 
 
+def test_untouched_switches_off_the_random_item_positions(tmp_path):
+    model = from_backbone(tiny_bert(tmp_path))
+    table = model.longformer.embeddings.item_position_embeddings.weight
+    assert table.shape == (51, 16) and 0.015 < table.std() < 0.025
+    assert not untouched(model).longformer.embeddings.item_position_embeddings.weight.any()
+
+
+# ------------------------------------------------------------------------ encoding
+
+@pytest.mark.parametrize('lengths', [(200, 7), (100, 7)])
+def test_sequences_do_not_see_each_other(tmp_path, lengths):
+    model = from_backbone(tiny_bert(tmp_path)).eval()
+    a, b = (packed([length], 60, seed=length) for length in lengths)
+    alone = torch.cat([model(a), model(b)])
+    torch.testing.assert_close(model(joined(a, b)), alone, atol=1e-5, rtol=0)
+
+
+def tokens_of_four():
+    """ItemTokens of four items, the first and the third of a few tokens, the second of one."""
+    ids = np.arange(5, 17, dtype=np.int32)
+    offsets = np.array([0, 0, 5, 6, 10, 12])
+    return ItemTokens(ids, np.full(12, 2, np.int8), np.ones(12, bool), offsets)
+
+
+def test_encode_items_restores_order_and_mode(tmp_path):
+    model = start_model(None, str(tiny_bert(tmp_path))).train()
+    tokens = tokens_of_four()
+    many = model.on(Machine(micro_tokens=1000)).encode_items(tokens)
+    few = model.on(Machine(micro_tokens=4)).encode_items(tokens)
+    assert model.training and many.shape == (5, 16) and many.dtype == torch.float32
+    assert not many[0].any() and many[1:].any(1).all() and not many.requires_grad
+    torch.testing.assert_close(many, few, atol=1e-5, rtol=0)
+    model.eval()
+    one_by_one = torch.cat([model(model.pack_items([item], tokens)) for item in (1, 2, 3, 4)])
+    torch.testing.assert_close(many[1:], one_by_one, atol=1e-5, rtol=0)
+
+
+def test_encode_histories_in_parts(tmp_path):
+    model = start_model(None, str(tiny_bert(tmp_path))).eval()
+    tokens, items, offsets = tokens_of_four(), np.array([1, 2, 3, 4, 1]), np.array([0, 2, 3, 5])
+    whole = model.encode_histories(items, offsets, tokens)
+    parts = model.encode_histories(items, offsets, tokens, at_once=1)
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole, model(model.pack(items, offsets, tokens)), atol=1e-5, rtol=0)
+
+
+def test_histories_are_cut_to_the_models_limits(tmp_path):
+    model, tokens = start_model(None, str(tiny_bert(tmp_path))), tokens_of_four()
+    items, offsets = np.array([1, 3, 4]), np.array([0, 3])
+    assert model.pack(items, offsets, tokens).lengths.tolist() == [1 + 2 + 4 + 5]
+    model.config.max_tokens = 5
+    assert model.pack(items, offsets, tokens).lengths.tolist() == [5]
+    model.config.max_items = 1
+    assert model.pack(items, offsets, tokens).tokens.tolist() == [model.words.cls, 15, 16]
+
+
+def test_cosine_logits_by_hand():
+    states, table = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0], [6, 8], [4, -3], [0, 2]])
+    found = cosine_logits(states.bfloat16(), table)
+    torch.testing.assert_close(found, torch.tensor([[0, 20, 0, 16.0]]), atol=1e-5, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------ published files
+
 def published(model):
-    """The names that RecFormer's published files have: ours, a tied output table, a buffer, a table of items."""
-    state = {k: v.clone() for k, v in model.state_dict().items()}
+    """The names that RecFormer's published files have: ours, a tied output table, a buffer, a table
+    of items."""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     state['longformer.embeddings.position_ids'] = torch.arange(5)
-    state['lm_head.decoder.weight'], state['lm_head.decoder.bias'] = torch.zeros(2), torch.zeros(2)
+    state['lm_head.decoder.weight'] = state['lm_head.decoder.bias'] = torch.zeros(2)
     state['item_embedding.weight'] = torch.zeros(7, 16)
     return state
+
+
+def same_weights(a, b):
+    there = b.state_dict()
+    return all(torch.equal(value, there[name]) for name, value in a.state_dict().items())
 
 
 @pytest.mark.parametrize('binary', [False, True])
@@ -118,36 +283,97 @@ def test_published_state_dict_loads_with_every_name_accounted_for(tmp_path, bina
     with torch.no_grad():
         model.layers[0].output.dense.weight.add_(1)
     torch.save(published(model), tmp_path / 'published.bin')
-    loaded, meta = load_model(tmp_path / 'published.bin', str(folder))
-    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in model.state_dict().items()) and meta['plm'] == str(folder)
-    with pytest.raises(UserError, match='--plm'):
-        load_model(tmp_path / 'published.bin')
+    loaded = load_recformer(tmp_path / 'published.bin', str(folder))
+    assert same_weights(model, loaded)
+    assert (loaded.plm, loaded.stage, loaded.items) == (str(folder), 'published', None)
+    assert loaded.words.text == load_words(folder).text
+    with pytest.raises(UserError, match='published.bin.*add --plm'):
+        load_recformer(tmp_path / 'published.bin')
     state = published(model)
-    for change, word in (({'longformer.encoder.layer.9.x': torch.zeros(1)}, 'unknown'), ({'lm_head.bias': torch.zeros(3)}, 'another shape')):
-        with pytest.raises(UserError, match=word):
+    of_other_shape = {'lm_head.bias': torch.zeros(3)}
+    unknown = {'longformer.encoder.layer.9.x': torch.zeros(1)}
+    for change, words in ((unknown, 'unknown.*layer.9.x'), (of_other_shape, 'another shape')):
+        with pytest.raises(UserError, match=words):
             load_named(from_backbone(folder), state | change, 'file')
     del state['lm_head.bias']
-    with pytest.raises(UserError, match='missing'):
+    with pytest.raises(UserError, match='missing.*lm_head.bias'):
         load_named(from_backbone(folder), state, 'file')
 
 
-def test_checkpoint_round_trip_and_refusals(tmp_path):
-    model = from_backbone(tiny_bert(tmp_path / 'plm'))
-    save_model(tmp_path / 'm.pt', model, {'plm': 'x', 'identity': {}})
-    again, _ = load_model(tmp_path / 'm.pt')
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
-    with pytest.raises(UserError, match='was made with --plm x'):
-        load_model(tmp_path / 'm.pt', 'y')
+# ------------------------------------------------------------------------ checkpoints
+
+ATTRIBUTES = [[('title', 'fine sea salt'), ('brand', 'acme')], [('title', 'green tea')]]
+
+
+@pytest.mark.parametrize('make', [tiny_bert, tiny_longformer])
+def test_a_checkpoint_needs_no_other_file(tmp_path, make):
+    folder = make(tmp_path / 'plm')
+    model = start_model(None, str(folder), seed=3)
+    model.stage, model.data, model.config.max_tokens = 'ft1', 'fingerprint', 77
+    items = torch.randn(3, 16)
+    save_recformer(tmp_path / 'run' / 'model.pt', model, items)
+    tokens = tokenize(ATTRIBUTES, model.words)
+    encoded = model.encode_items(tokens)
+    shutil.rmtree(folder)
+    for path in (tmp_path / 'run', tmp_path / 'run' / 'model.pt', str(tmp_path / 'run')):
+        again = load_recformer(path)
+        assert same_weights(model, again) and again.config == model.config
+        assert (again.plm, again.stage, again.data) == (str(folder), 'ft1', 'fingerprint')
+        assert torch.equal(again.items, items)
+    assert weights_digest(again) == weights_digest(model)
+    found = tokenize(ATTRIBUTES, again.words)
+    assert found.fingerprint == tokens.fingerprint and len(found.ids) > 4
+    assert (again.words.cls, again.words.mask) == (model.words.cls, model.words.mask)
+    assert torch.equal(again.encode_items(found), encoded)
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path):
+    save_recformer(tmp_path / 'm.pt', start_model(None, str(tiny_bert(tmp_path / 'plm'))))
     (tmp_path / 'cut.pt').write_bytes((tmp_path / 'm.pt').read_bytes()[:1000])
-    with pytest.raises(UserError, match='cut.pt: not a readable'):
-        load_model(tmp_path / 'cut.pt')
+    save_pt(tmp_path / 'seq.pt', 'seq')
+    (tmp_path / 'empty').mkdir()
+    for name, words in (('cut.pt', 'cut.pt: not a readable'), ('seq.pt', 'is a seq file'),
+                        ('nosuch.pt', 'no such file'), ('empty', 'empty/model.pt: no such file')):
+        with pytest.raises(UserError, match=words):
+            load_recformer(tmp_path / name)
 
 
-def test_encode_items_restores_order_and_mode(tmp_path):
-    model = from_backbone(tiny_bert(tmp_path)).train()
-    ids = np.arange(5, 17, dtype=np.int32)
-    tokens = ItemTokens(ids, np.full(12, 2, np.int8), np.ones(12, bool), np.array([0, 0, 5, 6, 12]))
-    import contextlib
-    many, few = (encode_items(model, tokens, 2, 'cpu', contextlib.nullcontext, n) for n in (1000, 4))
-    assert model.training and not many[0].any() and many.shape == (4, 16)
-    torch.testing.assert_close(many, few, atol=1e-5, rtol=0)
+def test_the_seed_draws_the_item_positions_and_nothing_else(tmp_path):
+    folder = str(tiny_bert(tmp_path))
+    a, again, b = (start_model(None, folder, seed=seed).state_dict() for seed in (0, 0, 1))
+    apart = [name for name in a if not torch.equal(a[name], b[name])]
+    assert apart == ['longformer.embeddings.item_position_embeddings.weight']
+    assert all(torch.equal(a[name], again[name]) for name in a)
+
+
+# ------------------------------------------------------------------------ language models
+
+def test_folders_that_hold_no_fitting_model_are_refused(tmp_path):
+    with pytest.raises(UserError, match='no language model could be loaded'):
+        start_model(None, str(half_a_model(tmp_path / 'cut')))
+    shape = dict(vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / 'gpt')
+    with pytest.raises(UserError, match='gpt'):
+        from_backbone(tmp_path / 'gpt')
+    bare = tiny_bert(tmp_path / 'bare')
+    (bare / 'tokenizer.json').unlink()
+    with pytest.raises(UserError, match='token'):
+        start_model(None, str(bare))
+
+
+def half_a_model(folder):
+    """A language model's folder whose weights were cut short."""
+    weights = tiny_bert(folder) / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:5000])
+    return folder
+
+
+def test_a_backbone_that_lacks_weights_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+    file = tiny_bert(tmp_path) / 'model.safetensors'
+    state = load_file(file)
+    lost = 'bert.encoder.layer.1.output.dense.weight'
+    del state[lost]
+    save_file(state, file, {'format': 'pt'})
+    with pytest.raises(UserError, match=f'lack 1 tensors, the first {lost}'):
+        from_backbone(tmp_path)

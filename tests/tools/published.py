@@ -1,7 +1,8 @@
-"""What published code computes, as the plainest use of public parts: the baselines of tests/bench.py.
+"""What published code computes, as the plainest use of public parts: the baselines of bench.py.
 
-transformers' LongformerModel in float32 on inputs padded to the window; SASRec and BERT4Rec padded to 50 positions with
-torch's own layers; logits at every position; ranks by sorting. Only for timing: nothing is trained with it.
+transformers' LongformerModel in float32 on inputs padded to the window; SASRec and BERT4Rec padded
+to 50 positions with torch's own layers; logits at every position; ranks by sorting. Only for
+timing (python -m tests.tools.bench): nothing is trained with it.
 """
 import numpy as np
 import torch
@@ -12,29 +13,33 @@ from transformers import LongformerConfig, LongformerForMaskedLM
 PLACES = 50
 
 
-# ---------------------------------------------------------------------------- language model
+# ------------------------------------------------------------------------ language model
 
 def longformer(config):
     """A random Longformer of this RecFormer Config's shape."""
     c = config
     return LongformerForMaskedLM(LongformerConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-        intermediate_size=c.intermediate, attention_window=[c.window] * c.layers, max_position_embeddings=1100, pad_token_id=1))
+        vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, intermediate_size=c.intermediate,
+        attention_window=[c.window] * c.layers, max_position_embeddings=1100, pad_token_id=1))
 
 
 def padded(packed, window, ids=None):
-    """Packed sequences as input_ids, attention_mask, global_attention_mask [B, L], L a multiple of the window."""
+    """Packed sequences as input_ids, attention_mask, global_attention_mask [B, L], L a multiple of
+    the window."""
     longest = -(-packed.lengths.max() // window) * window
     valid = torch.from_numpy(np.arange(longest) < packed.lengths[:, None])
     tokens = torch.full(valid.shape, 1)
     tokens[valid] = torch.from_numpy(packed.tokens if ids is None else ids)
     everywhere = torch.zeros_like(tokens)
     everywhere[:, 0] = 1
-    return {'input_ids': tokens, 'attention_mask': valid.long(), 'global_attention_mask': everywhere}
+    return {'input_ids': tokens, 'attention_mask': valid.long(),
+            'global_attention_mask': everywhere}
 
 
 def cls(model, packed):
-    return model.longformer(**padded(packed, model.config.attention_window[0])).last_hidden_state[:, 0]
+    inputs = padded(packed, model.config.attention_window[0])
+    return model.longformer(**inputs).last_hidden_state[:, 0]
 
 
 def cosine(a, b):
@@ -48,7 +53,8 @@ def masked_loss(model, packed, ids, chosen):
     inputs = padded(packed, model.config.attention_window[0], ids)
     square = torch.full(inputs['input_ids'].shape, -100)
     square[inputs['attention_mask'].bool()] = labels
-    return F.cross_entropy(model(**inputs).logits.flatten(0, 1), square.flatten(), ignore_index=-100)
+    logits = model(**inputs).logits.flatten(0, 1)
+    return F.cross_entropy(logits, square.flatten(), ignore_index=-100)
 
 
 def made_up_tokenizer(size):
@@ -56,11 +62,13 @@ def made_up_tokenizer(size):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     words = {('\u0120' if i % 5 < 3 else '') + f'w{i}': i for i in range(size)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, next(iter(words)))))
+    made = Tokenizer(models.WordLevel(words, next(iter(words))))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def masked_batch(histories, tokens, rng, tokenizer, mask=3):
-    """Histories (lists of item ids) to whole-word-masked inputs, token by token in Python; padding is masked like the rest."""
+    """Histories (lists of item ids) to whole-word-masked inputs, token by token in Python; padding
+    is masked like the rest."""
     rows = [[], [], [], []]
     for history in histories:
         ids, types, places = [0], [0], [0]
@@ -78,7 +86,8 @@ def masked_batch(histories, tokens, rng, tokenizer, mask=3):
     for ids in rows[0]:
         words = []
         for k, word in enumerate(tokenizer.convert_ids_to_tokens(i) for i in ids):
-            if words and not word.startswith('\u0120'):  # the byte-level mark of a word's first token
+            # the byte-level mark of a word's first token
+            if words and not word.startswith('\u0120'):
                 words[-1].append(k)
             else:
                 words.append([k])
@@ -92,10 +101,11 @@ def masked_batch(histories, tokens, rng, tokenizer, mask=3):
     ids, types, places, labels = map(torch.tensor, rows)
     draw, chosen = torch.rand(ids.shape), labels >= 0
     ids = torch.where(chosen & (draw < 0.8), mask, ids)
-    return torch.where(chosen & (draw >= 0.9), torch.randint(len(tokenizer), ids.shape), ids), types, places, labels
+    ids = torch.where(chosen & (draw >= 0.9), torch.randint(len(tokenizer), ids.shape), ids)
+    return ids, types, places, labels
 
 
-# ---------------------------------------------------------------------------- ID models
+# ------------------------------------------------------------------------ ID models
 
 def squares(items, offsets):
     """Ragged rows as [B, 50], padded with 0 on the left, newest last."""
@@ -109,11 +119,13 @@ def squares(items, offsets):
 class SASRec(nn.Module):
     def __init__(self, n, hidden):
         super().__init__()
-        self.items, self.places = nn.Embedding(n + 1, hidden, padding_idx=0), nn.Embedding(PLACES, hidden)
+        self.items = nn.Embedding(n + 1, hidden, padding_idx=0)
+        self.places = nn.Embedding(PLACES, hidden)
         norm = lambda: nn.LayerNorm(hidden, eps=1e-8)
         self.blocks = nn.ModuleList(nn.ModuleDict({
             'norm': norm(), 'attention': nn.MultiheadAttention(hidden, 1, 0.5), 'norm2': norm(),
-            'ffn': nn.Sequential(nn.Linear(hidden, hidden), nn.Dropout(0.5), nn.ReLU(), nn.Linear(hidden, hidden), nn.Dropout(0.5))})
+            'ffn': nn.Sequential(nn.Linear(hidden, hidden), nn.Dropout(0.5), nn.ReLU(),
+                                 nn.Linear(hidden, hidden), nn.Dropout(0.5))})
             for _ in range(2))
         self.norm, self.drop = norm(), nn.Dropout(0.5)
 
@@ -133,7 +145,8 @@ class SASRec(nn.Module):
         """One negative a position (negatives [B, 50]), or with None a softmax at every position."""
         x = self(rows)
         if negatives is None:
-            return F.cross_entropy((x @ self.items.weight.T).flatten(0, 1), targets.flatten(), ignore_index=0)
+            logits = (x @ self.items.weight.T).flatten(0, 1)
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=0)
         score = lambda ids: (x * self.items(ids)).sum(-1)[targets > 0]
         right, wrong = score(targets), score(negatives)
         return F.binary_cross_entropy_with_logits(right, torch.ones_like(right)) \
@@ -146,8 +159,10 @@ class SASRec(nn.Module):
 class BERT4Rec(nn.Module):
     def __init__(self, n, hidden):
         super().__init__()
-        self.items, self.places = nn.Embedding(n + 2, hidden, padding_idx=0), nn.Embedding(PLACES, hidden)
-        layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, 0.1, 'gelu', batch_first=True, norm_first=True)
+        self.items = nn.Embedding(n + 2, hidden, padding_idx=0)
+        self.places = nn.Embedding(PLACES, hidden)
+        layer = nn.TransformerEncoderLayer(hidden, 4, 4 * hidden, 0.1, 'gelu', batch_first=True,
+                                           norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.out = nn.Linear(hidden, n + 1)
 
