@@ -30,7 +30,7 @@ from common.metrics import (CUTOFFS, compare, per_user, product_scorer, rank_cou
 from common.models import load_seq
 from common.options import POSITIVE, add_machine_options, option, options_parser
 from common.progress import progress
-from common.report import markdown, render
+from common.report import cells_of, markdown, render
 from common.runs import code_of, finished, load_rows, read_ranks, result_line, write_row
 from common.text import tokenize
 from common.training import start
@@ -180,6 +180,7 @@ def show_attention(args, data, folder):
         raise UserError(f'{data.name}: its language model has {tuned.config.layers} layers; thirds '
                         'of the depth need three')
     models = {'vanilla': untouched(start_model(None, tuned.plm, tuned.config.layers)), 'tuned': tuned}
+    models['vanilla'].config = tuned.config  # its limits of items and tokens
     seq = load_seq(folder / args.seq, data)[0] if args.seq else None
     if seq and not hasattr(seq, 'attention_weights'):
         raise UserError(f'--seq {args.seq}: SASRec is needed here')
@@ -219,12 +220,17 @@ def user_of_maps(args, data):
 def show_curve(args, data, folder):
     """Figure 2: SASRec from PT of a share of the source users (embeddings pt-share<percent>), beside
     LF and random."""
-    values = {}
-    for row in load_rows(data.name):
-        if row['model'] == 'sasrec' and row['mode'] in ('random', 'trainable'):
-            values.setdefault((row['init'], row['scale']), []).append(
-                100 * row['metrics']['sampled']['NDCG@10'])
-    found = {key: (mean(v), stdev(v) if len(v) > 1 else 0.0) for key, v in values.items()}
+    rows = [row for row in load_rows(data.name) if row['data'] == data.fingerprint]
+    cells = cells_of(rows).get(('sasrec', 'bce'), {}).values()
+    cells = [cell for cell in cells if cell.first['mode'] in ('random', 'trainable')]
+    shared = [cell for cell in cells if cell.first['init'].startswith('pt-share')]
+    width = max((cell.first['hidden'] for cell in shared), default=None)
+    found = {}
+    for cell in cells:
+        if cell.first['hidden'] == width and not cell.mixed:
+            v = [100 * row['metrics']['sampled']['NDCG@10'] for row in cell.rows]
+            spread = stdev(v) if len(v) > 1 else 0.0
+            found[cell.first['init'], cell.first['scale']] = mean(v), spread
     points = {(scale, float(init.removeprefix('pt-share'))): value
               for (init, scale), value in found.items() if init.startswith('pt-share')}
     if not points:

@@ -75,7 +75,7 @@ def average(of_users):
         names = dict.fromkeys(name for user in of_users for name in user[stratum])
         values = {name: np.array([user[stratum].get(name, np.nan) for user in of_users])
                   for name in names}
-        found[stratum] = {name: v[np.isfinite(v)].sum() / max(1, np.isfinite(v).sum())
+        found[stratum] = {name: v[np.isfinite(v)].mean() if np.isfinite(v).any() else np.nan
                           for name, v in values.items()}
     return found
 
@@ -85,7 +85,8 @@ def findings(vanilla, tuned):
     thresholds are ours)."""
     of = {name: {s: tuned[s].get(name, np.nan) for s in STRATA}
           for name in ('layers', 'border', 'first', 'heads', 'sasrec')}
-    inside = np.mean(list(of['layers'].values()))
+    inside = [x for x in of['layers'].values() if np.isfinite(x)]  # none: thirds of one layer
+    inside = np.mean(inside) if inside else np.nan
     border = np.mean([of['border'][s] for s in STRATA[1:]])  # nothing lies below the bottom
     first, like, before = of['first'], of['sasrec'], vanilla['middle']['first']
     other = vanilla['top'].get('sasrec', np.nan)

@@ -38,6 +38,7 @@ class Cell:
         free = {'options.seed', 'options.lr', 'from', 'start', 'items'}
         self.mixed = any(set(differences(self.first['identity'], row['identity'])) - free
                          or row['code'] != self.first['code'] for row in self.rows)
+        self.mixed |= len({row.get('seed', 0) for row in self.rows}) < len(self.rows)
         self.known = {}
 
     def users(self, ranking):
@@ -64,7 +65,8 @@ class Cell:
         text = self.text(ranking)
         if self.mixed:
             return text
-        if random not in (None, self) and self.against(random, ranking) == '>':
+        ahead = random not in (None, self) and not random.mixed
+        if ahead and self.against(random, ranking) == '>':
             text = f'**{text}**'
         return f'{text} {self.against(best, ranking)}' if best else text
 
@@ -73,7 +75,7 @@ def label_of(row):
     """What stands in front of a row: everything in which it differs but model, loss, seed, rate."""
     init = (row['init'] or '').upper()
     if row['model'] == 'untrained':
-        return row['run'].replace(f'-{row["init"]}', f' {init}')
+        return f'{row["run"].removesuffix("-" + row["init"])} {init}' if init else row['run']
     if row['model'] == 'recformer':
         label = f'RecFormer {STAGES.get(row["mode"], row["mode"])}'
         label += '' if row['tune_layers'] == 'all' else f', layers {row["tune_layers"]}'
@@ -166,7 +168,8 @@ def paper_table(table, dataset, rows):
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [row for row in rows if all(row.get(key) == wanted[key] for key in wanted)]
-        cell = Cell(found) if found else None
+        widest = max((row['hidden'] for row in found), default=None)  # the paper's is the model's
+        cell = Cell([row for row in found if row['hidden'] == widest]) if found else None
         line = [column.replace('_', ' ')]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
