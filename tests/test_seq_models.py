@@ -771,6 +771,27 @@ def test_the_width_is_that_of_every_variant(toy, capsys):
     assert train_seq.width_of(train_seq.make_world(args), 'random') == 768
 
 
+def test_the_best_epoch_is_kept_and_patience_ends_training(toy, monkeypatch):
+    _, folder = toy
+    original, name = Training.end_epoch, name_of('sasrec')
+
+    def trained(values, *options):
+        left = iter(values)
+        monkeypatch.setattr(Training, 'end_epoch',
+                            lambda self, metric, **more: original(self, next(left), **more))
+        run(*options, epochs=9)
+        assert not list(left)
+        return state_of(folder, name), read_row(folder / name)
+    kept, row = trained([0.3, 0.9, 0.1, 0.9], '--patience', '2')
+    assert (row['valid'], row['best_epoch'], row['epochs']) == (0.9, 2, 4)
+    lines = (folder / name / 'log.csv').read_text().splitlines()
+    assert [line.split(',')[0] for line in lines] == ['epoch', '1', '2', '3', '4']
+    first, row = trained([0.3, 0.2], '--patience', '1')
+    assert (row['valid'], row['best_epoch'], row['epochs']) == (0.3, 1, 2)
+    second, _ = trained([0.3, 0.9, 0.1], '--patience', '1', '--again')
+    assert moved(kept, first) and not moved(kept, second)
+
+
 # ------------------------------------------------------------------------ order, rates
 
 @pytest.mark.parametrize('given, ordered', [
@@ -876,7 +897,7 @@ def test_finished_runs_are_found_and_changed_ones_done_again(toy, capsys):
     assert 'made with other options.epochs' in capsys.readouterr().out, '--keep is about code alone'
 
 
-def test_new_data_makes_a_run_again(toy, capsys, monkeypatch):
+def test_new_data_makes_a_run_again(toy, capsys):
     data, folder = toy
     run()
     canonical(folder / 'again' / 'toy', seed=1)
