@@ -11,22 +11,22 @@
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
 Writes: runs/<dataset>/results.md, results.json, inspect.md, figure1.*, figure2.*
 """
-import itertools
-import time
-from statistics import mean, median, stdev
+import timeit
+from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.arrays import take
 from common.backbone import load_recformer, start_model, untouched
 from common.baselines import untrained
 from common.data import draw_evaluation_negatives, load
-from common.figures import average, cls_attention, draw_attention, draw_curve, findings, numbers
+from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
+                            findings, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import read_embeddings, starting_tables
-from common.metrics import (CUTOFFS, compare, per_user, product_scorer, rank_counts, result_of,
-                            summarise)
+from common.metrics import compare, per_user, product_scorer, rank_counts, result_of, summarise
 from common.models import load_seq
 from common.options import POSITIVE, add_machine_options, option, options_parser
 from common.progress import progress
@@ -34,6 +34,9 @@ from common.report import cells_of, markdown, render
 from common.runs import code_of, finished, load_rows, read_ranks, result_line, write_row
 from common.text import tokenize
 from common.training import start
+
+# (initialisation, scale) of figure 2 that know no share of the source users -> their names
+BANDS = {('random', 'raw'): 'random', ('lf', 'raw'): 'LF raw', ('lf', 'centred'): 'LF centred'}
 
 
 # ------------------------------------------------------------------------ no training
@@ -76,18 +79,19 @@ def show_tables(args, data, folder):
 
 def show_comparison(args, data, folder):
     """Paired difference of two runs, for every metric."""
-    (row_a, a), (row_b, b) = (read_ranks(data.name, run) for run in (args.run_a, args.run_b))
-    if not np.array_equal(a['users'], b['users']) or row_a['data'] != row_b['data']:
-        raise UserError(f'{args.run_a} and {args.run_b} were evaluated on different users; '
+    (row, a), (other, b) = (read_ranks(data.name, run) for run in args.runs)
+    if not np.array_equal(a['users'], b['users']) or row['data'] != other['data']:
+        raise UserError(f'{args.runs[0]} and {args.runs[1]} were evaluated on different users; '
                         'run both again on the same data')
-    print(f'{args.run_a} minus {args.run_b}, {len(a["users"]):,} users, percent')
+    print(f'{args.runs[0]} minus {args.runs[1]}, {len(a["users"]):,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
-    for ranking, cutoffs in CUTOFFS.items():
-        for metric, k in itertools.product(('HR', 'NDCG'), cutoffs):
-            values_a, values_b = (per_user(ranks[ranking], metric, k) for ranks in (a, b))
-            difference, (low, high), p = compare(values_a, values_b)
+    for ranking, metrics in row['metrics'].items():
+        for name in metrics:
+            metric, k = name.split('@')
+            values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
+            difference, (low, high), p = compare(*values)
             tie = '  tie' if low <= 0 <= high else ''
-            print(f'{ranking:8}{metric}@{k:<11}{100 * difference:+15.2f}  '
+            print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}{tie}')
 
 
@@ -100,72 +104,74 @@ def give_back(model, about, items, data, folder):
     embeddings = None
     if about['init'] != 'random':
         embeddings = read_embeddings(folder / 'embeddings' / f'{about["init"]}.pt', data)
-    torch.manual_seed(about['seed'])
-    random, given = starting_tables(type(model), data.n_items, about['hidden'], embeddings,
-                                    about['scale'], about['seed'])
-    begun = random if about['mode'] in ('random', 'id+text') else given
+    begun, _ = starting_tables(type(model), data.n_items, embeddings, about)
     table = model.item_embedding.weight
     table[items] = begun[items].to(table.device)
 
 
-def metrics_for(model, data, users, negatives):
-    """Metrics of a model for the test items of these users."""
-    items, offsets, targets = data.split('test', users)
-    score = product_scorer(model.all_states(items, offsets), *model.scorer())
-    return summarise(rank_counts(score, data.n_items, targets, negatives, (items, offsets)))
+@torch.no_grad()
+def scores_of(model, items, offsets):
+    """Scores of all items after each history: [B, n + 1]."""
+    return F.linear(model.all_states(items, offsets), *model.scorer())
 
 
 def milliseconds(model, data):
     """Median time for the top 10 of 1,000 users."""
     items, offsets, _ = data.split('test', np.resize(data.evaluated, 1000))
-    table, bias = model.scorer()
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        F.linear(model.all_states(items, offsets), table, bias).topk(10)
-        times.append(1000 * (time.perf_counter() - began))
-    return median(times[1:])
+
+    def best():
+        scores_of(model, items, offsets).topk(10)
+    return 1000 * median(timeit.repeat(best, number=1, repeat=6)[1:])
 
 
 def inspect(args, data, folder):
-    """What each saved ID model costs and reaches, also on users whose test item is cold: in nobody's
-    training part (the paper leaves them out; the embeddings know the items)."""
+    """What each saved ID model costs and reaches, also on users whose test item is cold: in
+    nobody's training part (the paper leaves them out; the embeddings know the items)."""
     machine, body = start(args), []
     cold = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
     users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], cold))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
+    items, offsets, targets = data.split('test', users)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
         model, about = load_seq(folder / run, data)
-        found = metrics_for(model.on(machine), data, data.evaluated, data.negatives)
-        line = [run, f'{row["parameters"]:,}',
-                f'{(folder / run / "model.pt").stat().st_size / 1e6:.1f}',
-                f'{row["seconds"] / row["epochs"]:.1f}', f'{milliseconds(model, data):.0f}',
-                *(f'{100 * found[ranking]["NDCG@10"]:.2f}' for ranking in ('sampled', 'full'))]
+        model.on(machine)
+        speed, reached = milliseconds(model, data), ['-', '-']
         if len(users) and model.scorer()[0] is model.item_embedding.weight:
             give_back(model, about, cold, data, folder)
-            found = metrics_for(model, data, users, negatives)
-            line += [f'{100 * found["sampled"]["NDCG@10"]:.2f}', f'{100 * found["full"]["HR@50"]:.2f}']
-        body.append(line + ['-'] * (9 - len(line)))
+            score = product_scorer(model.all_states(items, offsets), *model.scorer())
+            ranks = rank_counts(score, data.n_items, targets, negatives, (items, offsets))
+            found = summarise(ranks)
+            reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
+                       f'{100 * found["full"]["HR@50"]:.2f}']
+        body.append([run, f'{row["parameters"]:,}',
+                     f'{(folder / run / "model.pt").stat().st_size / 1e6:.1f}',
+                     f'{row["seconds"] / row["epochs"]:.1f}', f'{speed:.0f}',
+                     f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.2f}',
+                     f'{100 * row["metrics"]["full"]["NDCG@10"]:.2f}', *reached])
     head = ['', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'all items',
             'cold: NDCG@10', 'cold: HR@50 of all']
-    finish(folder / 'inspect.md', f'{len(users):,} users with a cold test item\n\n'
-           + markdown(head, body))
+    finish(folder / 'inspect.md',
+           f'{len(users):,} users with a cold test item\n\n{markdown(head, body)}')
 
 
-@torch.no_grad()
+def row_of(user, data, name):
+    """The row of a user as named by this option; UserError where there is none."""
+    if user not in data.user_ids:
+        raise UserError(f'{name} {user}: no such user in {data.name}')
+    return data.user_ids.index(user)
+
+
 def recommend(args, data, folder):
     """The k best items for each user, his own left out."""
-    model = load_seq(folder / args.run, data)[0].on(start(args))
-    table, bias = model.scorer()
+    model, _ = load_seq(folder / args.run, data)
+    model.on(start(args))
     for user in args.users:
-        if user not in data.user_ids:
-            raise UserError(f'--users {user}: no such user in {data.name}')
-        row = data.user_ids.index(user)
-        history = data.items[data.offsets[row]:data.offsets[row + 1]]
-        scores = F.linear(model.all_states(history, np.array([0, len(history)])), table, bias)[0]
-        scores[[0, *history]] = -torch.inf
-        count = min(args.k, int(torch.isfinite(scores).sum()))
+        row = row_of(user, data, '--users')
+        items, offsets = take(data.items, data.offsets, np.array([row]))
+        scores = scores_of(model, items, offsets)[0]
+        scores[[0, *items]] = -torch.inf
+        count = min(args.k, data.n_items - len(set(items)))
         for rank, item in enumerate(scores.topk(count).indices.tolist(), 1):
             print(f'{user:12} {rank:3}  {data.item_ids[item - 1]:16} {float(scores[item]):8.3f}  '
                   f'{data.title(item)[:80]}')
@@ -176,101 +182,102 @@ def recommend(args, data, folder):
 def show_attention(args, data, folder):
     """Figure 1: the paper's four findings as numbers over many users, and maps of one as a PNG."""
     tuned = load_recformer(args.checkpoint or folder / 'ft1-seed0')
-    if tuned.config.layers < 3:
-        raise UserError(f'{data.name}: its language model has {tuned.config.layers} layers; thirds '
-                        'of the depth need three')
-    models = {'vanilla': untouched(start_model(None, tuned.plm, tuned.config.layers)), 'tuned': tuned}
-    models['vanilla'].config = tuned.config  # its limits of items and tokens
-    seq = load_seq(folder / args.seq, data)[0] if args.seq else None
-    if seq and not hasattr(seq, 'attention_weights'):
-        raise UserError(f'--seq {args.seq}: SASRec is needed here')
-    tokens, machine = tokenize(data.attributes, tuned.words), start(args)
+    layers = tuned.config.layers
+    if layers < 3:
+        raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
+                        'need three')
+    vanilla = untouched(start_model(None, tuned.plm, layers))
+    vanilla.config = tuned.config  # its limits of items and tokens
+    shown = data.evaluated[data.lengths[data.evaluated].argmin()]  # on the maps
+    if args.user is not None:
+        shown = row_of(args.user, data, '--user')
     users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
-    items, offsets, _ = data.split('test', np.append(users, user_of_maps(args, data)))
-    histories = [items[a:b] for a, b in zip(offsets[:-1], offsets[1:])]
-    like = [seq and seq.attention_weights(items[-seq.max_items:])[:, ::-1] for items in histories]
-    maps, averages = {}, {}
-    for name, model in models.items():
+    items, offsets, _ = data.split('test', np.append(users, shown))
+    likes = sasrec_weights(args, data, folder, np.split(items, offsets[1:-1]))
+    tokens, machine = tokenize(data.attributes, tuned.words), start(args)
+    maps, averages, body = {}, [], []
+    for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         each = cls_attention(model.on(machine).eval(), items, offsets, tokens)
-        each = list(progress(each, total=len(histories), desc=name, unit='user'))
-        averages[name] = average([numbers(*found, weights if weights is None else weights.mean(0))
-                                  for found, weights in zip(each[:-1], like)])
-        packed, maps[f'{name} ({model.stage})'] = each[-1]
-    body = [[name, stratum, *(f'{value:.3f}' for value in found.values())]
-            for name, strata in averages.items() for stratum, found in strata.items()]
-    lines = [f'- {what}: {"yes" if true else "no"} ({how})\n'
-             for what, true, how in findings(averages['vanilla'], averages['tuned'])]
-    head = ['model', 'third', *averages['tuned']['top']]
-    finish(folder / 'figure1.md', f'CLS attention of {len(users)} users of {data.name}\n\n'
-           f'{markdown(head, body)}\n{"".join(lines)}')
+        each = list(progress(each, total=len(likes), desc=name, unit='user'))
+        packed, maps[f'{name} ({model.stage})'] = each.pop()
+        found = average([numbers(*pair, like) for pair, like in zip(each, likes)])
+        averages.append(found)
+        for third, values in zip(STRATA, found):
+            body.append([name, third, *(f'{value:.3f}' for value in values)])
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n'
+    text += f'{markdown(["model", "third", *MEASURES], body)}\n'
+    for what, true, how in findings(*averages):
+        text += f'- {what}: {"yes" if true else "no"} ({how})\n'
+    finish(folder / 'figure1.md', text)
     words = [tuned.words.backend.id_to_token(int(token)) for token in packed.tokens]
-    draw_attention(folder / 'figure1.png', maps, packed, words, like[-1])
+    draw_attention(folder / 'figure1.png', maps, packed, words, likes[-1])
     print(f'the maps of one user: {folder / "figure1.png"}')
 
 
-def user_of_maps(args, data):
-    """--user, or the evaluated user with the shortest history."""
-    if args.user is None:
-        return data.evaluated[np.argmin(data.lengths[data.evaluated])]
-    if args.user not in data.user_ids:
-        raise UserError(f'--user {args.user}: no such user in {data.name}')
-    return data.user_ids.index(args.user)
+def sasrec_weights(args, data, folder, histories):
+    """Weights [blocks, items] of --seq on each history, newest item first; None without --seq."""
+    if not args.seq:
+        return [None] * len(histories)
+    model, _ = load_seq(folder / args.seq, data)
+    if not hasattr(model, 'attention_weights'):
+        raise UserError(f'--seq {args.seq}: SASRec is needed here')
+    return [model.attention_weights(items[-model.max_items:])[:, ::-1] for items in histories]
 
 
 def show_curve(args, data, folder):
-    """Figure 2: SASRec from PT of a share of the source users (embeddings pt-share<percent>), beside
-    LF and random."""
-    rows = [row for row in load_rows(data.name) if row['data'] == data.fingerprint]
-    cells = cells_of(rows).get(('sasrec', 'bce'), {}).values()
-    cells = [cell for cell in cells if cell.first['mode'] in ('random', 'trainable')]
-    shared = [cell for cell in cells if cell.first['init'].startswith('pt-share')]
-    width = max((cell.first['hidden'] for cell in shared), default=None)
-    found = {}
-    for cell in cells:
-        if cell.first['hidden'] == width and not cell.mixed:
-            v = [100 * row['metrics']['sampled']['NDCG@10'] for row in cell.rows]
-            spread = stdev(v) if len(v) > 1 else 0.0
-            found[cell.first['init'], cell.first['scale']] = mean(v), spread
-    points = {(scale, float(init.removeprefix('pt-share'))): value
-              for (init, scale), value in found.items() if init.startswith('pt-share')}
-    if not points:
+    """Figure 2: SASRec from PT of a share of the source users (embeddings pt-share<percent>),
+    beside LF and random."""
+    rows = [row for row in load_rows(data.name)
+            if row['data'] == data.fingerprint and row['model'] == 'sasrec'
+            and row['loss'] == 'bce' and row['mode'] in ('random', 'trainable')]
+    widths = [row['hidden'] for row in rows if row['init'].startswith('pt-share')]
+    bands, curves = {}, {}
+    for cell in cells_of(rows).values():
+        init, scale = cell.first['init'], cell.first['scale']
+        if cell.mixed or cell.first['hidden'] != max(widths, default=None):
+            continue
+        value = cell.value('sampled')
+        if (init, scale) in BANDS:
+            bands[BANDS[init, scale]] = value
+        if init.startswith('pt-share'):
+            share = float(init.removeprefix('pt-share'))
+            curves.setdefault(scale, []).append((share, *value))
+    if not curves:
         raise UserError(f'{folder}: no runs from a share of the source users; '
                         f'bash run_all.sh {data.name} --figure2 makes them')
-    others = {'random': ('random', 'raw'), 'LF raw': ('lf', 'raw'), 'LF centred': ('lf', 'centred')}
-    bands = {name: found[key] for name, key in others.items() if key in found}
-    named = bands | {f'PT {scale}, {share:g} % of the source users': value
-                     for (scale, share), value in sorted(points.items())}
-    body = [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in named.items()]
+    curves = {scale: sorted(points) for scale, points in sorted(curves.items())}
+    body = [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in bands.items()]
+    for scale, points in curves.items():
+        body += [[f'PT {scale}, {share:g} % of the source users', f'{m:.2f} ± {s:.2f}']
+                 for share, m, s in points]
     finish(folder / 'figure2.md', markdown(['SASRec from', 'NDCG@10'], body))
-    draw_curve(folder / 'figure2.png', dict(sorted(points.items())), bands)
+    draw_curve(folder / 'figure2.png', curves, bands)
+
+
 
 
 # ------------------------------------------------------------------------ main
 
-ACTIONS = {'untrained': (write_untrained, 'popularity and nearest neighbours: a run each'),
-           'table': (show_tables, 'all tables that the runs have rows for'),
-           'compare': (show_comparison, 'paired difference of two runs'),
-           'inspect': (inspect, 'size, time and cold items of saved ID models'),
-           'recommend': (recommend, 'the best items for users'),
-           'attention': (show_attention, 'figure 1: what CLS attends to'),
-           'curve': (show_curve, 'figure 2: quality over the share of source users')}
+ACTIONS = {'untrained': write_untrained, 'table': show_tables, 'compare': show_comparison,
+           'inspect': inspect, 'recommend': recommend, 'attention': show_attention,
+           'curve': show_curve}
 
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
     commands = p.add_subparsers(dest='action', required=True)
-    of = {name: commands.add_parser(name, help=text, allow_abbrev=False)
-          for name, (_, text) in ACTIONS.items()}
-    for name, command_ in of.items():
-        command_.add_argument('dataset')
+    of = {}
+    for name, action in ACTIONS.items():
+        g = of[name] = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
+        g.add_argument('dataset')
         if name in ('untrained', 'inspect', 'recommend', 'attention'):
-            add_machine_options(command_, name == 'attention', trains=False)
-    of['compare'].add_argument('run_a', metavar='RUN_A')
-    of['compare'].add_argument('run_b', metavar='RUN_B')
+            add_machine_options(g, name == 'attention', trains=False)
+    of['compare'].add_argument('runs', nargs=2, metavar='RUN')
     of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
-    of['recommend'].add_argument('run', metavar='RUN')
-    option(of['recommend'], '--users', str, None, 'as in interactions.csv', nargs='+', required=True)
-    option(of['recommend'], '--k', POSITIVE, 10, 'items for each')
+    g = of['recommend']
+    g.add_argument('run', metavar='RUN')
+    option(g, '--users', str, None, 'as in interactions.csv', nargs='+', required=True)
+    option(g, '--k', POSITIVE, 10, 'items for each')
     g = of['attention']
     option(g, '--checkpoint', str, None, 'tuned language model (default: runs/<dataset>/ft1-seed0)')
     option(g, '--seq', str, None, 'SASRec to compare with', metavar='RUN')
@@ -281,8 +288,7 @@ def parse_args(argv=None):
 
 def main(args):
     data = load(args.dataset)
-    action, _ = ACTIONS[args.action]
-    action(args, data, runs_root() / args.dataset)
+    ACTIONS[args.action](args, data, runs_root() / args.dataset)
 
 
 if __name__ == '__main__':

@@ -28,7 +28,8 @@ from common.training import start
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--out', str, None, 'file to write: runs/<dataset>/embeddings/<name>.pt', required=True)
+    option(p, '--out', str, None, 'file to write: runs/<dataset>/embeddings/<name>.pt',
+           required=True)
     option(p, '--checkpoint', str, None, 'a folder of pretrain.py or finetune.py, or a published '
            "RecFormer state dict (with --plm); default: --plm's language model itself")
     add_plm_options(p)

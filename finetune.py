@@ -38,8 +38,8 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
     option(p, '--stage', int, None, 'see above', choices=[0, 1, 2], required=True)
-    option(p, '--checkpoint', str, None, 'where to start: a folder of pretrain.py or finetune.py, or '
-           'a published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--checkpoint', str, None, 'where to start: a folder of pretrain.py or finetune.py, '
+           'or a published state dict (with --plm); stage 2: ft1-seed<N>')
     option(p, '--out', str, None, 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
     g = add_plm_options(p)
     option(g, '--max-tokens', number(int, 2, 1024), None,
@@ -104,7 +104,7 @@ def choose_layers(model, text):
     try:
         wanted = {int(i) for i in text.split(',')}
     except ValueError:
-        raise UserError(f'--tune-layers {text}: give layer numbers such as 3,7,11, or all') from None
+        raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all') from None
     if not wanted <= set(range(len(model.layers))):
         raise UserError(f'--tune-layers {text}: this model has layers 0 to {len(model.layers) - 1}')
     model.requires_grad_(False)
@@ -137,36 +137,32 @@ def add_gradients(model, table, histories, labels, tokens):
 
 
 def tune(args, data, model, tokens, run, seed):
-    """Train `model` -> (its best item table [n + 1, H], the Training)."""
+    """Train `model` -> the Training; what it trained holds the model and its item table."""
     table = model.items.to(model.machine.device) if args.stage == 2 else model.encode_items(tokens)
     items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
-    tuned = model
-    if args.trainable_items:
-        tuned = torch.nn.ModuleDict({'model': model, 'item_table': items})
+    tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     steps = -(-len(users) // args.batch)
     optimizer = adamw(tuned, args.lr, args.weight_decay)
     schedule = linear_schedule(optimizer, args.warmup, args.epochs * steps)
     training = Training(run, args, tuned, optimizer, steps, schedule)
-    if args.stage == 1 and training.epoch:
-        items.weight.data = training.tensors['items'].to(table.device)  # of this epoch's beginning
-    model.train()
     with training:
         for epoch in training.epochs():
             rng = np.random.default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             for step in training.steps():
                 part = np.arange(len(users))[step * args.batch:(step + 1) * args.batch]
-                loss = add_gradients(model, items.weight, take(*histories, part), labels[part], tokens)
+                chosen = take(*histories, part)
+                loss = add_gradients(model, items.weight, chosen, labels[part], tokens)
                 training.update(loss=loss)
             if args.stage == 1:
-                items.weight.data = training.tensors['items'] = model.encode_items(tokens)
+                items.weight.data.copy_(model.encode_items(tokens))
             ranks = ranks_of(model, items.weight.detach(), tokens, data, 'valid')
             value = summarise(ranks)['sampled']['NDCG@10']
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
                   f'(best {training.best:.4f}, epoch {training.best_epoch})')
-    return items.weight.detach(), training
+    return training
 
 
 # ------------------------------------------------------------------------ evaluate and write
@@ -179,20 +175,18 @@ def ranks_of(model, table, tokens, data, which):
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 
-def evaluate_and_write(args, data, model, tokens, trained, run, seed):
+def evaluate_and_write(args, data, model, tokens, training, run, seed):
     """Write the checkpoint (of a stage that trained) and the run's row."""
     folder, identity, code, label = run
-    found = {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
-    init, table = model.stage, None
-    if trained:
-        table, training = trained
+    init, found = model.stage, {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
+    if training:
         found = training.restore_best()
         model.stage, model.data = f'ft{args.stage}', data.fingerprint
-        if args.trainable_items:
-            table = training.model['item_table'].weight.detach()
-    if args.stage < 2:
+    if args.stage == 2:
+        table = training.model['item_table'].weight.detach()
+    else:
         table = model.encode_items(tokens)  # encoded after the best was chosen
-    if trained:
+    if training:
         save_recformer(folder / 'model.pt', model, table.cpu())
     ranks = ranks_of(model, table, tokens, data, 'test')
     row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, model='recformer',
@@ -200,7 +194,7 @@ def evaluate_and_write(args, data, model, tokens, trained, run, seed):
                     hidden=model.config.hidden, tune_layers=args.tune_layers, lr=args.lr, seed=seed,
                     plm=model.plm, config=asdict(model.config), device=str(model.machine.device),
                     **found, **result_of(data, ranks))
-    if trained:
+    if training:
         training.finish()
     print(f'{label}: {result_line(row)}, written to {folder}')
 
@@ -225,8 +219,8 @@ def main(args):
                 print(f'{out} is up to date ({result_line(row)})')
                 continue
             model.on(machine)
-            trained = tune(args, data, model, tokens, run, seed) if args.stage else None
-            evaluate_and_write(args, data, model, tokens, trained, run, seed)
+            training = tune(args, data, model, tokens, run, seed) if args.stage else None
+            evaluate_and_write(args, data, model, tokens, training, run, seed)
 
 
 if __name__ == '__main__':

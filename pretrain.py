@@ -11,7 +11,7 @@ of its own. The best by held-out contrastive accuracy is kept.
 Reads:  data/<source>/prepared.npz (python -m common.data <source>), the language model.
 Writes: --out, a folder: model.pt, row.json, log.csv; while it runs resume.pt.
 """
-import contextlib
+import pathlib
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -98,24 +98,21 @@ class Sources:
 
 # ------------------------------------------------------------------------ losses
 
-def contrastive(model, histories, targets, ids, processes=None):
+def contrastive(model, histories, targets, ids, processes):
     """Cosine / 0.05 of each history's CLS with each target's: (loss, accuracy) over B pairs.
 
     histories, targets: Packed; ids [B] of the targets. Another row with the same target is no
-    negative of it (ours; published code counts it). With `processes` each encodes its share, and
-    all compute the same loss over all pairs: their gradients' sum is that of one process.
+    negative of it (ours; published code counts it). Each process encodes its share, and all compute
+    the same loss over all pairs: their gradients' sum is that of one process.
     """
-    def encode(packed):
-        if processes is None:
-            return model(packed).float()
-        mine = model(packed.rows(processes.share(len(ids)))).float()
-        return processes.gather(mine, len(ids))
-
+    mine, n = processes.share(len(ids)), len(ids)
+    states, aims = (processes.gather(model(packed.rows(mine)).float(), n)
+                    for packed in (histories, targets))
     with model.machine.autocast():
-        logits = cosine_logits(encode(histories), encode(targets))
+        logits = cosine_logits(states, aims)
     same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
-    label = torch.arange(len(ids), device=logits.device)
+    label = torch.arange(n, device=logits.device)
     return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
 
 
@@ -124,12 +121,11 @@ def masked_gradients(model, packed, rng, scale, processes):
     gradients are added as it goes. Returns this process's part of the mean over masked tokens."""
     tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
     masked = replace(packed, tokens=tokens)
-    picked = np.isin(np.arange(len(tokens)), chosen)
     mine, total = processes.share(len(packed.lengths)), 0.0
     for group in micro_batches(packed.lengths[mine], model.machine.micro_tokens):
         group = mine[group]
         index = packed.index(group)
-        places = np.flatnonzero(picked[index])
+        places = np.flatnonzero(np.isin(index, chosen))
         if not len(places):
             continue
         logits = model.mlm_logits(model(masked.rows(group), places))
@@ -149,11 +145,10 @@ def step_gradients(model, sources, users, rng, args, processes):
         histories, targets, ids = sources.draw(batch, rng, model)
         loss, right = contrastive(model, histories, targets, ids, processes)
         (share * loss).backward()
-        losses[0] += share * loss.detach()
-        losses[2] += share * right
+        masked = torch.zeros_like(right)
         for packed in (histories, targets) if args.mlm_weight else ():
-            scale = share * args.mlm_weight
-            losses[1] += share * masked_gradients(model, packed, rng, scale, processes)
+            masked += masked_gradients(model, packed, rng, share * args.mlm_weight, processes)
+        losses += share * torch.stack([loss.detach(), masked, right])
     processes.sum(p.grad for p in model.parameters() if p.grad is not None)
     return dict(zip(('contrastive', 'mlm', 'accuracy'), losses))
 
@@ -163,15 +158,14 @@ def held_out_accuracy(model, sources, args, processes):
     """Share of held-out users whose target scores highest in their group of --batch; the same draws
     each time."""
     model.eval()
-    right = torch.zeros(1, device=model.machine.device)
+    right = 0.0
     groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
-    for number in range(processes.rank, len(groups), processes.world):
+    for number, users in enumerate(groups):
         rng = np.random.default_rng([args.seed, 2, number])
-        _, share = contrastive(model, *sources.draw(groups[number], rng, model))
-        right += share * len(groups[number])
+        _, share = contrastive(model, *sources.draw(users, rng, model), processes)
+        right += float(share) * len(users)
     model.train()
-    processes.sum([right])
-    return float(right) / len(sources.valid)
+    return right / len(sources.valid)
 
 
 # ------------------------------------------------------------------------ main
@@ -192,7 +186,8 @@ def tune(args, model, sources, run, processes):
             for step in training.steps():
                 rng = np.random.default_rng([args.seed, 4, epoch, step])
                 torch.manual_seed(rng.integers(2 ** 62) + processes.rank)  # dropout
-                training.update(**step_gradients(model, sources, shares[step], rng, args, processes))
+                losses = step_gradients(model, sources, shares[step], rng, args, processes)
+                training.update(**losses)
             value = held_out_accuracy(model, sources, args, processes)
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: held-out accuracy {value:.4f} (best {training.best:.4f})')
@@ -202,18 +197,19 @@ def tune(args, model, sources, run, processes):
 def main(args):
     machine = start(args)
     processes = Processes(machine.device)
-    name = f'{args.plm.rstrip("/").split("/")[-1]}-{"+".join(args.sources)}'
-    folder = args.out or runs_root() / 'pretrained' / name
-    with contextlib.nullcontext() if processes.rank else lock(folder):
-        model = start_model(None, args.plm, args.layers, args.seed)
-        model.config.max_tokens = args.max_tokens
-        sources = Sources(args, model.words)
-        if min(args.batch, len(sources.train)) < 2 * processes.world:
-            raise UserError(f'--batch {args.batch}: {processes.world} processes share it; '
-                            'each needs two users')
-        identity = {'options': option_identity(args), 'data': sources.fingerprints,
-                    'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
-        code = code_of('pretrain.py')
+    model = start_model(None, args.plm, args.layers, args.seed)
+    model.config.max_tokens = args.max_tokens
+    sources = Sources(args, model.words)
+    least = min(args.batch, len(sources.train), 2 * len(sources.valid))
+    if least < 2 * processes.world:
+        raise UserError(f'--batch {args.batch}: {processes.world} processes share it; each needs two '
+                        'users, and one that is held out')
+    name = f'{pathlib.Path(args.plm).name}-{"+".join(args.sources)}'
+    folder = pathlib.Path(args.out or runs_root() / 'pretrained' / name)
+    identity = {'options': option_identity(args), 'data': sources.fingerprints,
+                'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
+    code = code_of('pretrain.py')
+    with lock(folder):
         if row := finished(folder, identity, code, args):
             print(f'{folder} is up to date (held-out accuracy {row["valid"]:.4f})')
             return
@@ -224,12 +220,12 @@ def main(args):
         if processes.rank:
             return
         model.stage = 'pt'
-        save_recformer(f'{folder}/model.pt', model)
+        save_recformer(folder / 'model.pt', model)
         write_row(folder, identity, code, stage='pt', plm=args.plm, config=asdict(model.config),
                   device=str(machine.device), **found)
         training.finish()
-        print(f'stage-PT: held-out accuracy {training.best:.4f} of {args.batch}, epoch '
-              f'{training.best_epoch}, written to {folder}')
+    print(f'stage-PT: held-out accuracy {training.best:.4f} of {args.batch}, epoch '
+          f'{training.best_epoch}, written to {folder}')
 
 
 if __name__ == '__main__':

@@ -25,20 +25,20 @@ options
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
   --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 50; small sources need 2 and more)
   --again        make everything again      --keep   use what only other code has made
-Each budget other than the default, and each --plm and --source named here, has a place of its own below runs/.
+Each budget other than the default, and each --plm, --source, --pretrained named here, has a place of its own below runs/.
 TEXT
 }
 
 fail() { echo "error: $1" >&2; exit 2; }
-NAME= PLM= SOURCE= PRETRAINED= SEEDS= REC_SEEDS=0 BUDGET= MORE= PLACE= AGAIN=()
+NAME= PLM= SOURCE= PRETRAINED= SEEDS= REC_SEEDS=0 BUDGET= MORE= PLM_PLACE= SOURCE_PLACE= AGAIN=()
 SHARES="0.01 0.1 1 2 10 20 50"
 while [ $# -gt 0 ]; do
   case $1 in
     --plm|--source|--pretrained|--seeds|--rec-seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)" ;;&
     --help|-h) usage; exit 0 ;;
-    --plm) PLM=$2; PLACE+=/${2##*/}; shift 2 ;;
-    --source) SOURCE=$2; PLACE+=/from-${2// /+}; shift 2 ;;
-    --pretrained) PRETRAINED=$(realpath -- "$2"); shift 2 ;;
+    --plm) PLM=${2%/}; PLM_PLACE=/${PLM##*/}; shift 2 ;;
+    --source) SOURCE=$2; SOURCE_PLACE=/from-${2// /+}; shift 2 ;;
+    --pretrained) PRETRAINED=$(realpath -- "$2"); SOURCE_PLACE=/pretrained-$(basename -- "$2"); shift 2 ;;
     --seeds) SEEDS=$2; shift 2 ;;
     --rec-seeds) REC_SEEDS=$2; shift 2 ;;
     --shares) SHARES=$2; shift 2 ;;
@@ -65,6 +65,7 @@ case $NAME in
     PAPER=1 DEFAULT=full; : "${SOURCE:=books clothing sports movies}" "${PLM:=longformer}" "${SEEDS:=0 1 2}" ;;
 esac
 : "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=$DEFAULT}"
+PLACE=$PLM_PLACE$SOURCE_PLACE
 [ "$BUDGET" = $DEFAULT ] || PLACE=/$BUDGET$PLACE
 [[ $MORE != *--figure2* || -n $SOURCE ]] || fail "--figure2 needs a --source for stage-PT"
 export ELEPHANT_RUNS=$ROOT$PLACE

@@ -14,6 +14,7 @@ Writes: runs/<dataset>/<model>-<loss>-<variant>-<scale>-<width>-lr<rate>-seed<se
 """
 import inspect
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from common.models import MODELS
 from common.options import (COUNT, POSITIVE, RATE, add_machine_options, number, option,
                             option_identity, options_parser)
 from common.runs import code_of, finished, result_line, write_row
-from common.sequence import draw_training_negatives
+from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
 MODES = 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text'
@@ -44,7 +45,7 @@ def variant(text):
         return text, text
     for mode in MODES:
         source = text.removesuffix(f'-{mode}')
-        if source and source != text:
+        if source != text and re.fullmatch(r'[\w+.,-]+', source):
             return source, mode
     raise ValueError
 
@@ -54,21 +55,23 @@ def parse_args(argv=None):
     p.add_argument('dataset', help='name of a prepared dataset')
     g = p.add_argument_group('model')
     option(g, '--model', str, None, 'of common/models.py', choices=MODELS, required=True)
-    option(g, '--variants', variant, [('random', 'random')], 'see above', nargs='+', metavar='VARIANT')
-    option(g, '--init-scale', str, 'raw', "of the embeddings: raw (paper); rescaled to a random table's "
-           'mean row norm; centred or whitened, then rescaled; permuted = centred, in a random order '
-           'of items (a control)', choices=SCALES)
-    option(g, '--hidden', number(int, 1, 65_536), None, 'width. Wider embeddings are reduced to their '
-           "principal components (ours); default: the embeddings' width, for random that of the "
-           'first embeddings in --variants, else 768 (paper sec. 4.2)')
-    option(g, '--max-items', number(int, 2, 10_000), 50, "newest items of a history (authors' code)")
+    option(g, '--variants', variant, [('random', 'random')], 'see above', nargs='+',
+           metavar='VARIANT')
+    option(g, '--init-scale', str, 'raw', 'of the embeddings: raw (paper); rescaled to a random '
+           "table's mean row norm; centred or whitened, then rescaled; permuted = centred, in a "
+           'random order of items (a control)', choices=SCALES)
+    option(g, '--hidden', number(int, 1, 65_536), None, 'width. Wider embeddings are reduced to '
+           "their principal components (ours); default: the embeddings' width, for random that of "
+           'the first embeddings in --variants, else 768 (paper sec. 4.2)')
+    option(g, '--max-items', number(int, 2, 10_000), 50, "newest of a history (authors' code)")
     g = p.add_argument_group('optimisation')
-    option(g, '--loss', str, None, 'one negative (paper table 3) or full softmax (table 4); default: '
-           "the model's own; BERT4Rec has one only", choices=['bce', 'ce'])
+    option(g, '--loss', str, None, 'one negative (paper table 3) or full softmax (table 4); '
+           "default: the model's own; BERT4Rec has one only", choices=['bce', 'ce', 'masked'])
     option(g, '--lrs', RATE, [0.0003, 0.001, 0.003, 0.01], "Adam's (paper sec. 4.2)", nargs='+')
     option(g, '--batch', POSITIVE, None, 'users (paper sec. 4.2: 128, BERT4Rec 256)')
     option(g, '--epochs', POSITIVE, 200, "at most (authors' code)")
-    option(g, '--patience', POSITIVE, 10, 'epochs with no better validation NDCG@10 (paper sec. 4.2)')
+    option(g, '--patience', POSITIVE, 10,
+           'epochs with no better validation NDCG@10 (paper sec. 4.2)')
     option(g, '--seeds', COUNT, [0], 'of weights, dropout, order and negatives', nargs='+')
     add_machine_options(p)
     args = p.parse_args(argv)
@@ -131,16 +134,13 @@ def width_of(world, source):
 
 def build(world, about, start_from=None):
     """The model at the start of training; start_from: the freeze run of further-*."""
-    source, mode, seed = about['init'], about['mode'], about['seed']
-    torch.manual_seed(seed)
-    random, given = starting_tables(world.kind, world.data.n_items, about['hidden'],
-                                    world.embeddings.get(source), about['scale'], seed)
-    both = given if mode == 'id+text' else None
-    table = random if given is None or both is not None else given
-    model = world.kind(table, mode != 'freeze', both, max_items=about['max_items'])
+    table, text = starting_tables(world.kind, world.data.n_items,
+                                  world.embeddings.get(about['init']), about)
+    table = ItemTable(table, about['mode'] != 'freeze', text)
+    model = world.kind(table, about['max_items'])
     if start_from:
         model.load_state_dict(load_pt(start_from / 'model.pt', 'seq')['model'])
-    if mode == 'further-emb':
+    if about['mode'] == 'further-emb':
         model.requires_grad_(False)
         model.item_embedding.weight.requires_grad_(True)
     return model.on(world.machine)
@@ -159,9 +159,10 @@ def fit(world, model, run, seed, lr):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr, betas=model.betas, fused=True)
     steps = -(-len(world.users) // args.batch)
-    training = Training(run, args, model.train(), optimizer, steps)
+    training = Training(run, args, model, optimizer, steps)
     with training:
         for epoch in training.epochs():
+            model.train()
             rng = np.random.default_rng([seed, 7, epoch])
             batches, negatives = np.array_split(rng.permutation(world.users), steps), None
             if args.loss == 'bce':
@@ -191,7 +192,7 @@ def one_run(world, about, start_from):
     embedding = world.embeddings.get(source)
     identity = {'options': {**option_identity(args), **about}, 'data': data.fingerprint,
                 'embedding': embedding and embedding.digest,
-                'from': start_from and digest(load_pt(start_from / 'model.pt', 'seq')['identity'])}
+                'from': start_from and weights_of(start_from)}
     with lock(folder):
         if row := finished(folder, identity, code, args):
             print(f'{name}: up to date ({result_line(row)})')
@@ -200,17 +201,23 @@ def one_run(world, about, start_from):
         training = fit(world, model, (folder, identity, code, name), about['seed'], about['lr'])
         found = training.restore_best()
         ranks = ranks_of(world, model, 'test')
-        save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint, identity=identity,
+        save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         head = embedding.head if embedding else {}
         origin = {key: head.get(key) for key in ('plm', 'norm', 'cosine')}
-        row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, **about, **found,
-                        **origin, **result_of(data, ranks), device=str(world.machine.device),
+        row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, **about,
+                        **found, **origin, **result_of(data, ranks),
+                        device=str(world.machine.device),
                         parameters=sum(p.numel() for p in model.parameters()))
         training.finish()
     print(f'{name}: best epoch {row["best_epoch"]} of {row["epochs"]}, {row["seconds"]:.0f} s, '
           f'{result_line(row)}{warning(data, row)}, written to {folder}', flush=True)
     return row
+
+
+def weights_of(folder):
+    """What the weights of a finished run are."""
+    return digest(*load_pt(folder / 'model.pt', 'seq')['model'].values())
 
 
 def warning(data, row):
@@ -236,15 +243,16 @@ def main(args):
             rows = []
             for lr in rates:
                 about = {'model': args.model, 'loss': args.loss, 'init': source, 'mode': mode,
-                         'scale': 'raw' if source == 'random' else args.init_scale, 'lr': lr,
-                         'seed': seed, 'hidden': width_of(world, source), 'max_items': args.max_items}
+                         'scale': 'raw' if source == 'random' else args.init_scale,
+                         'hidden': width_of(world, source), 'max_items': args.max_items,
+                         'lr': lr, 'seed': seed}
                 try:
                     rows.append(one_run(world, about, start_from))
                 except Diverged as error:
-                    print(f'{args.model} {source}-{mode}, rate {lr:g}, seed {seed}: {error}')
+                    print(f'{args.model} {source} {mode}, rate {lr:g}, seed {seed}: {error}')
             if not rows:
-                raise UserError(f'{args.model} {source}-{mode}: training diverged with every rate of '
-                                '--lrs; add lower ones')
+                raise UserError(f'{args.model} {source} {mode}: training diverged with every rate '
+                                'of --lrs; add lower ones')
             best[source, mode, seed] = max(rows, key=lambda row: row['valid'])
             rates = [best[source, mode, seed]['lr']]  # the first seed chooses for the others
 

@@ -3,11 +3,11 @@ import numpy as np
 
 
 def ragged(starts, lengths):
-    """Indices starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1] ...: int64 [sum]."""
-    lengths = np.asarray(lengths)
-    ends = np.cumsum(lengths)
-    total = ends[-1] if len(ends) else 0
-    return np.arange(total) + np.repeat(np.asarray(starts) - ends + lengths, lengths)
+    """Indices starts[0], starts[0] + 1, ... (lengths[0] of them), then starts[1] ...: int64 [sum].
+    `starts` may be one number for all."""
+    before = np.cumsum(lengths) - lengths
+    shift = np.repeat(starts - before, lengths)
+    return np.arange(len(shift)) + shift
 
 
 def offsets_of(lengths):

@@ -1,4 +1,6 @@
 """Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints."""
+import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,15 +18,13 @@ DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_ty
 BERT_HEAD = {'cls.predictions.transform.dense.': 'lm_head.dense.',
              'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.',
              'cls.predictions.bias': 'lm_head.bias'}
-EMBEDDINGS = 'longformer.embeddings.'
 
 
 # ------------------------------------------------------------------------ from an encoder
 
 def read_backbone(path):
     """(transformers' masked language model at `path`, names it lacked). Errors: UserError."""
-    from transformers import AutoModelForMaskedLM
-    from transformers.utils import logging
+    from transformers import AutoModelForMaskedLM, logging
     logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
     logging.disable_progress_bar()
     try:
@@ -35,8 +35,8 @@ def read_backbone(path):
         raise UserError(f'--plm {path}: no language model could be loaded ({why})') from None
     kind = backbone.config.model_type
     if kind not in ('bert', 'roberta', 'longformer'):
-        raise UserError(f'--plm {path}: is a {kind}; a BERT-, RoBERTa- or Longformer-like encoder is '
-                        'needed')
+        raise UserError(f'--plm {path}: is a {kind}; a BERT-, RoBERTa- or Longformer-like encoder '
+                        'is needed')
     lost = [name for name in info['missing_keys']
             if name.startswith(f'{backbone.base_model_prefix}.') and 'pooler' not in name]
     if lost:  # transformers would go on with random weights
@@ -53,71 +53,53 @@ def from_backbone(path, layers=None):
     it has one, else identity and the word table.
     """
     backbone, lacking = read_backbone(path)
-    b = backbone.config
-    if layers is not None and not 1 <= layers <= b.num_hidden_layers:
+    b, encoder = backbone.config, backbone.base_model.encoder
+    layers = layers or b.num_hidden_layers
+    if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
+    encoder.layer = encoder.layer[:layers]
     offset = 0 if b.model_type == 'bert' else b.pad_token_id + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
-    c = Config(b.vocab_size, b.hidden_size, layers or b.num_hidden_layers, b.num_attention_heads,
-               b.intermediate_size, positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
+    c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
+               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
     given = renamed(backbone.state_dict(), f'{backbone.base_model_prefix}.')
-    for name in [name for name in given if '.attention.self.' in name and '_global' not in name]:
-        module, tensor = name.rsplit('.', 1)
-        given.setdefault(f'{module}_global.{tensor}', given[name])
-    table = EMBEDDINGS + 'position_embeddings.weight'
-    given[table] = tiled(given[table], offset, c.positions)
-    types = EMBEDDINGS + 'token_type_embeddings.weight'
-    given[types] = given[types][:1].repeat(4, 1)
-    item_positions = torch.randn(c.max_items + 1, c.hidden) * 0.02
-    given[EMBEDDINGS + 'item_position_embeddings.weight'] = item_positions
-    if any('lm_head' in name or 'cls.predictions.transform' in name for name in lacking):
-        given |= plain_head(c)
+    for name, tensor in list(given.items()):
+        twin = re.sub(r'(self\.(query|key|value))\.', r'\1_global.', name)
+        given.setdefault(twin, tensor)
+    table = 'longformer.embeddings.position_embeddings.weight'
+    reserved, usable = given[table].tensor_split([offset])
+    tiles = usable.repeat(positions // len(usable) + 1, 1)
+    given[table] = torch.cat([reserved, tiles])[:positions]
+    table = 'longformer.embeddings.token_type_embeddings.weight'
+    given[table] = given[table][:1].repeat(4, 1)
+    table = 'longformer.embeddings.item_position_embeddings.weight'
+    given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
     model = RecFormer(c)
-    beyond = tuple(f'longformer.encoder.layer.{i}.' for i in range(c.layers, b.num_hidden_layers))
-    load_named(model, given, path, beyond)
+    if any('lm_head' in name or 'cls.predictions.transform' in name for name in lacking):
+        given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
+    load_named(model, given, path)
     return model
 
 
 def renamed(state, prefix):
     """A backbone's tensors under Longformer's names."""
-    names = {}
-    for name in state:
-        new = name.replace(prefix, 'longformer.', 1) if name.startswith(prefix) else name
-        for old, ours in BERT_HEAD.items():
-            new = new.replace(old, ours)
-        names[new] = state[name]
-    return names
+    given = {}
+    for name, tensor in state.items():
+        for old, new in {prefix: 'longformer.', **BERT_HEAD}.items():
+            if name.startswith(old):
+                name = f'{new}{name.removeprefix(old)}'
+        given[name] = tensor
+    return given
 
 
-def tiled(table, offset, positions):
-    """A position table [p, H] continued to `positions` rows by repeating its usable rows."""
-    usable = table[offset:]
-    repeats = -(-max(0, positions - len(table)) // len(usable))
-    return torch.cat([table] + [usable] * repeats)[:positions]
-
-
-def plain_head(c):
-    """A masked-language-model head that scores states with the word table as they are."""
-    return {'lm_head.dense.weight': torch.eye(c.hidden), 'lm_head.dense.bias': torch.zeros(c.hidden),
-            'lm_head.layer_norm.weight': torch.ones(c.hidden),
-            'lm_head.layer_norm.bias': torch.zeros(c.hidden),
-            'lm_head.bias': torch.zeros(c.vocab_size)}
-
-
-def load_named(model, state, source, also_dropped=()):
+def load_named(model, state, source):
     """Load tensors by name; UserError unless every name is loaded or known to be dropped."""
-    own = model.state_dict()
-    dropped = DROPPED + tuple(also_dropped)
-    problems = {
-        'unknown': [name for name in state if name not in own and not name.startswith(dropped)],
-        'missing': [name for name in own if name not in state],
-        'of another shape': [name for name in own
-                             if name in state and own[name].shape != state[name].shape]}
-    for what, names in problems.items():
-        if names:
-            raise UserError(f'{source}: {len(names)} tensors {what}, the first {names[0]}; it is of '
-                            'another model')
-    model.load_state_dict({name: state[name] for name in own})
+    kept = {name: state[name] for name in state if not name.startswith(DROPPED)}
+    try:
+        model.load_state_dict(kept)
+    except RuntimeError as error:  # names and shapes that differ, a line for each kind
+        why = str(error).splitlines()[1].strip()
+        raise UserError(f'{source}: is of another model ({why[:200]})') from None
 
 
 # ------------------------------------------------------------------------ checkpoints
@@ -144,24 +126,25 @@ def start_model(checkpoint, plm, layers=None, seed=0):
 def untouched(model):
     """The vanilla model (LF): the added item-position table is random before training, so it is
     switched off."""
-    with torch.no_grad():
-        model.longformer.embeddings.item_position_embeddings.weight.zero_()
+    torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
     return model
 
 
 def save_recformer(path, model, items=None):
     """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
     [n + 1, H] that was tuned with them."""
-    save_pt(path, 'recformer', config=asdict(model.config), words=model.words.state(),
-            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(), items=items)
+    save_pt(path, 'recformer', config=asdict(model.config), words=asdict(model.words),
+            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
+            items=items)
 
 
 def load_recformer(path, plm=None):
     """The RecFormer of a checkpoint: a run's folder or a file."""
     path = Path(path)
-    path = path / 'model.pt' if path.is_dir() else path
+    if path.is_dir():
+        path /= 'model.pt'
     state = published(path)
-    if state is not None:
+    if state:
         if plm is None:
             raise UserError(f'{path}: a published state dict does not name its backbone: '
                             'add --plm longformer (or yours)')
@@ -180,11 +163,8 @@ def load_recformer(path, plm=None):
 
 def published(path):
     """The state dict of a file as RecFormer and the paper publish them, None for another file."""
-    try:
+    with suppress(Exception):  # load_pt says what is wrong with the file
         raw = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception:
-        return None  # load_pt says what is wrong with it
-    if isinstance(raw, dict) and 'kind' not in raw:
-        if any(str(name).startswith('longformer.') for name in raw):
+        if any(name.startswith('longformer.') for name in raw):
             return raw
     return None

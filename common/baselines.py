@@ -8,40 +8,48 @@ item says nothing about itself. Decay and weight are chosen on validation NDCG@1
 A scorer takes the weights of histories, sparse [B, n + 1], and gives scores [B, n + 1].
 """
 import time
+from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.arrays import ragged, row_numbers
+from common.arrays import ragged, row_numbers, take
 from common.metrics import rank_counts, summarise
 
 DECAYS = 1.0, 0.9, 0.8, 0.6, 0.4
 WEIGHTS = 0.1, 0.3, 1.0, 3.0  # of the text beside the items
 
 
-def sparse(rows, columns, values, size):
-    """A sparse float matrix; equal places are added up."""
-    index = torch.from_numpy(np.stack([rows, columns]))
-    values = torch.from_numpy(values).float()
-    return torch.sparse_coo_tensor(index, values, size, check_invariants=False).coalesce()
+def sparse(items, offsets, values, n):
+    """Values of the items of ragged rows as a sparse float matrix [rows, n + 1]; those of an item
+    that a row has twice are added up."""
+    lengths = np.diff(offsets)
+    index = np.stack([row_numbers(lengths), items])
+    size = len(lengths), n + 1
+    found = torch.sparse_coo_tensor(index, values, size, check_invariants=False)
+    return found.float().coalesce()
 
 
 # ------------------------------------------------------------------------ scorers
 
 def popularity(data):
     """How often items occur in training parts, whatever the history."""
-    counts = np.bincount(data.training()[0], minlength=data.n_items + 1)
+    items, _ = data.training()
+    counts = np.bincount(items, minlength=data.n_items + 1)
     row = torch.from_numpy(counts).float()
-    return lambda weights: row.repeat(len(weights), 1)
+
+    def score(weights):
+        return row.repeat(len(weights), 1)
+    return score
 
 
 def item_knn(data):
     """score(j) = sum over the history's items i other than j of weight(i) cos(i, j), the cosine of
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
-    pairs = np.unique(np.stack([row_numbers(np.diff(offsets)), items]), axis=1)
-    had = sparse(*pairs, np.ones(pairs.shape[1]), (data.n_users, data.n_items + 1))
+    had = sparse(items, offsets, np.ones(len(items)), data.n_items)
+    had.values().fill_(1)  # however often
     of_items = had.t().coalesce()
     counts = torch.sparse.sum(had, 0).to_dense()
     norm = counts.clamp_min(1).sqrt()
@@ -50,7 +58,7 @@ def item_knn(data):
         weights = weights.to_dense()
         met = torch.sparse.mm(had, (weights / norm).t())  # [users, B]
         scores = torch.sparse.mm(of_items, met).t() / norm
-        return scores - weights * (counts > 0)  # cos(i, i) = 1
+        return without(scores, weights * (counts > 0))  # cos(i, i) = 1
     return score
 
 
@@ -61,32 +69,37 @@ def text_knn(matrix):
     own = unit.square().sum(1)
 
     def score(weights):
-        return torch.sparse.mm(weights, unit) @ unit.t() - weights.to_dense() * own
+        return without(torch.sparse.mm(weights, unit) @ unit.t(), weights.to_dense() * own)
     return score
+
+
+def without(scores, own):
+    """Scores less what each item says of itself; exactly 0 where only rounding is left."""
+    left = scores - own
+    return left * (left.abs() > 1e-5 * own)
 
 
 def weighted_sum(first, second, weight):
     """The first scorer over its largest score plus `weight` times the second over its largest."""
     def top(scores):
-        return scores / scores.max(1, keepdim=True).values.clamp_min(1e-12)
+        return scores / scores.amax(1, keepdim=True).clamp_min(1e-12)
 
     def score(weights):
         return top(first(weights)) + weight * top(second(weights))
     return score
 
 
-# ------------------------------------------------------------------------ ranks, choice on validation
+# ------------------------------------------------------------------------ choice on validation
 
 def ranks_of(data, which, scorer, decay=1.0):
     """Ranks of the evaluated users' targets under a scorer."""
     items, offsets, targets = data.split(which)
 
-    def score(rows):
-        part = offsets[rows.start:rows.stop + 1]
-        lengths = np.diff(part)
-        age = np.repeat(lengths, lengths) - 1 - ragged(np.zeros(len(lengths), int), lengths)
-        return scorer(sparse(row_numbers(lengths), items[part[0]:part[-1]], decay ** age,
-                             (len(lengths), data.n_items + 1)))
+    def score(users):
+        own, begin = take(items, offsets, users)
+        lengths = np.diff(begin)
+        age = -1 - ragged(-lengths, lengths)
+        return scorer(sparse(own, begin, decay ** age, data.n_items))
     # a scorer makes several matrices of a chunk's size
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets), 2 ** 22)
 
@@ -104,20 +117,24 @@ def popularity_value(data):
 def untrained(data, embeddings):
     """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
     items = item_knn(data)
-    tried = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
+    tried = [('popularity', None, {None: popularity(data)}),
+             ('item-knn', None, {None: items})]
     for init, matrix in embeddings.items():
         text = text_knn(matrix)
         both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
-        tried |= {f'text-knn-{init}': (init, {None: text}), f'item+text-knn-{init}': (init, both)}
-    for name, (init, scorers) in tried.items():
-        began, best = time.monotonic(), {'valid': -1}
-        for weight, scorer in scorers.items():
-            for decay in DECAYS if name != 'popularity' else (1.0,):
-                valid = value_of(ranks_of(data, 'valid', scorer, decay))
-                if valid > best['valid']:
-                    best = {'valid': valid, 'weight': weight, 'decay': decay}
-        ranks = ranks_of(data, 'test', scorers[best['weight']], best['decay'])
-        yield name, {'init': init, 'seconds': round(time.monotonic() - began, 1), **best}, ranks
+        tried.append((f'text-knn-{init}', init, {None: text}))
+        tried.append((f'item+text-knn-{init}', init, both))
+    for name, init, scorers in tried:
+        began = time.monotonic()
+        valid = {}
+        for weight, decay in product(scorers, DECAYS[:1] if name == 'popularity' else DECAYS):
+            ranks = ranks_of(data, 'valid', scorers[weight], decay)
+            valid[weight, decay] = value_of(ranks)
+        weight, decay = max(valid, key=valid.get)
+        ranks = ranks_of(data, 'test', scorers[weight], decay)
+        fields = {'init': init, 'seconds': round(time.monotonic() - began, 1),
+                  'valid': valid[weight, decay], 'weight': weight, 'decay': decay}
+        yield name, fields, ranks
 
 
 def untrained_lines(data):

@@ -6,100 +6,78 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import newest
-from common.layers import dropout, rows
-from common.sequence import ItemTable, Layout, SelfAttention, SequenceModel, softmax_loss
+from common.arrays import newest, ragged
+from common.layers import rows
+from common.sequence import ALL, AttentionBlock, AttentionModel, softmax_loss
 
 MASK_SHARE, LAST_ONLY = 0.15, 0.09  # of the items; of the draws (paper's code)
 
 
-class Block(nn.Module):
+class Block(AttentionBlock):
     """x = LN(x + Attn(x)); x = LN(x + FFN(x)); GELU, FFN 4H; dropout on each branch and once more
     at the end: the published, post-norm block."""
+    eps, widening = 1e-5, 4
 
-    def __init__(self, hidden, heads, dropout):
-        super().__init__()
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.attention = SelfAttention(hidden, heads, dropout)
-        self.inner, self.outer = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-        self.dropout = dropout
-
-    def forward(self, x, layout, wanted=None):
+    def forward(self, x, layout, wanted=ALL):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         y = self.attention(x, x, layout, wanted)
-        if wanted is not None:
-            x = rows(x, wanted)
-        x = self.attention_norm(x + self.drop(y))
+        x = self.attention_norm(x[wanted] + self.drop(y))
         y = self.outer(self.drop(F.gelu(self.inner(x))))
         return self.drop(self.ffn_norm(x + self.drop(y)))
 
-    def drop(self, y):
-        return dropout(y, self.dropout, self.training)
 
+class BERT4Rec(AttentionModel):
+    """Masked items are predicted from both sides. Sizes: paper's code (output table not tied to the
+    item table)."""
+    block, heads, causal = Block, 4, False
+    dropout = 0.1
+    batch = 256
+    betas = 0.9, 0.999
+    losses = ('masked',)
+    least = 1
 
-class BERT4Rec(SequenceModel):
-    """Masked items are predicted from both sides. Defaults: paper's code (output table not tied to
-    the item table)."""
-    batch, betas, losses, least = 256, (0.9, 0.999), ('masked',), 1
-
-    def __init__(self, table, trainable=True, text=None, blocks=2, heads=4, dropout=0.1,
-                 max_items=50):
-        super().__init__()
-        if max_items < 2:
-            raise ValueError('BERT4Rec needs two places at least, one for the mask')
-        n, hidden = len(table) - 1, table.shape[1]
-        self.max_items, self.dropout = max_items, dropout
-        self.item_embedding = ItemTable(table, trainable, text)
-        self.mask = nn.Parameter(torch.empty(hidden))
-        self.position_embedding = nn.Embedding(max_items, hidden)
-        self.blocks = nn.ModuleList(Block(hidden, heads, dropout) for _ in range(blocks))
-        self.output = nn.Linear(hidden, n + 1)
-        for name, p in self.named_parameters():  # ours: N(0, 0.02), as the BERT4Rec paper
-            if not name.startswith('item_embedding') and (p.dim() > 1 or name == 'mask'):
-                nn.init.normal_(p, std=0.02)
+    def __init__(self, item_embedding, max_items):
+        super().__init__(item_embedding, max_items)
+        self.mask = nn.Parameter(torch.empty(self.hidden))
+        self.output = nn.Linear(self.hidden, len(item_embedding.weight))
+        self.draw(self.mask)
+        self.draw_matrices()
 
     @staticmethod
-    def random_table(n, hidden):
-        """Random item table [n + 1, H], row 0 zeros: N(0, 0.02) (ours, as the BERT4Rec paper)."""
-        table = torch.randn(n + 1, hidden) * 0.02
-        table[0] = 0
-        return table
+    def draw(matrix):
+        """Random start of a matrix, in place: N(0, 0.02) (ours, as the BERT4Rec paper)."""
+        return nn.init.normal_(matrix, std=0.02)
 
     def scorer(self):
         """(table [n + 1, H], bias [n + 1]): score of item i = state . table[i] + bias[i]."""
         return self.output.weight, self.output.bias
 
-    def forward(self, items, masked, lengths, wanted=None):
-        """items [T] (any id where masked [T]) -> states [T, H]; 'last': of each sequence's last
-        place [B, H]; row numbers [R]: of these alone [R, H]."""
-        layout = Layout(lengths, self.max_items, False, self.machine)
+    def forward(self, items, masked, lengths, wanted=ALL):
+        """items [T] (any id where masked [T]) -> states [T, H], or of the rows `wanted` [R]."""
         x = torch.where(masked[:, None], self.mask, rows(self.item_embedding(), items))
-        x = x + self.position_embedding(layout.position)
-        x = dropout(x, self.dropout, self.training)
-        for block in self.blocks[:-1]:
-            x = block(x, layout)
-        return self.blocks[-1](x, layout, layout.last if isinstance(wanted, str) else wanted)
+        return self.encoded(x, lengths, wanted)
 
     def states(self, items, offsets):
         """State of a mask put after each history: [B, H]."""
         items, lengths = newest(items, offsets, self.max_items - 1)
         shown = self.ids(np.insert(items, np.cumsum(lengths), 0))
-        return self(shown, shown == 0, lengths + 1, 'last')
+        lengths = lengths + 1
+        return self(shown, shown == 0, lengths, self.ids(np.cumsum(lengths) - 1))
 
-    def loss(self, items, offsets, rng, kind='masked', negatives=None):
+    def loss(self, items, offsets, rng, *_):
         """Mean cross-entropy over the masked items of training parts; zero where none was masked.
 
         15 % of the items, of those 80 % as mask, 10 % a random item, 10 % kept; in 9 % of the draws
         only the last, as mask.
         """
         items, lengths = newest(items, offsets, self.max_items)
-        last = np.zeros(len(items), bool)
-        last[np.cumsum(lengths) - 1] = True
+        last = ragged(-lengths, lengths) == -1
         only_last = np.repeat(rng.random(len(lengths)) < LAST_ONLY, lengths)
         chosen = np.where(only_last, last, rng.random(len(items)) < MASK_SHARE)
         how = rng.random(len(items))
-        masked = chosen & (only_last | (how < 0.8))
-        other = chosen & ~only_last & (how >= 0.8) & (how < 0.9)
+        how[only_last] = 0
+        masked = chosen & (how < 0.8)
+        other = chosen & ~masked & (how < 0.9)
         drawn = rng.integers(1, len(self.item_embedding.weight), len(items))
         shown = self.ids(np.where(other, drawn, items))
         places = np.flatnonzero(chosen)

@@ -1,33 +1,32 @@
 """Canonical files -> prepared arrays: filters, leave-one-out split, evaluated users, negatives.
 
-    python -m common.data NAME     # data/NAME/interactions.csv[.gz], items.jsonl[.gz] -> prepared.npz
+    python -m common.data NAME   # data/NAME/interactions.csv[.gz], items.jsonl[.gz] -> prepared.npz
 
 Ids: items 1..n in the order of `item_ids` (sorted as text), 0 = padding, the same everywhere;
 users are rows 0..U-1. Ends with what two rankings that need no training reach on these data.
 """
+import contextlib
 import functools
 import json
 import os
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.arrays import offsets_of, ragged
-from common.files import (ROOT, UserError, command, data_root, digest, file_stamp, load_json, lock,
+from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_json, save_npz)
 from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
-from common.sources import AMAZON, canonical_file, canonical_from_amazon, read_interactions, read_items
+from common.sources import (AMAZON, canonical_file, canonical_from_amazon, read_interactions,
+                            read_items)
 
-# name -> (fewest interactions of a user, of an item, users sampled; 0 = all). Filters: paper sec.
+# name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
 # not said, ours is a seeded sample of that size.
-FILTERS = {'movies': (5, 5, 30570), 'sports': (5, 5, 39477), 'books': (5, 5, 197891),
-           'clothing': (5, 5, 135041)}
+FILTERS = paper()['filters']
 DEFAULT = (4, 1, 0)
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
@@ -56,8 +55,8 @@ class Dataset:
     @functools.cached_property
     def attributes(self):
         """Item i at i - 1: list of (name, value) in reading order."""
-        pairs = read_member(self.folder, 'attributes')
-        return [[tuple(pair) for pair in item] for item in pairs]
+        text = prepared(self.folder, 'attributes')['attributes'].tobytes()
+        return [list(map(tuple, item)) for item in json.loads(text)]
 
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
@@ -75,8 +74,8 @@ class Dataset:
 
     def title(self, item):
         """The first attribute of an item that says something, else its id."""
-        values = [value for _, value in self.attributes[item - 1] if value]
-        return values[0] if values else self.item_ids[item - 1]
+        values = (value for _, value in self.attributes[item - 1] if value)
+        return next(values, self.item_ids[item - 1])
 
 
 def folder_of(name):
@@ -92,13 +91,12 @@ def core(user, item, min_user, min_item):
     """Rows left when users with fewer than min_user, items with fewer than min_item rows are
     dropped until none is."""
     rows = np.arange(len(user))
-    while len(rows):
+    while True:
         u, i = user[rows], item[rows]
         keep = (np.bincount(u)[u] >= min_user) & (np.bincount(i)[i] >= min_item)
         if keep.all():
-            break
+            return rows
         rows = rows[keep]
-    return rows
 
 
 def draw_evaluation_negatives(items, offsets, users, n):
@@ -118,160 +116,130 @@ def draw_evaluation_negatives(items, offsets, users, n):
 def evaluated_users(items, offsets):
     """Users whose validation and test item both occur in somebody's training part (paper sec. 4.2:
     no cold items)."""
-    trained = np.zeros(items.max() + 1, bool)
-    trained[items[ragged(offsets[:-1], np.diff(offsets) - 2)]] = True
-    valid, test = items[offsets[1:] - 2], items[offsets[1:] - 1]
-    return np.flatnonzero(trained[valid] & trained[test]).astype(np.int32)
+    trained = items[ragged(offsets[:-1], np.diff(offsets) - 2)]
+    last_two = items[offsets[1:] - [[2], [1]]]  # [2, U]
+    return np.flatnonzero(np.isin(last_two, trained).all(0)).astype(np.int32)
 
 
-def kept_rows(user, item, time, filters):
-    """(rows that stay, by user, time and place in the file; how many were exact repeats)."""
+def filtered(rows, filters):
+    """The rows [N, 3] of users and items that stay, by user, time and place in the file."""
     min_user, min_item, sample = filters
-    # equal rows lie side by side after this, in the file's order; the first one is kept
-    order = np.lexsort((np.arange(len(user)), time, item, user))
-    columns = np.stack([user, item, time])[:, order]
-    new = np.r_[True, (np.diff(columns) != 0).any(0)]
-    kept = np.sort(order[new])
-    kept = kept[core(user[kept], item[kept], max(3, min_user), min_item)]
-    alive = np.unique(user[kept])
-    if sample and sample < len(alive):
+    rows = rows[core(rows[:, 0], rows[:, 1], max(3, min_user), min_item)]
+    alive = np.unique(rows[:, 0])
+    if 0 < sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
-        kept = kept[np.isin(user[kept], alive)]
-    return kept[np.lexsort((kept, time[kept], user[kept]))], int((~new).sum())
+        rows = rows[np.isin(rows[:, 0], alive)]
+    return rows[np.lexsort((rows[:, 2], rows[:, 0]))]
 
 
-def build(name, folder, filters):
-    """(Dataset, attributes) of the canonical files in `folder`."""
+def build(folder, filters):
+    """(arrays, what else makes a Dataset, attributes) of the canonical files in `folder`."""
     known = read_items(canonical_file(folder, 'items.jsonl'))
     path = canonical_file(folder, 'interactions.csv')
-    user, item, time, user_ids, item_ids, unknown = read_interactions(path, known)
-    kept, repeated = kept_rows(user, item, time, filters)
-    if not len(kept):
+    rows, user_ids, item_ids, unknown = read_interactions(path, known)
+    first = np.unique(rows, axis=0, return_index=True)[1]  # an exact repeat counts once
+    user, item, time = filtered(rows[np.sort(first)], filters).T
+    if not len(user):
         raise UserError(f'{path}: no user has {max(3, filters[0])} interactions; '
                         'lower --min-user (3 at least)')
-    users, first, lengths = np.unique(user[kept], return_index=True, return_counts=True)
-    catalogue = sorted(item_ids[i] for i in np.unique(item[kept]))
+    users, lengths = np.unique(user, return_counts=True)
+    catalogue = sorted({item_ids[i] for i in item})
     number = {key: i for i, key in enumerate(catalogue, 1)}
-    numbers = np.array([number.get(key, 0) for key in item_ids], np.int32)
-    items, offsets = numbers[item[kept]], offsets_of(lengths)
+    items = np.array([number[item_ids[i]] for i in item], np.int32)
+    offsets = offsets_of(lengths)
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
         raise UserError(f"{path}: no user's last two items both occur in a training sequence; "
                         'there is nothing to evaluate')
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
     # a user's first item has no neighbour before it
-    tied = np.delete(np.diff(time[kept], prepend=-1) == 0, first)
+    tied = np.delete(np.diff(time, prepend=-1) == 0, offsets[:-1])
     attributes = [known[key] for key in catalogue]
-    texts = [tuple(value for _, value in pairs if value) for pairs in attributes]
-    counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(kept),
-              'avg_len': len(kept) / len(users), 'evaluated': len(evaluated),
+    texts = {tuple(value for _, value in pairs if value) for pairs in attributes}
+    counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(items),
+              'avg_len': len(items) / len(users), 'evaluated': len(evaluated),
               'tied_neighbours': float(tied.mean()), 'rows_unknown_item': unknown,
-              'rows_repeated': repeated, 'distinct_texts': len(set(texts)),
+              'rows_repeated': len(rows) - len(first), 'distinct_texts': len(texts),
               'short_of_negatives': int((negatives[:, -1] == 0).sum())}
     names = [user_ids[u] for u in users]
     fingerprint = digest(catalogue, attributes, names, items, offsets, evaluated, negatives)
-    return Dataset(name, catalogue, names, items, offsets, evaluated, negatives, counts,
-                   fingerprint, folder), attributes
+    head = {'item_ids': catalogue, 'user_ids': names, 'counts': counts, 'fingerprint': fingerprint}
+    return dict(zip(ARRAYS, (items, offsets, evaluated, negatives))), head, attributes
 
 
 # ------------------------------------------------------------------------ prepared.npz
 
-def identity_of(folder, filters, known=None):
-    """What prepared.npz is made from: stamps of the two canonical files, filters, and code."""
-    known = known or {}
+def identity_of(folder, filters, known):
+    """What prepared.npz is made from: stamps of the two canonical files (`known`: an earlier
+    identity, which saves reading untouched files), filters, and code."""
     stamps = {stem: file_stamp(canonical_file(folder, stem), known.get(stem))
               for stem in ('interactions.csv', 'items.jsonl')}
-    return {**stamps, 'filters': list(filters), 'code': [code_digest(file) for file in CODE]}
-
-
-def content_of(identity):
-    """An identity without the times of its files."""
-    stamps = [identity[stem]['sha256'] for stem in ('interactions.csv', 'items.jsonl')]
-    return [identity['filters'], identity['code'], *stamps]
+    return {**stamps, 'filters': list(filters), 'code': list(map(code_digest, CODE))}
 
 
 def prepare(name, filters):
     """The dataset, prepared anew where prepared.npz is not there or of something else."""
     folder = folder_of(name)
     if name in AMAZON:
-        canonical_from_amazon(name, folder, filters[0], filters[1])
+        canonical_from_amazon(name, folder, *filters[:2])
     elif not folder.is_dir():
-        raise UserError(f'unknown dataset {name}: known are drugstore, grocery, {", ".join(AMAZON)}; '
-                        f'for your own put interactions.csv and items.jsonl into {folder}')
-    try:
-        data = load(name)
-        if read_member(folder, 'head')['identity']['filters'] == list(filters):
-            return data
-    except UserError:
-        pass  # it is made now
+        raise UserError(f'unknown dataset {name}: known are drugstore, grocery, '
+                        f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
+                        f'into {folder}')
+    with contextlib.suppress(UserError):  # it is made now
+        return load(name, filters)
     with lock(folder):
-        identity = identity_of(folder, filters)
-        data, attributes = build(name, folder, filters)
-        head = {'identity': identity, 'counts': data.counts, 'fingerprint': data.fingerprint}
-        members = {key: getattr(data, key) for key in ARRAYS}
-        for key, value in (('head', head), ('item_ids', data.item_ids), ('user_ids', data.user_ids),
-                           ('attributes', attributes)):
-            text = json.dumps(value, ensure_ascii=False)
-            members[key] = np.frombuffer(text.encode(), np.uint8)
-        save_npz(folder / 'prepared.npz', members)
-        save_json(folder / 'counts.json', data.counts)
-    return data
+        identity = identity_of(folder, filters, {})
+        arrays, head, attributes = build(folder, filters)
+        arrays['head'] = json.dumps({'identity': identity, **head}).encode()
+        arrays['attributes'] = json.dumps(attributes).encode()
+        save_npz(folder / 'prepared.npz', arrays)
+        save_json(folder / 'counts.json', head['counts'])
+    return load(name)
 
 
-def read_member(folder, name):
-    """One member of prepared.npz: an array, or a value that was written as JSON."""
-    path = folder / 'prepared.npz'
-    try:
-        with np.load(path, allow_pickle=False) as f:
-            return f[name] if name in ARRAYS else json.loads(f[name].tobytes())
-    except FileNotFoundError:
-        raise UserError(f'{folder.name} is not prepared: run python -m common.data {folder.name}'
-                        ) from None
-    except (ValueError, KeyError, OSError, EOFError, RuntimeError, zlib.error,
-            zipfile.BadZipFile):  # RuntimeError: a flag of the zip's that nothing here writes
-        raise UserError(f'{path}: damaged; run python -m common.data {folder.name}') from None
+def prepared(folder, *names):
+    """{name: array} of members of prepared.npz; 'head' and 'attributes' are bytes of JSON."""
+    path, remedy = folder / 'prepared.npz', f'run python -m common.data {folder.name}'
+    if not path.exists():
+        raise UserError(f'{folder.name} is not prepared: {remedy}')
+    return load_npz(path, names, remedy)
 
 
-def load(name):
-    """The prepared dataset. UserError where it is not there, or where the canonical files have
-    changed since."""
+def load(name, filters=None):
+    """The prepared dataset. UserError where it is not there, or where the canonical files, the code
+    or `filters` (None: whatever they were) have changed since."""
     folder = folder_of(name)
-    head = read_member(folder, 'head')
-    identity = head['identity']
-    now = identity_of(folder, identity['filters'], identity)
-    if content_of(now) != content_of(identity):
-        what = 'its files have' if now['code'] == identity['code'] else 'common/data.py has'
+    head = json.loads(prepared(folder, 'head')['head'].tobytes())
+    then = head.pop('identity')
+    now = identity_of(folder, filters or then['filters'], then)
+    if now != then:
+        what = 'its files have' if now['code'] == then['code'] else 'common/data.py has'
         raise UserError(f'{folder}: {what} changed since it was prepared: '
                         f'run python -m common.data {name}')
-    arrays = {key: read_member(folder, key) for key in ARRAYS}
-    return Dataset(name, read_member(folder, 'item_ids'), read_member(folder, 'user_ids'), **arrays,
-                   counts=head['counts'], fingerprint=head['fingerprint'], folder=folder)
+    return Dataset(name, folder=folder, **head, **prepared(folder, *ARRAYS))
 
 
 # ------------------------------------------------------------------------ report
 
 def published_counts(name):
     """What the paper's table 2 and its code say of a dataset: {count: value}, {} where nothing."""
-    table = load_json(ROOT / 'common' / 'paper.json')['table2']
-    known = dict(zip(table['columns'], table['rows'].get(name, [])))
-    if name in table['evaluated']:
-        known['evaluated'] = table['evaluated'][name]
-    return known
+    return paper()['table2'].get(name, {})
 
 
 def report(data):
     """Counts beside the published ones, and warnings about what will not work well."""
     c, known = data.counts, published_counts(data.name)
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        value = f'{c[key]:,.1f}' if key == 'avg_len' else f'{c[key]:,}'
-        print(f'  {key:13}{value:>12}' + (f'   paper {known[key]:,}' if key in known else ''))
+        theirs = f'   paper {known[key]:,}' if key in known else ''
+        print(f'  {key:13}{round(c[key], 1):>12,}{theirs}')
     print(f'  neighbours with the same timestamp: {c["tied_neighbours"]:.1%} (the file\'s order)')
     if c['rows_unknown_item'] or c['rows_repeated']:
         print(f'  dropped: {c["rows_unknown_item"]:,} rows whose item has no text, '
               f'{c["rows_repeated"]:,} repeated rows')
     if c['short_of_negatives']:
-        print(f'  warning: {c["short_of_negatives"]:,} users have fewer than {NEGATIVES} negatives: '
-              'the catalogue is small')
+        print(f'  warning: {c["short_of_negatives"]:,} users have fewer than {NEGATIVES} '
+              'negatives: the catalogue is small')
     shared = c['items'] - c['distinct_texts']
     if shared:
         print(f'  items whose text another item has too: {shared:,}')

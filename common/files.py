@@ -8,18 +8,19 @@ import gzip
 import hashlib
 import json
 import os
-import pathlib
 import platform
 import re
 import signal
 import subprocess
 import sys
 import zlib
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 HOST = platform.node() or 'here'
 STOPPED = 143  # exit code after SIGTERM: 128 + 15, what a shell would report
 
@@ -42,17 +43,15 @@ def command(main, *args):
         sys.stdout.flush()
     except UserError as error:
         fail(error)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except BrokenPipeError:  # `| head` has read enough; what is left cannot be written
+        os._exit(0)
     except OSError as error:  # a full disk, a folder without permission
         fail(f'{error.filename or "writing"}: {error.strerror or error}')
     except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
-        known = re.search("out of memory|allocate memory", str(error))
-        if not known and not isinstance(error, MemoryError):
+        if not re.search('out of memory|allocate memory|MemoryError', repr(error)):
             raise
-        fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the script '
-             'has it; what was saved is kept')
+        fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
+             'script has it; what was saved is kept')
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
@@ -71,13 +70,21 @@ def fail(error):
 
 # ------------------------------------------------------------------------ identities
 
+@contextlib.contextmanager
+def unpacked(path):
+    """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged."""
+    opener = gzip.open if str(path).endswith('.gz') else open
+    try:
+        with opener(path, 'rb') as f:
+            yield f
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f'{path}: is damaged ({error}); remove it and get it again') from None
+
+
 def content_sha256(path):
     """Hex digest of what a file holds, unpacked where it is a .gz."""
-    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as f:
-        try:
-            return hashlib.file_digest(f, 'sha256').hexdigest()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f'{path}: is damaged ({error}); get it again') from None
+    with unpacked(path) as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def digest(*parts):
@@ -85,40 +92,35 @@ def digest(*parts):
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
-            part = part.detach().cpu().numpy()
+            part = part.numpy(force=True)
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
-            h.update(np.ascontiguousarray(part).data)
+            h.update(part.tobytes())
         else:
             h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
     return h.hexdigest()[:16]
 
 
 def file_stamp(path, known=None):
-    """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, saves reading an untouched
-    file again."""
-    status = os.stat(path)
+    """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, where the content is still
+    that. An untouched file is not read again."""
+    status, known = os.stat(path), known or {}
     stamp = {'size': status.st_size, 'time': status.st_mtime_ns}
-    if known and all(known.get(key) == value for key, value in stamp.items()):
+    if stamp.items() <= known.items():
         return known
-    return {**stamp, 'sha256': content_sha256(path)}
+    stamp['sha256'] = content_sha256(path)
+    return known if stamp['sha256'] == known.get('sha256') else stamp
 
 
 def provenance():
     """What travels with every result: commit ('+': the tree was changed), versions, command."""
-    import transformers
-
-    def git(*options):
-        try:
-            out = subprocess.run(['git', '-C', str(ROOT), *options], capture_output=True, text=True)
-        except OSError:  # no git on this machine
-            return ''
-        return out.stdout.strip()
-
-    commit = git('rev-parse', '--short=12', 'HEAD') or 'unknown'
-    changed = '+' if git('status', '--porcelain', '-uno') else ''
-    return {'commit': commit + changed, 'torch': str(torch.__version__),
-            'transformers': transformers.__version__, 'command': ' '.join(map(str, sys.argv))}
+    git = 'git describe --always --exclude=* --abbrev=12 --dirty=+'.split()
+    try:
+        found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        found = ''
+    return {'commit': found or 'unknown', 'torch': version('torch'),
+            'transformers': version('transformers'), 'command': ' '.join(sys.argv)}
 
 
 # ------------------------------------------------------------------------ writing
@@ -126,7 +128,7 @@ def provenance():
 @contextlib.contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
-    path = pathlib.Path(path)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
     part = path.with_name(f'.{path.name}.{HOST}.{os.getpid()}.part')
@@ -134,7 +136,7 @@ def whole(path):
         yield part
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
-        os.replace(part, path)
+        part.replace(path)
     except OSError as error:  # of a full disk, which names no file
         error.filename = error.filename or str(path)
         raise
@@ -144,11 +146,11 @@ def whole(path):
 
 def sweep(folder):
     """Remove what a process of this machine left half-written when it was killed."""
-    if not pathlib.Path('/proc/self').exists():
+    if not Path('/proc/self').exists():
         return
     for stale in folder.glob(f'.*.{HOST}.*.part'):
         process = stale.name.split('.')[-2]
-        if not pathlib.Path('/proc', process).exists():
+        if not Path('/proc', process).exists():
             stale.unlink(missing_ok=True)
 
 
@@ -166,7 +168,7 @@ def save_json(path, value):
 def load_json(path):
     """Read JSON; UserError where the file is missing or is none."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+        return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise UserError(f'{path}: no such file') from None
     except ValueError as error:
@@ -177,6 +179,16 @@ def save_npz(path, arrays):
     """Write named arrays, compressed, whole or not at all."""
     with whole(path) as part, open(part, 'wb') as f:
         np.savez_compressed(f, **arrays)
+
+
+def load_npz(path, names, remedy):
+    """{name: array} of what save_npz wrote; pickles are refused. UserError, which ends in `remedy`:
+    missing, damaged or not ours."""
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            return {name: f[name] for name in names}
+    except Exception:  # numpy, zipfile and zlib raise half a dozen kinds for a damaged file
+        raise UserError(f'{path}: missing or damaged; {remedy}') from None
 
 
 def save_pt(path, kind, **content):
@@ -190,17 +202,16 @@ def save_pt(path, kind, **content):
 
 def load_pt(path, kind, device='cpu'):
     """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
-    try:
-        f = open(path, 'rb')
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    try:
-        with f:
+    if not Path(path).exists():
+        raise UserError(f'{path}: no such file')
+    with open(path, 'rb') as f:
+        try:
             content = torch.load(f, map_location=device, weights_only=True)
-        found = content['kind']
-    except Exception as error:  # torch.load raises half a dozen kinds for a damaged or foreign file
-        reason = f'{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ""}'
-        raise UserError(f'{path}: not a readable {kind} file ({reason})') from None
+            found = content['kind']
+        except Exception as error:  # half a dozen kinds for a damaged or foreign file
+            said = str(error).splitlines() or ['']
+            raise UserError(f'{path}: not a readable {kind} file ({type(error).__name__}: '
+                            f'{said[0][:120]})') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content
@@ -210,15 +221,17 @@ def load_pt(path, kind, device='cpu'):
 def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / '.lock', 'a+') as f:
+    path = Path(folder, '.lock')
+    if not wait and int(os.environ.get('RANK', 0)):  # of torchrun's processes the first holds it
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, 'a') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            f.seek(0)
-            holder = f.read().strip()
-            raise UserError(f'{folder} is in use by {holder}: wait for it or stop it') from None
+            raise UserError(f'{folder} is in use by {path.read_text().strip()}: wait for it or '
+                            'stop it') from None
         f.truncate(0)
         f.write(f'process {os.getpid()} ({" ".join(sys.argv)})')
         f.flush()
@@ -229,9 +242,14 @@ def lock(folder, wait=False):
 
 def data_root():
     """data/, or ELEPHANT_DATA."""
-    return pathlib.Path(os.environ.get('ELEPHANT_DATA', ROOT / 'data'))
+    return Path(os.environ.get('ELEPHANT_DATA', ROOT / 'data'))
 
 
 def runs_root():
     """runs/, or ELEPHANT_RUNS."""
-    return pathlib.Path(os.environ.get('ELEPHANT_RUNS', ROOT / 'runs'))
+    return Path(os.environ.get('ELEPHANT_RUNS', ROOT / 'runs'))
+
+
+def paper():
+    """The paper's tables (percentages), which of our rows stands in each column, its data sets."""
+    return load_json(ROOT / 'common' / 'paper.json')

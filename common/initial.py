@@ -1,9 +1,9 @@
 """What an ID model's item table starts from: exported embeddings, their scale, their components."""
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.files import UserError, digest, load_pt
 
@@ -19,17 +19,16 @@ class Embeddings(NamedTuple):
 
 def read_embeddings(path, data):
     """The Embeddings in an export for exactly this dataset; UserError where anything is off."""
-    path = Path(path)
     content = load_pt(path, 'embeddings')
-    matrix, head = content['matrix'].float(), content['head']
-    again = f'export it again for {data.name}'
+    matrix = content['matrix'].float()
+    head = content['head']
     if content['items'] != data.item_ids or head['identity']['data'] != data.fingerprint:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, or of other items; '
-                        f'{again}')
+                        f'export it again for {data.name}')
     if len(matrix) != data.n_items + 1 or not torch.isfinite(matrix).all() or matrix[0].any():
-        raise UserError(f'{path}: its matrix is not {data.n_items + 1} rows of finite numbers with a '
-                        f'zero row 0; {again}')
-    if not (matrix[1:] - matrix[1]).any():
+        raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
+                        f'row 0; export it again for {data.name}')
+    if (matrix[1:] == matrix[1]).all():
         raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
     return Embeddings(matrix, digest(matrix), head)
 
@@ -37,7 +36,7 @@ def read_embeddings(path, data):
 def geometry(matrix):
     """{'norm': mean row norm, 'cosine': mean cosine of two different items} of [n + 1, H]."""
     rows = matrix[1:].double()
-    unit = torch.nn.functional.normalize(rows, dim=1)
+    unit = F.normalize(rows, dim=1)
     n = len(unit)
     cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)) if n > 1 else 1.0
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
@@ -45,13 +44,14 @@ def geometry(matrix):
 
 def components(matrix, width):
     """The first `width` principal components: [n + 1, H] -> [n + 1, width], row 0 zeros."""
-    most = min(len(matrix) - 1, matrix.shape[1])
-    if width > most:
-        raise UserError(f'--hidden {width}: the embeddings are {len(matrix) - 1} rows of '
-                        f'{matrix.shape[1]} numbers; at most {most}')
     rows = matrix[1:] - matrix[1:].mean(0)
+    n, hidden = rows.shape
+    most = min(n, hidden)
+    if width > most:
+        raise UserError(f'--hidden {width}: the embeddings are {n} rows of {hidden} numbers; '
+                        f'at most {most}')
     axes = torch.linalg.svd(rows, full_matrices=False)[2][:width]
-    return torch.cat([matrix.new_zeros(1, width), rows @ axes.T])
+    return F.pad(rows @ axes.T, (0, 0, 1, 0))
 
 
 def initial_table(matrix, scale, norm, seed):
@@ -70,17 +70,25 @@ def initial_table(matrix, scale, norm, seed):
         rows = u * (s > s[0] * 1e-4) @ v
     if scale == 'permuted':
         order = np.random.default_rng([seed, 6]).permutation(len(rows))
-        rows = rows[torch.from_numpy(order)]
+        rows = rows[order]
     return torch.cat([matrix[:1], rows * (norm / rows.norm(dim=1).mean())])
 
 
-def starting_tables(kind, n, width, embeddings, scale, seed):
-    """(random table [n + 1, width] of the model class `kind`, the embeddings as an initial table of
-    that width, or None without any). The random table is drawn from torch's generator."""
-    table = kind.random_table(n, width)
+def starting_tables(kind, n, embeddings, about):
+    """(item table [n + 1, H] that a run begins with, fixed text [n + 1, H] added to it or None).
+
+    kind: class of the model; embeddings: None for a random table; about: what the run is (see
+    train_seq.py). Seeds torch's generator and draws from it.
+    """
+    torch.manual_seed(about['seed'])
+    table = kind.random_table(n, about['hidden'])
     if embeddings is None:
         return table, None
     given = embeddings.matrix
-    if given.shape[1] != width:
-        given = components(given, width)
-    return table, initial_table(given, scale, float(table[1:].norm(dim=1).mean()), seed)
+    if given.shape[1] != about['hidden']:
+        given = components(given, about['hidden'])
+    norm = float(table[1:].norm(dim=1).mean())
+    given = initial_table(given, about['scale'], norm, about['seed'])
+    if about['mode'] == 'id+text':
+        return table, given
+    return given, None

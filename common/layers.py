@@ -58,7 +58,8 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p):
-        kind, bits = (torch.int8, 8) if p * 2 ** 8 % 1 == 0 else (torch.int16, 16)
+        kind = torch.int8 if p * 256 % 1 == 0 else torch.int16
+        bits = 8 * kind.itemsize
         words = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64)
         drawn = words.random_(-2 ** 63, None).view(kind)[:x.numel()].view(x.shape)
         low = round(p * 2 ** bits) - 2 ** (bits - 1) - 1
@@ -86,8 +87,7 @@ def dropout(x, p, training):
 def additive(seen):
     """A bool tensor, True where a query attends, as what is added to its scores: 0 or -inf, in
     autocast's type."""
-    zero = half(torch.zeros((), device=seen.device))
-    return torch.where(seen, zero, -torch.inf)
+    return half(torch.where(seen, 0.0, -torch.inf))
 
 
 def remade(function, *inputs):

@@ -42,7 +42,7 @@ def add_plm_options(parser):
 
 
 def add_optimizer_options(parser, epochs, patience, batch):
-    """--epochs ... --weight-decay; the defaults are RecFormer's where its paper or code says them."""
+    """--epochs ... --weight-decay; defaults are RecFormer's where its paper or code has them."""
     g = parser.add_argument_group('optimisation')
     option(g, '--epochs', POSITIVE, epochs, 'at most')
     option(g, '--patience', POSITIVE, patience, 'epochs without a better validation')
@@ -60,8 +60,8 @@ def add_machine_options(parser, language_model=False, trains=True):
         option(g, '--micro-tokens', POSITIVE, None,
                'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)')
     option(g, '--device', str, 'auto', 'auto (CUDA where there is one), cpu, cuda:1, ...')
-    option(g, '--precision', str, 'auto', 'of matrix products; weights stay float32. auto: bfloat16 '
-           'where the hardware has it', choices=['auto', 'bfloat16', 'float32'])
+    option(g, '--precision', str, 'auto', 'of matrix products; weights stay float32. auto: '
+           'bfloat16 where the hardware has it', choices=['auto', 'bfloat16', 'float32'])
     g.add_argument('--deterministic', action='store_true', help='CUDA: only kernels that give the '
                    'same bits on every run (slower; a CPU always does)')
     if trains:
@@ -73,8 +73,8 @@ def add_machine_options(parser, language_model=False, trains=True):
 
 
 # Options that change no number, and those whose meaning is known by content (data, weights).
-NO_IDENTITY = {'dataset', 'sources', 'out', 'checkpoint', 'plm', 'layers', 'seeds', 'lrs', 'variants',
-               'device', 'deterministic', 'micro_tokens', 'save_every', 'again', 'keep'}
+NO_IDENTITY = set('dataset sources out checkpoint plm layers seeds lrs variants init_scale device '
+                  'deterministic micro_tokens save_every again keep'.split())
 
 
 def option_identity(args):

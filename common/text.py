@@ -3,7 +3,9 @@
 B = sequences, T = tokens of all sequences one after the other (no padding anywhere), n = items.
 Item ids are 1..n as in common/data.py; histories are ragged pairs (items, offsets), oldest first.
 """
+from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -44,7 +46,7 @@ class Packed:
 
     def index(self, sequences):
         """Rows of the tokens of these sequences."""
-        begin = np.cumsum(self.lengths) - self.lengths
+        begin = offsets_of(self.lengths)
         return ragged(begin[sequences], self.lengths[sequences])
 
     def rows(self, sequences):
@@ -56,25 +58,24 @@ class Packed:
 
 # ------------------------------------------------------------------------ tokens
 
+@dataclass
 class Words:
     """A language model's fast tokenizer, in a form that a checkpoint carries along.
 
     cls, mask: ids of the token that begins a sequence, and of the one that hides a word.
     """
+    text: str
+    cls: int
+    mask: int
 
-    def __init__(self, text, cls, mask):
+    def __post_init__(self):
         from tokenizers import Tokenizer
-        self.text, self.cls, self.mask = text, cls, mask
-        self.backend = Tokenizer.from_str(text)
-        self.backend.no_truncation()
+        self.backend = Tokenizer.from_str(self.text)
+        self.backend.enable_truncation(MOST_TOKENS)
         self.backend.no_padding()
 
-    def state(self):
-        """What a checkpoint keeps: Words(**state) is this tokenizer again."""
-        return {'text': self.text, 'cls': self.cls, 'mask': self.mask}
-
     def encode(self, texts):
-        """tokenizers.Encoding of each text, without special tokens."""
+        """tokenizers.Encoding of each text, without special tokens, cut to 32 tokens."""
         return self.backend.encode_batch(texts, add_special_tokens=False)
 
 
@@ -90,8 +91,8 @@ def load_words(path):
     if cls is None:
         cls = tokenizer.bos_token_id
     if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
-        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a cls '
-                        'or bos token (BERT, RoBERTa, Longformer)')
+        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
+                        'cls or bos token (BERT, RoBERTa, Longformer)')
     return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
 
 
@@ -101,40 +102,31 @@ def tokenize(attributes, words):
 
     attributes: for item i at i - 1 the list of (name, value) -> ItemTokens.
     """
-    parts = []
-    for begin in range(0, len(attributes), AT_ONCE):
-        parts.append(tokenize_some(attributes[begin:begin + AT_ONCE], words))
-    ids, types, starts, counts = (np.concatenate(arrays) for arrays in zip(*parts))
-    return ItemTokens(ids, types, starts, offsets_of(np.concatenate([[0], counts])))
-
-
-def tokenize_some(attributes, words):
-    """(ids, types, starts, tokens of each item) of some items; equal texts are tokenized once."""
-    kept = [pairs[:MOST_ATTRIBUTES] for pairs in attributes]
-    texts = list(dict.fromkeys(text for pairs in kept for pair in pairs for text in pair if text))
-    known = {'': ([], [])}
-    for text, encoding in zip(texts, words.encode(texts)):
-        known[text] = encoding.ids[:MOST_TOKENS], word_starts(encoding.word_ids[:MOST_TOKENS])
-    ids, types, starts, counts = [], [], [], []
-    for pairs in kept:
-        before = len(ids)
+    ids, types, starts, offsets = array('i'), array('b'), array('b'), [0, 0]
+    for pairs in encoded(attributes, words):
         for name, value in pairs:
-            (name_ids, name_starts), (value_ids, value_starts) = known[name], known[value]
-            ids += (name_ids + value_ids)[:MOST_TOKENS]
-            starts += (name_starts + value_starts)[:MOST_TOKENS]
-            types += ([NAME] * len(name_ids) + [VALUE] * len(value_ids))[:MOST_TOKENS]
-        counts.append(len(ids) - before)
-    return (np.array(ids, np.int32), np.array(types, np.int8), np.array(starts, bool),
-            np.array(counts, np.int64))
+            kinds = [NAME] * len(name) + [VALUE] * len(value)
+            begins = word_starts(name.word_ids) + word_starts(value.word_ids)
+            ids.extend((name.ids + value.ids)[:MOST_TOKENS])
+            types.extend(kinds[:MOST_TOKENS])
+            starts.extend(begins[:MOST_TOKENS])
+        offsets.append(len(ids))
+    return ItemTokens(np.array(ids), np.array(types), np.array(starts, bool), np.array(offsets))
+
+
+def encoded(attributes, words):
+    """Each item's attributes, (name, value) as Encodings; equal texts are tokenized once."""
+    for begin in range(0, len(attributes), AT_ONCE):
+        some = attributes[begin:begin + AT_ONCE]
+        texts = list({text for pairs in some for pair in pairs for text in pair})
+        known = dict(zip(texts, words.encode(texts)))
+        for pairs in some:
+            yield [(known[name], known[value]) for name, value in pairs[:MOST_ATTRIBUTES]]
 
 
 def word_starts(word_ids):
     """Which tokens begin a word; a token of no word (None) is a word of its own."""
-    starts, before = [], None
-    for word in word_ids:
-        starts.append(word is None or word != before)
-        before = word
-    return starts
+    return [word is None or word != before for before, word in pairwise([None, *word_ids])]
 
 
 # ------------------------------------------------------------------------ packed sequences
@@ -145,30 +137,23 @@ def pack(items, offsets, tokens, cls, max_items=50, max_tokens=1024):
     Both limits are RecFormer's. An empty history is CLS alone. Returns Packed.
     """
     count = np.minimum(np.diff(offsets), max_items)
-    age = ragged(np.zeros(len(count), np.int64), count)                # 0 for the newest item
-    newest = items[np.repeat(offsets[1:] - 1, count) - age]
-    lengths = tokens.offsets[newest + 1] - tokens.offsets[newest]
-    done = offsets_of(lengths)                                         # tokens of all items before,
-    before = 1 + done[:-1] - np.repeat(done[np.cumsum(count) - count], count)  # of this history
-    lengths = np.clip(max_tokens - before, 0, lengths)
-    owner = row_numbers(count)
-    total = 1 + np.bincount(owner, lengths, len(count)).astype(np.int64)
-    begin = np.cumsum(total) - total
-    source = ragged(tokens.offsets[newest], lengths)
-    place = ragged(begin[owner] + before, lengths)
-    size = total.sum()
-    out = Packed(np.full(size, cls, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64),
-                 np.zeros(size, bool), total)
-    out.tokens[place] = tokens.ids[source]
-    out.types[place] = tokens.types[source]
-    out.starts[place] = tokens.starts[source]
-    out.item_positions[place] = np.repeat(age + 1, lengths)
-    return out
+    position = ragged(1, count)                       # 1 for the newest item
+    newest = items[np.repeat(offsets[1:], count) - position]
+    start = tokens.offsets[newest]
+    lengths = tokens.offsets[newest + 1] - start
+    done = offsets_of(lengths)
+    begin = done[offsets_of(count)]                   # of each history, CLS not counted
+    before = done[:-1] - np.repeat(begin[:-1], count)  # tokens of its newer items
+    lengths = np.clip(max_tokens - 1 - before, 0, lengths)
+    total = np.minimum(np.diff(begin), max_tokens - 1)
+    source = ragged(start, lengths)
+    heads = offsets_of(total)[:-1]
 
-
-def pack_items(ids, tokens, cls):
-    """Each item of `ids` alone, as [CLS] + its tokens with item position 1."""
-    return pack(np.asarray(ids), np.arange(len(ids) + 1), tokens, cls)
+    def with_cls(values, value):
+        return np.insert(values, heads, value).astype(np.int64)
+    return Packed(with_cls(tokens.ids[source], cls), with_cls(tokens.types[source], 0),
+                  with_cls(np.repeat(position, lengths), 0),
+                  np.insert(tokens.starts[source], heads, False), total + 1)
 
 
 def micro_batches(lengths, max_tokens):
@@ -177,45 +162,38 @@ def micro_batches(lengths, max_tokens):
     Where none has more than RECTANGLE tokens they share one rectangle, whose padding is counted.
     lengths [B] -> list of int arrays that together hold each row once.
     """
-    order = np.argsort(-lengths, kind='stable')
-    groups, begin, done = [], 0, np.cumsum(lengths[order])
-    while begin < len(order):
-        longest = int(lengths[order[begin]])
+    left, groups = np.argsort(-lengths, kind='stable'), []
+    while len(left):
+        longest = lengths[left[0]]
         if longest <= RECTANGLE:
             size = max_tokens // longest
         else:
-            size = np.searchsorted(done, done[begin] - longest + max_tokens, 'right') - begin
-        size = max(1, int(size))
-        groups.append(order[begin:begin + size])
-        begin += size
+            size = np.searchsorted(np.cumsum(lengths[left]), max_tokens, 'right')
+        group, left = np.split(left, [max(1, size)])
+        groups.append(group)
     return groups
 
 
 # ------------------------------------------------------------------------ masking
 
-def mask_words(packed, rng, mask, vocabulary, share=0.15):
-    """Whole-word masking: per sequence words in random order up to 15 % of its tokens, at least one.
+def mask_words(packed, rng, mask, vocabulary):
+    """Whole-word masking: per sequence random words up to 15 % of its tokens, at least one.
 
     Of the chosen tokens 80 % become `mask`, 10 % a random token, 10 % stay (BERT). CLS is never
     chosen. Returns (tokens with masks [T], rows of the chosen); labels are packed.tokens[rows].
     """
-    first_rows = np.flatnonzero(packed.starts)                   # of each word
-    if not len(first_rows):
-        return packed.tokens, np.zeros(0, np.int64)
-    inside = np.ones(len(packed.tokens), bool)
-    inside[np.cumsum(packed.lengths) - packed.lengths] = False   # CLS
-    word = np.cumsum(packed.starts) - 1                          # of each row
-    size = np.bincount(word[inside], minlength=len(first_rows))
-    sequence = row_numbers(packed.lengths)[first_rows]
-    order = np.lexsort((rng.random(len(first_rows)), sequence))  # random in each sequence
-    size, sequence = size[order], sequence[order]
-    first = np.r_[True, sequence[1:] != sequence[:-1]]           # first word drawn of a sequence
-    done = np.cumsum(size) - size
-    done -= np.repeat(done[first], np.diff(np.r_[np.flatnonzero(first), len(order)]))
-    budget = share * (packed.lengths - 1)[sequence]
-    chosen = np.zeros(len(first_rows), bool)
-    chosen[order] = first | (done + size / 2 <= budget)          # the half rounds to the nearest
-    rows = np.flatnonzero(inside & chosen[np.maximum(word, 0)])
+    real = np.flatnonzero(packed.item_positions)              # rows, without those of CLS
+    word = np.cumsum(packed.starts[real]) - 1                 # of each real row
+    sequence = row_numbers(packed.lengths)[packed.starts]     # of each word
+    # words in random order in each sequence, which leaves `sequence` as it is
+    order = np.lexsort((rng.random(len(sequence)), sequence))
+    size = np.bincount(word)[order]
+    total = packed.lengths - 1
+    done = np.cumsum(size) - size - offsets_of(total)[sequence]  # tokens of words drawn before
+    chosen = np.zeros(len(order), bool)
+    # the half rounds to the nearest
+    chosen[order] = (done == 0) | (done + size / 2 <= 0.15 * total[sequence])
+    rows = real[chosen[word]]
     tokens, kind = packed.tokens.copy(), rng.random(len(rows))
     tokens[rows[kind < 0.8]] = mask
     noisy = rows[(kind >= 0.8) & (kind < 0.9)]

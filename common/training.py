@@ -10,7 +10,6 @@ import copy
 import ctypes
 import math
 import os
-import pathlib
 import signal
 import sys
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.files import STOPPED, Diverged, UserError, load_pt, save_pt, save_text
+from common.files import Diverged, UserError, load_pt, save_pt, save_text
 from common.layers import Machine
 from common.progress import progress
 from common.runs import usable
@@ -142,27 +141,24 @@ class Training:
         training.restore_best()
 
     epoch, step: 0-based, those that are left. The validation metric is better when higher.
-    `tensors`: what a loop carries besides (the item table of an epoch). Everything that the next
-    step depends on is in resume.pt, which is used again only for the same identity and code.
+    Everything that the next step depends on is in resume.pt, which is used again only for the same
+    identity and code.
     """
-    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'tensors', 'losses',
-            'log')
+    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'losses', 'log')
 
     def __init__(self, run, args, model, optimizer, steps, schedule=None, clip=None, total=None):
         self.folder, self.identity, self.code, label = run
-        self.path = pathlib.Path(self.folder) / 'resume.pt'
+        self.path = self.folder / 'resume.pt'
         self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
         self.per_epoch, self.patience, self.pause = steps, args.patience, 60 * args.save_every
         self.total = total or steps * args.epochs
         self.epoch = self.step = self.bad = self.best_epoch = 0
-        self.best, self.best_weights, self.tensors, self.log = -math.inf, None, {}, []
-        self.losses = {}
+        self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
-        self.asked = self.busy = False
+        self.asked, self.busy = 0, False
         self.rng = rng_state()
         self.began = self.saved_at = time.monotonic()
-        if self.path.exists():
-            self.resume(args)
+        self.resume(args)
         self.bar = progress(total=self.total, initial=self.epoch * steps + self.step, unit='step',
                             desc=label)
 
@@ -188,10 +184,10 @@ class Training:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         scalars = torch.stack([x.detach().float() for x in (*losses.values(), norm)])
         values = scalars.tolist()  # the one time in a step that the host waits for the device
-        if not all(map(math.isfinite, values)):
+        if not np.isfinite(values).all():
             kept = 'holds the last good state' if self.path.exists() else 'was not written yet'
-            raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient norm '
-                           f'{values[-1]}; {self.path} {kept}; try a lower rate or '
+            raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient '
+                           f'norm {values[-1]}; {self.path} {kept}; try a lower rate or '
                            '--precision float32')
         with self.uninterrupted():
             self.optimizer.step()
@@ -246,23 +242,19 @@ class Training:
         if not self.first:
             return
         stopped = kind in (SystemExit, KeyboardInterrupt)
-        for number, before in self.before.items():
-            signal.signal(number, signal.SIG_IGN if stopped else before)
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
         if stopped:
             self.save()
             print(f'stopped before {self.where()}; the same command goes on from {self.path}',
                   file=sys.stderr)
 
     def asked_to_stop(self, number, _):
-        """SIGTERM or SIGINT: leave at once, but not from within a change of the state."""
+        """SIGTERM, Ctrl-C: leave at once, as a shell would say it (128 + the signal), but not from
+        within a change of the state."""
         self.asked = number
         if not self.busy:
-            self.leave()
-
-    def leave(self):
-        if self.asked == signal.SIGINT:
-            raise KeyboardInterrupt
-        sys.exit(STOPPED)
+            sys.exit(128 + number)
 
     @contextlib.contextmanager
     def uninterrupted(self):
@@ -271,7 +263,7 @@ class Training:
         yield
         self.busy = False
         if self.asked:
-            self.leave()
+            sys.exit(128 + self.asked)
 
     def parts(self):
         """What has a state dict."""
@@ -289,16 +281,16 @@ class Training:
                 stand={key: getattr(self, key) for key in self.kept})
         lines = [','.join(self.log[0])] if self.log else []
         lines += [','.join(map(str, entry.values())) for entry in self.log]
-        save_text(self.path.with_name('log.csv'), '\n'.join(lines) + '\n')
+        save_text(self.folder / 'log.csv', '\n'.join(lines) + '\n')
 
     def resume(self, args):
         """Go on from resume.pt where it is of this identity and code."""
         try:
-            saved = load_pt(self.path, 'resume')
+            saved = self.path.exists() and load_pt(self.path, 'resume')
         except UserError as error:
             print(f'{error}; training starts over')
             return
-        if not usable(saved['head'], self.identity, self.code, args, self.path):
+        if not saved or not usable(saved['head'], self.identity, self.code, args, self.path):
             return
         for name, part in self.parts().items():
             part.load_state_dict(saved['states'][name])

@@ -8,6 +8,7 @@ import torch
 
 import evaluate
 from common import baselines
+from common.arrays import offsets_of
 from common.baselines import (DECAYS, WEIGHTS, item_knn, popularity, ranks_of, sparse, text_knn,
                               untrained, untrained_lines, value_of, weighted_sum)
 from common.data import Dataset, prepare
@@ -39,9 +40,9 @@ def dataset(rows=ROWS, evaluated=(0, 1, 2), given=NEGATIVES, n=6):
 
 def weights_of(*rows):
     """Sparse weights of histories from dictionaries {item: weight}."""
-    places = [(row, item) for row, history in enumerate(rows) for item in history]
+    items = np.array([item for history in rows for item in history])
     values = np.array([weight for history in rows for weight in history.values()], float)
-    return sparse(*np.array(places, np.int64).T, values, (len(rows), 7))
+    return sparse(items, offsets_of([len(history) for history in rows]), values, 6)
 
 
 def close(found, *expected):
@@ -51,7 +52,7 @@ def close(found, *expected):
 # ------------------------------------------------------------------------ scorers
 
 def test_equal_places_of_a_sparse_matrix_add_up():
-    found = sparse(np.array([0, 1, 0]), np.array([2, 0, 2]), np.array([1.0, 2.0, 0.5]), (2, 3))
+    found = sparse(np.array([2, 2, 0]), np.array([0, 2, 3]), np.array([1.0, 0.5, 2.0]), 2)
     assert found.to_dense().tolist() == [[0, 0, 1.5], [2, 0, 0]]
 
 
@@ -87,7 +88,7 @@ def test_text_knn_is_the_cosine_of_centred_rows():
 
 def test_a_row_that_is_the_mean_is_near_nothing():
     matrix = torch.tensor([[0.0, 0], [1, 1], [2, 2], [0, 0]])
-    close(text_knn(matrix)(sparse(np.array([0, 1]), np.array([1, 2]), np.ones(2), (2, 4))),
+    close(text_knn(matrix)(sparse(np.array([1, 2]), np.arange(3), np.ones(2), 3)),
           [0.0, 0, 0, 0], [0.0, 0, 0, -1])
 
 

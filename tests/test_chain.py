@@ -1,7 +1,7 @@
-"""The scripts as a user runs them. Run: python -m pytest tests/test_chain.py (about 80 seconds).
+"""The scripts as a user runs them. Run: python -m pytest tests/test_chain.py (about a minute).
 
-One whole chain runs as it is: `bash run_all.sh`, a process for each step. The others are recorded
-(run_all.sh with a stand-in for Python) and then run here, where the imports are made already.
+Most of a short command is its imports. So whole chains, `bash run_all.sh`, have a Python that makes
+them once and forks for each command; single commands run in the tests' own process where they can.
 """
 import contextlib
 import csv
@@ -10,11 +10,14 @@ import io
 import json
 import os
 import re
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -77,16 +80,14 @@ def done(folder, *argv, **more):
     return out
 
 
-def record(folder, *options, cwd=ROOT, depth=2, **more):
-    """What `run_all.sh` would run, without running it: [(runs, data, command)].
-
-    depth: layers that run_all.sh finds in a row.
-    """
+def record(folder, *options, cwd=ROOT, **more):
+    """What `run_all.sh` would run, without running it: [(runs, data, command)]; for a language
+    model of 12 layers."""
     log = folder / 'recorded'
     log.unlink(missing_ok=True)
     stand_in = folder / 'stand-in'
     stand_in.write_text('#!/usr/bin/env bash\n'
-                        f'if [ "$1" = -c ]; then echo {depth}; exit; fi\n'
+                        'if [ "$1" = -c ]; then echo 12; exit; fi\n'
                         'printf "%s\\0" "$ELEPHANT_RUNS" "$ELEPHANT_DATA" "$@" >> "$RECORDED"\n'
                         'printf "\\n\\0" >> "$RECORDED"\n')
     stand_in.chmod(0o755)
@@ -97,10 +98,85 @@ def record(folder, *options, cwd=ROOT, depth=2, **more):
     return [(Path(runs), Path(data), argv) for runs, data, *argv in lines]
 
 
-def replay(folder, recorded):
-    """Run recorded commands here; what they printed."""
-    return ''.join(done(folder, *argv, ELEPHANT_RUNS=str(runs)) for runs, _, argv in recorded)
+# ------------------------------------------------------------------------ a Python for chains
 
+SCRIPTS = ('common.data', 'pretrain', 'finetune', 'export_embeddings', 'train_seq', 'evaluate')
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+places = {{key: value for key, value in os.environ.items() if key.startswith('ELEPHANT_')}}
+with socket.socket(socket.AF_UNIX) as s:
+    s.connect({path!r})
+    socket.send_fds(s, [json.dumps([sys.argv[1:], places]).encode()], [0, 1, 2])
+    code = s.recv(1)
+sys.exit(code[0] if code else 1)
+"""
+
+
+@pytest.fixture(scope='module')
+def fast(tmp_path_factory):
+    """Path of a program that does what Python does with a script of this repository."""
+    folder = tmp_path_factory.mktemp('fast')
+    program, path = folder / 'python', str(folder / 'socket')
+    program.write_text(CLIENT.format(python=sys.executable, path=path))
+    program.chmod(0o755)
+    server = [sys.executable, '-c', f'from tests.test_chain import serve; serve({path!r})']
+    server = subprocess.Popen(server, cwd=ROOT, env=environment(folder), stdout=subprocess.PIPE)
+    assert server.stdout.readline() == b'ready\n'
+    yield str(program)
+    server.terminate()
+    server.communicate()
+
+
+def serve(path):
+    """Fork a process for each command that a client sends."""
+    import torch._dynamo  # the first optimizer imports it
+    for name in SCRIPTS:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(path)
+        server.listen()
+        print('ready', flush=True)
+        while True:
+            asked, _ = server.accept()
+            message, streams, _, _ = socket.recv_fds(asked, 2 ** 16, 3)
+            if not os.fork():
+                code = run_as_python(*json.loads(message), streams)
+                asked.send(bytes([code]))
+                os._exit(code)
+            asked.close()
+            for stream in streams:
+                os.close(stream)
+
+
+def run_as_python(argv, places, streams):
+    """What `python argv...` does, in this forked process: its exit code."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.update(places)
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    try:
+        if argv[0] == '-c':
+            sys.argv = ['-c', *argv[2:]]
+            exec(argv[1], {})
+        elif argv[0] == '-m':
+            sys.argv = argv[1:]
+            del sys.modules[argv[1]]
+            runpy.run_module(argv[1], run_name='__main__', alter_sys=True)
+        else:
+            sys.argv = argv
+            runpy.run_path(argv[0], run_name='__main__')
+        code = 0
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    return code
+
+
+# ------------------------------------------------------------------------ looking at what was made
 
 def rows_of(run):
     return load_json(run / 'results.json')
@@ -132,7 +208,7 @@ def one_thread():
 # ------------------------------------------------------------------------ whole chains
 
 @pytest.fixture(scope='module')
-def pantry(tmp_path_factory):
+def pantry(tmp_path_factory, fast):
     """Made-up Amazon files, a random Longformer, and the chain on them: (folder, options, output).
 
     Called from a folder of the user's, with relative paths.
@@ -142,7 +218,7 @@ def pantry(tmp_path_factory):
     amazon(folder / 'data' / 'raw', 'Movies_and_TV', users=50, quirks=False, seed=1)
     tiny_longformer(folder / 'models' / 'tiny')
     options = ['pantry', '--toy', '--plm', 'models/tiny', '--source', 'movies', '--seeds', '0']
-    code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder,
+    code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast,
                           ELEPHANT_DATA='data', ELEPHANT_RUNS='./runs')
     assert code == 0, err[-3000:]
     return folder, options, out, err
@@ -188,14 +264,13 @@ def test_a_chain_writes_where_it_says_and_nowhere_else(pantry):
     assert row['plm'] == str(folder / 'models' / 'tiny'), 'relative to where the user stands'
 
 
-def test_the_same_chain_again_makes_nothing(pantry):
+def test_the_same_chain_again_makes_nothing(pantry, fast):
     folder, options, _, _ = pantry
     before = stamps(folder / 'runs')
-    recorded = record(folder, *options, cwd=folder)
-    out = replay(folder, recorded)
+    code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast)
+    assert code == 0, err
     assert out.count('up to date') == 7 + 27, out
     assert before == stamps(folder / 'runs')
-    assert len(recorded) == 2 + 7 + 7 + 1
 
 
 def test_other_commands_on_the_runs_of_a_chain(pantry):
@@ -227,10 +302,9 @@ def test_weights_as_pytorch_model_bin_give_the_same_embeddings(pantry):
     plm = tiny_longformer(folder / 'binary' / 'tiny', binary=True)
     options = [plm if option == 'models/tiny' else option for option in options]
     recorded = record(folder, *options, ELEPHANT_RUNS=str(folder / 'of-binary'))
-    language_model = [found for found in recorded
-                      if found[2][0] in ('pretrain.py', 'finetune.py', 'export_embeddings.py')]
-    assert len(language_model) == 6
-    replay(folder, language_model)
+    for runs, _, argv in recorded:
+        if argv[0] in ('pretrain.py', 'finetune.py', 'export_embeddings.py'):
+            done(folder, *argv, ELEPHANT_RUNS=str(runs))
     for name in ('lf', 'pt', 'ft'):
         file = f'pantry/embeddings/{name}.pt'
         ours = load_pt(folder / 'of-binary' / 'toy' / 'tiny' / 'from-movies' / file, 'embeddings')
@@ -239,15 +313,16 @@ def test_weights_as_pytorch_model_bin_give_the_same_embeddings(pantry):
     shutil.rmtree(folder / 'binary')
 
 
-def test_own_data_without_a_source(tmp_path):
+def test_own_data_without_a_source(tmp_path, fast):
     """Also tables 1 and 5, and several seeds of the language model alone."""
     canonical(tmp_path / 'data' / 'mine')
     plm = tiny_bert(tmp_path / 'plm', layers=3)
-    recorded = record(tmp_path, 'mine', '--toy', '--plm', plm, '--table5', '--table1',
-                      '--rec-seeds', '0 1', depth=3)
-    assert not any('pretrain.py' in argv or 'pt-trainable' in argv for _, _, argv in recorded)
-    out = replay(tmp_path, recorded)
+    code, out, err = call(tmp_path, 'bash', 'run_all.sh', 'mine', '--toy', '--plm', plm,
+                          '--table5', '--table1', '--rec-seeds', '0 1', PYTHON=fast)
+    assert code == 0, err[-3000:]
     run = tmp_path / 'runs' / 'toy' / 'plm' / 'mine'
+    assert 'stage-PT' not in out and not (run.parent / 'pretrained').exists()
+    assert not list(run.glob('*-pt-*'))
     assert f'written to {run / "results.md"}' in out and '| random, 16 wide |' in out
     rows = rows_of(run)
     whole = [r for r in rows if r['model'] == 'recformer' and r['mode'] == 'ft2'
@@ -275,7 +350,7 @@ EXTRA = ['--table1', '--table5', '--figure2', '--again']
 @pytest.mark.parametrize('name', ['drugstore', 'pantry', 'industrial', 'mine'])
 def test_every_command_of_every_budget_is_one_that_its_script_takes(tmp_path, name, budget):
     options = [name, *filter(None, [budget]), *EXTRA] + ['--source', 'other'] * (name == 'mine')
-    recorded = record(tmp_path, *options, depth=12)
+    recorded = record(tmp_path, *options)
     for _, _, argv in recorded:
         script, *rest = argv[1:] if argv[0] == '-m' else argv
         importlib.import_module(script.removesuffix('.py')).parse_args(rest)
@@ -513,9 +588,13 @@ def test_what_edited_code_would_change_is_made_again(prepared, tmp_path):
         assert text.count(old) == 1
         file.write_text(text.replace(old, new))
 
-    assert 'best epoch 1 of 1' in train()
+    done(tmp_path, 'train_seq.py', 'mine', *TINY)
     first = load_json(row)
-    edit('dropout=0.5', 'dropout=0.25')
+    edit('class SASRec(AttentionModel):', '# said in a comment\nclass SASRec(AttentionModel):')
+    edit("Sizes: paper's code.", 'Said in a docstring.')
+    assert f'{NAME_OF_TINY}: up to date' in train()
+    assert load_json(row) == first
+    edit('dropout = 0.5', 'dropout = 0.25')
     out = train()
     assert f'{row.parent}: made again, as it was made with other code (common/sasrec.py)' in out
     assert 'best epoch 1 of 1' in out
@@ -523,10 +602,6 @@ def test_what_edited_code_would_change_is_made_again(prepared, tmp_path):
     assert second['valid'] != first['valid'] or second['metrics'] != first['metrics']
     changed = {key for key in first['code'] if first['code'][key] != second['code'][key]}
     assert changed == {'common/sasrec.py'}
-    edit('class SASRec(SequenceModel):', '# said in a comment\nclass SASRec(SequenceModel):')
-    edit('Defaults: paper\'s code.', 'Said in a docstring.')
-    assert f'{NAME_OF_TINY}: up to date' in train()
-    assert load_json(row) == second
 
 
 # ------------------------------------------------------------------------ wrong commands

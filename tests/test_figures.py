@@ -13,13 +13,13 @@ import train_seq
 from common import data
 from common.arrays import offsets_of
 from common.backbone import load_recformer
-from common.figures import (average, cls_attention, draw_attention, draw_curve, findings,
-                            first_tokens, numbers)
+from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
+                            findings, first_tokens, numbers)
 from common.files import UserError, load_json, load_pt, save_json
 from common.layers import Machine
 from common.models import load_seq
 from common.sasrec import SASRec
-from common.sequence import Layout
+from common.sequence import ItemTable, Layout
 from common.text import Packed, tokenize
 from tests.toy import canonical, tiny_bert
 
@@ -35,68 +35,81 @@ def packed(positions):
 
 # ------------------------------------------------------------------------ numbers
 
+def named(table):
+    """{third: {measure: value}} of what `numbers` and `average` give."""
+    return {third: dict(zip(MEASURES, values)) for third, values in zip(STRATA, table)}
+
+
+def table_of(strata):
+    """The inverse of `named`."""
+    return np.array([[strata[third][measure] for measure in MEASURES] for third in STRATA])
+
+
 def test_numbers_by_hand():
     """Three layers of two heads over [CLS], item 1 (two tokens), item 2 (two tokens)."""
     p = packed([0, 1, 1, 2, 2])
     assert first_tokens(p).tolist() == [False, True, False, True, False]
     even, first, newest = [.6, .1, .1, .1, .1], [0, .5, 0, .5, 0], [.2, .4, .4, 0, 0]
-    found = numbers(p, np.array([[even, even], [first, first], [newest, even]]))
+    found = named(numbers(p, np.array([[even, even], [first, first], [newest, even]])))
     bottom, middle, top = (found[name] for name in ('bottom', 'middle', 'top'))
-    assert bottom['itself'] == pytest.approx(.6) and bottom['heads'] == pytest.approx(1)
+    assert bottom['heads'] == pytest.approx(1)
     assert bottom['first'] == pytest.approx(1) and np.isnan(bottom['border'])
-    assert middle['first'] == pytest.approx(2) and middle['newest'] == pytest.approx(1)
+    assert middle['first'] == pytest.approx(2)
     assert middle['border'] == pytest.approx(.5 ** .5)  # (1 1 1 1) against (1 0 1 0)
-    assert top['heads'] == pytest.approx(.5 ** .5) and top['itself'] == pytest.approx(.4)
-    assert top['newest'] == pytest.approx((1 / 1.2) / .5) and np.isnan(top['layers'])
-    assert 'sasrec' not in top
+    assert top['heads'] == pytest.approx(.5 ** .5) and top['first'] == pytest.approx(1)
+    assert np.isnan(top['layers']) and np.isnan(top['sasrec'])
 
 
 def test_resemblance_to_sasrec_by_hand():
     """Per item the top third gives .1, .2, .6 (its last token is cut off the middle item)."""
     p = packed([0, 1, 2, 2, 3])
     weights = np.tile([.1, .1, .05, .15, .6], (3, 2, 1))
-    found = numbers(p, weights, np.array([.2, .3, .5]))
+    found = named(numbers(p, weights, np.array([[.3, .4, .3], [.1, .2, .7]])))
     expected = np.corrcoef([.1, .2, .6], [.2, .3, .5])[0, 1]
-    assert found['top']['sasrec'] == pytest.approx(expected)
-    two = numbers(packed([0, 1, 2, 2]), weights[:, :, :4], np.array([.4, .6]))
-    assert 'sasrec' not in two['top'], 'two items always lie on a line'
+    assert found['top']['sasrec'] == pytest.approx(expected), 'the mean of its blocks'
+    two = named(numbers(packed([0, 1, 2, 2]), weights[:, :, :4], np.array([[.4, .6]])))
+    assert np.isnan(two['top']['sasrec']), 'two items always lie on a line'
 
 
 def test_findings_follow_the_numbers():
-    flat = {'itself': .5, 'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'newest': 1.0,
-            'sasrec': 0.0}
-    same = {stratum: dict(flat) for stratum in ('bottom', 'middle', 'top')}
+    flat = {'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'sasrec': 0.0}
+    same = table_of({stratum: flat for stratum in STRATA})
     assert [yes for _, yes, _ in findings(same, same)] == [False] * 4
-    tuned = {'bottom': {**flat, 'layers': .95}, 'middle': {**flat, 'first': 3.0, 'layers': .95},
-             'top': {**flat, 'sasrec': .7, 'layers': .95}}
+    tuned = table_of({'bottom': {**flat, 'layers': .95},
+                      'middle': {**flat, 'first': 3.0, 'layers': .95},
+                      'top': {**flat, 'sasrec': .7, 'layers': .95}})
     assert [yes for _, yes, _ in findings(same, tuned)] == [True] * 4
-    assert average([same, tuned])['top']['sasrec'] == pytest.approx(.35)
+    assert named(average([same, tuned]))['top']['sasrec'] == pytest.approx(.35)
+    assert [yes for _, yes, _ in findings(tuned, tuned)] == [True, False, False, True], \
+        'the vanilla model shows the second and third as well'
 
 
 def test_average_leaves_out_users_without_a_value():
-    users = [{name: {'first': value} for name in ('bottom', 'middle', 'top')} for value in (1., 3.)]
-    users[1]['top'] = {'first': np.nan, 'sasrec': .4}
-    found = average(users)
-    assert found['bottom'] == {'first': 2.0}
-    assert found['top'] == {'first': 1.0, 'sasrec': .4}
+    users = np.array([np.full((3, 5), 1.), np.full((3, 5), 3.)])
+    users[1, 2] = np.nan
+    users[:, 0, 0] = np.nan
+    users[1, 2, 4] = .4
+    found = named(average(list(users)))
+    assert found['bottom']['first'] == 2.0 and np.isnan(found['bottom']['heads'])
+    assert found['top']['first'] == 1.0 and found['top']['sasrec'] == .7
 
 
 def test_a_third_of_one_layer_has_no_neighbours():
     """Of four layers only the bottom third has two: its number stands, the others' are none."""
     p, weights = packed([0, 1, 1, 2, 2]), np.tile([.2, .4, .2, .1, .1], (4, 2, 1))
-    found = average([numbers(p, weights)])
+    table = average([numbers(p, weights)])
+    found = named(table)
     assert found['bottom']['layers'] == pytest.approx(1)
     assert np.isnan(found['middle']['layers']) and np.isnan(found['top']['layers'])
     assert np.isnan(found['bottom']['border'])
-    for stratum, border in zip(found, (np.nan, .6, .6)):
-        found[stratum]['border'] = border
-    _, yes, how = findings(found, found)[0]
+    table[:, MEASURES.index('border')] = np.nan, .6, .6
+    _, yes, how = findings(table, table)[0]
     assert yes and how == '1.000 against 0.600'
 
 
 def test_sasrecs_weights_are_those_of_its_attention():
     torch.manual_seed(0)
-    model = SASRec(SASRec.random_table(20, 16), max_items=10).eval()
+    model = SASRec(ItemTable(SASRec.random_table(20, 16)), 10).eval()
     items = np.array([3, 9, 4, 1], np.int32)
     weights = model.attention_weights(items)
     assert weights.shape == (2, 4) and weights.sum(1) == pytest.approx(1)
@@ -117,7 +130,7 @@ def test_dollars_in_titles_and_words_are_text(tmp_path):
     maps = {'tuned $^{$': weights, r'vanilla $\x$': weights}
     draw_attention(tmp_path / 'a.png', maps, p, words, np.array([[.3, .7]]))
     draw_attention(tmp_path / 'b.png', maps, p, words)
-    draw_curve(tmp_path / 'c.png', {('$_$', 1.0): (2.0, .1)}, {'$^{$': (1.0, .1)})
+    draw_curve(tmp_path / 'c.png', {'$_$': [(1.0, 2.0, .1)]}, {'$^{$': (1.0, .1)})
     for name in 'abc':
         assert (tmp_path / f'{name}.png').read_bytes()[:4] == PNG
     assert sorted(file.name for file in tmp_path.iterdir()) == ['a.png', 'b.png', 'c.png']
@@ -289,7 +302,7 @@ def test_attention(world, capsys):
     rows = [cells_of(line) for line in out.splitlines() if line.startswith('|')][2:]
     assert [row[:2] for row in rows] == [[model, third] for model in ('vanilla', 'tuned')
                                          for third in ('bottom', 'middle', 'top')]
-    assert {len(row) for row in rows} == {9}
+    assert {len(row) for row in rows} == {2 + len(MEASURES)}
     call('attention', 'one', '--users', '2', '--checkpoint', world / 'ft1-seed0')
     assert capsys.readouterr().out.count('\n- (') == 4, 'without SASRec'
     with pytest.raises(UserError, match='--user nobody: no such user in one'):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from common.files import Diverged
-from common.metrics import (compare, per_user, product_scorer, rank_counts, result_of, summarise,
-                            tie_share)
+from common.metrics import compare, per_user, product_scorer, rank_counts, result_of, summarise
 
 
 def no_history(users):
@@ -98,7 +97,8 @@ def test_constant_scorer_gets_what_a_random_order_gets():
     assert m['sampled']['HR@5'] == pytest.approx(5 / 22)
     assert m['new']['HR@10'] == pytest.approx(10 / (n - 5))
     assert m['full']['NDCG@5'] == pytest.approx(sum(1 / np.log2(np.arange(5) + 2)) / n)
-    assert tie_share(out) == {'sampled': 1.0, 'full': 1.0, 'new': 1.0}
+    data = types.SimpleNamespace(name='toy', fingerprint='f', evaluated=np.arange(users))
+    assert result_of(data, out)['tie_share'] == {'sampled': 1.0, 'full': 1.0, 'new': 1.0}
 
 
 def test_chunks_and_order_of_candidates_change_nothing():
@@ -120,7 +120,7 @@ def test_no_row_is_scored_alone():
     sizes = []
 
     def score(rows):
-        sizes.append(rows.stop - rows.start)
+        sizes.append(len(rows))
         return torch.zeros(sizes[-1], 4)
 
     rank_counts(score, 3, np.ones(7, int), np.zeros((7, 1), int), no_history(7), chunk=1)

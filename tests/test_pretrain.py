@@ -121,7 +121,7 @@ def test_a_target_twice_in_a_batch_is_no_negative_of_itself(sources, model):
     histories, _, _ = sources.draw(np.arange(4), np.random.default_rng(0), model)
     items = np.array([5, 9, 5, 7])
     targets = model.pack_items(items, sources.tokens)
-    loss, accuracy = pretrain.contrastive(model, histories, targets, items)
+    loss, accuracy = pretrain.contrastive(model, histories, targets, items, ALONE)
     logits = cosine_logits(model(histories), model(targets))
     candidates = [0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]
     losses, right = [], []
@@ -155,13 +155,13 @@ def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, 
     rng, total, contrastive, mlm = np.random.default_rng(5), 0, [], []
     for batch in (users[:4], users[4:]):
         histories, targets, ids = sources.draw(batch, rng, model)
-        loss, _ = pretrain.contrastive(model, histories, targets, ids)
+        loss, _ = pretrain.contrastive(model, histories, targets, ids, ALONE)
         contrastive.append(loss.item())
         of_words = 0
         for packed in (histories, targets):
             tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
             right, packed.tokens = torch.from_numpy(packed.tokens[chosen]), tokens
-            logits = model.mlm_logits(model(packed, None))[chosen]
+            logits = model.mlm_logits(model(packed, np.arange(len(tokens))))[chosen]
             of_words = of_words + F.cross_entropy(logits, right)
         mlm.append(of_words.item())
         total = total + (loss + 0.3 * of_words) / 2
@@ -246,7 +246,7 @@ def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
 def test_tuned_layers(model):
     finetune.choose_layers(model, 'all')
     assert all(p.requires_grad for p in model.parameters())
-    refused = ('2', 'has layers 0 to 1'), ('1,x', 'give layer numbers'), ('', 'give layer')
+    refused = ('2', 'has layers 0 to 1'), ('1,x', 'give numbers'), ('', 'give numbers')
     for wrong, words in refused:
         with pytest.raises(UserError, match=f'--tune-layers {wrong}.*{words}'):
             finetune.choose_layers(model, wrong)

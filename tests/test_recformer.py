@@ -29,6 +29,11 @@ def packed(lengths, vocab=100, seed=0):
     return Packed(tokens, zeros, zeros, zeros.astype(bool), lengths)
 
 
+def all_of(p):
+    """Every row of Packed sequences."""
+    return np.arange(len(p.tokens))
+
+
 def joined(a, b):
     """The sequences of two Packed, as one."""
     names = 'tokens', 'types', 'item_positions', 'starts', 'lengths'
@@ -133,12 +138,12 @@ def test_equals_transformers_longformer(tmp_path, window, lengths):
     found = theirs.longformer(ids, mask, everywhere, output_attentions=True)
     hidden, valid = found.last_hidden_state, found.last_hidden_state[mask.bool()]
     close = dict(atol=1e-5, rtol=0)
-    torch.testing.assert_close(model(p, None), valid, **close, msg='all tokens')
+    torch.testing.assert_close(model(p, all_of(p)), valid, **close, msg='all tokens')
     torch.testing.assert_close(model(p), hidden[:, 0], **close, msg='CLS, alone in the last layer')
     chosen = np.arange(0, len(valid), 3)
     torch.testing.assert_close(model(p, chosen), valid[chosen], **close, msg='chosen rows only')
     logits = theirs(ids, mask, everywhere).logits[mask.bool()]
-    torch.testing.assert_close(model.mlm_logits(model(p, None)), logits, **close)
+    torch.testing.assert_close(model.mlm_logits(model(p, all_of(p))), logits, **close)
     of_cls = torch.stack(found.global_attentions)[..., 0]  # [layers, B, h, L and what pads it]
     of_cls = of_cls[..., :ids.shape[1]].masked_fill(mask[:, None] == 0, 0)
     torch.testing.assert_close(model.cls_attention(p), of_cls, **close)
@@ -172,7 +177,7 @@ def test_a_bert_whose_text_fits_the_window_is_unchanged(tmp_path):
     model, p = ours_of(bert, tmp_path, 64), packed([20, 1, 32])
     ids, mask, _ = square(p, 0)
     hidden = bert.bert(ids, attention_mask=mask).last_hidden_state[mask.bool()]
-    torch.testing.assert_close(model(p, None), hidden, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(p, all_of(p)), hidden, atol=1e-5, rtol=0)
     logits = bert(ids, attention_mask=mask).logits[mask.bool()]
     torch.testing.assert_close(model.mlm_logits(hidden), logits, atol=1e-5, rtol=0)
 
@@ -181,8 +186,8 @@ def test_a_bert_whose_text_fits_the_window_is_unchanged(tmp_path):
 def test_bfloat16_differs_by_rounding_alone(tmp_path, lengths):
     """It takes other products than float32's fused kernel."""
     model, p = ours_of(longformer(8), tmp_path, 8), packed(lengths)
-    exact = model(p, None)
-    found = model.on(Machine(bfloat16=True))(p, None).float()
+    exact = model(p, all_of(p))
+    found = model.on(Machine(bfloat16=True))(p, all_of(p)).float()
     assert (F.cosine_similarity(found, exact) > 0.999).all()
 
 
@@ -237,8 +242,8 @@ def test_encode_items_restores_order_and_mode(tmp_path):
 def test_encode_histories_in_parts(tmp_path):
     model = start_model(None, str(tiny_bert(tmp_path))).eval()
     tokens, items, offsets = tokens_of_four(), np.array([1, 2, 3, 4, 1]), np.array([0, 2, 3, 5])
-    whole = model.encode_histories(items, offsets, tokens)
-    parts = model.encode_histories(items, offsets, tokens, at_once=1)
+    whole = model.encode_histories(items, offsets, tokens, 'users')
+    parts = model.encode_histories(items, offsets, tokens, 'users', at_once=1)
     torch.testing.assert_close(whole, parts, atol=1e-5, rtol=0)
     torch.testing.assert_close(whole, model(model.pack(items, offsets, tokens)), atol=1e-5, rtol=0)
 
@@ -250,7 +255,11 @@ def test_histories_are_cut_to_the_models_limits(tmp_path):
     model.config.max_tokens = 5
     assert model.pack(items, offsets, tokens).lengths.tolist() == [5]
     model.config.max_items = 1
-    assert model.pack(items, offsets, tokens).tokens.tolist() == [model.words.cls, 15, 16]
+    cls = model.words.cls
+    assert model.pack(items, offsets, tokens).tokens.tolist() == [cls, 15, 16]
+    alone = model.pack_items([2, 1], tokens)
+    assert alone.tokens.tolist() == [cls, 10, cls, 5, 6, 7, 8, 9], 'an item alone is not cut'
+    assert alone.item_positions.tolist() == [0, 1, 0, 1, 1, 1, 1, 1]
 
 
 def test_cosine_logits_by_hand():
@@ -292,11 +301,11 @@ def test_published_state_dict_loads_with_every_name_accounted_for(tmp_path, bina
     state = published(model)
     of_other_shape = {'lm_head.bias': torch.zeros(3)}
     unknown = {'longformer.encoder.layer.9.x': torch.zeros(1)}
-    for change, words in ((unknown, 'unknown.*layer.9.x'), (of_other_shape, 'another shape')):
+    for change, words in ((unknown, 'Unexpected.*layer.9.x'), (of_other_shape, 'mismatch.*lm_head.bias')):
         with pytest.raises(UserError, match=words):
             load_named(from_backbone(folder), state | change, 'file')
     del state['lm_head.bias']
-    with pytest.raises(UserError, match='missing.*lm_head.bias'):
+    with pytest.raises(UserError, match='file: is of another model.*Missing.*lm_head.bias'):
         load_named(from_backbone(folder), state, 'file')
 
 

@@ -331,7 +331,7 @@ def test_counts_beside_the_papers():
 
 def of_paper(name, rows):
     """{first cell: line} of one of the paper's tables, for pantry."""
-    lines = report.paper_table(report.paper()[name], 'pantry', rows).splitlines()
+    lines = report.paper_table(report.paper()[name], 'pantry', report.cells_of(rows)).splitlines()
     assert lines[0].startswith('## Table ') and not lines[1]
     return {found.split('|')[1].strip(): found for found in lines[2:]}
 

@@ -20,13 +20,14 @@ from common.arrays import take
 from common.bert4rec import BERT4Rec, Block
 from common.data import load, prepare
 from common.files import ROOT, UserError, command, load_pt, save_pt
-from common.gru4rec import GRU4Rec, time_order
+from common.gru4rec import GRU4Rec
 from common.layers import Machine
 from common.metrics import product_scorer, rank_counts
 from common.models import MODELS, load_seq
 from common.runs import code_of, load_rows, read_ranks, read_row
 from common.sasrec import SASRec
-from common.sequence import Layout, SelfAttention, draw_training_negatives, softmax_loss
+from common.sequence import (ItemTable, Layout, SelfAttention, draw_training_negatives,
+                             softmax_loss)
 from common.training import Training
 from tests.toy import canonical
 
@@ -36,9 +37,9 @@ LOSSES = {'sasrec': 'bce', 'bert4rec': 'masked', 'gru4rec': 'ce'}  # default one
 TABLE = 'item_embedding.weight'
 
 
-def model(kind, **options):
+def model(kind, text=None):
     torch.manual_seed(0)
-    return kind(kind.random_table(N, H), **{'max_items': 10, **options}).eval()
+    return kind(ItemTable(kind.random_table(N, H), text=text), 10).eval()
 
 
 def shaken(m):
@@ -84,7 +85,7 @@ def same_gradients(m, ours, plain, unused='nothing'):
 @pytest.fixture
 def dropped(monkeypatch):
     """Dropout without chance: everything shrinks. It shows where dropout stands, with which p."""
-    for name in ('layers', 'sasrec', 'bert4rec', 'gru4rec'):
+    for name in ('layers', 'sequence'):
         monkeypatch.setattr(f'common.{name}.dropout', shrink)
 
 
@@ -242,11 +243,14 @@ def test_packed_states_equal_a_plain_padded_implementation(kind, training, dropp
         shown = [['mask', 2, 3], ['mask'], [5, 6, 'mask', 7, 8, 9, 10, 'mask', 12], [2, 20]]
         masked = torch.tensor([item == 'mask' for row in shown for item in row])
         found = m(m.ids(items), masked, np.diff(offsets))
-        close(m(m.ids(items), masked, np.diff(offsets), m.ids(np.array([7, 0]))), found[[7, 0]])
+        some = m(m.ids(items), masked, np.diff(offsets), m.ids(np.array([7, 0])))
         after = [[*history, 'mask'] for history in histories]
     else:
         shown = after = histories
-        found = m(m.item_embedding()[m.ids(items)], np.diff(offsets))
+        x = m.item_embedding()[m.ids(items)]
+        found = m(x, np.diff(offsets))
+        some = m(x, np.diff(offsets), m.ids(np.array([7, 0])))
+    close(some, found[[7, 0]])
     plain = torch.cat([PLAIN[kind](m, row) for row in shown])
     close(found, plain)
     aim = torch.randn(plain.shape)
@@ -294,13 +298,13 @@ def test_all_states_are_the_states_in_parts_without_training(kind):
     m = shaken(model(kind)).train()
     items, offsets = ragged_of([1, 2], [3], [4, 5, 6], [7], list(range(1, 20)))
     found = m.all_states(items, offsets, at_once=2)
-    assert m.training and not found.requires_grad and found.dtype == torch.float32
-    close(found, m.eval().states(items, offsets))
+    assert not m.training and not found.requires_grad and found.dtype == torch.float32
+    close(found, m.states(items, offsets))
 
 
 def test_the_newest_item_has_the_last_position():
     layout = layout_of([3, 1], True)
-    assert layout.position.tolist() == [7, 8, 9, 9] and layout.last.tolist() == [2, 3]
+    assert layout.position.tolist() == [7, 8, 9, 9]
 
 
 def test_sequences_that_do_not_fit_begin_the_next_square():
@@ -309,14 +313,6 @@ def test_sequences_that_do_not_fit_begin_the_next_square():
     assert layout.place.tolist() == [*range(40), *range(64, 64 + 50)]
     long = layout_of([3, 70, 60], True)
     assert long.items.shape == (3, 70), 'a longer sequence makes the squares larger'
-
-
-def test_time_order_of_a_packed_sequence_is_torchs():
-    lengths = np.array([2, 4, 1, 4])
-    rows = torch.arange(11)
-    order, counts = time_order(lengths)
-    packed = nn.utils.rnn.pack_sequence(rows.split(lengths.tolist()), enforce_sorted=False)
-    assert torch.equal(rows[order], packed.data) and counts.tolist() == packed.batch_sizes.tolist()
 
 
 def test_gru4rec_equals_torchs_gru_with_its_weights():
@@ -539,14 +535,10 @@ def test_savings_change_no_loss_and_no_gradient(kind, name, monkeypatch):
         return [loss.detach(), m.states(*batch).detach(), *slopes]
     ours, original = found(), kind.forward
 
-    def forward(self, *given, **more):
-        lengths = given[1] if kind is SASRec else given[2]
-        wanted = more.get('last') or None if kind is SASRec else given[3]
-        whole = original(self, *given[:2 if kind is SASRec else 3])
-        if wanted is None:
-            return whole
-        last = torch.from_numpy(np.cumsum(lengths) - 1)
-        return whole[wanted if isinstance(wanted, torch.Tensor) else last]
+    def forward(self, *given):
+        place = 2 if kind is SASRec else 3
+        whole = original(self, *given[:place])
+        return whole[given[place]] if len(given) > place else whole
     monkeypatch.setattr(sequence, 'WIDTH', 1)
     monkeypatch.setattr(softmax_loss, '__defaults__', (2 * (N + 1),))
     monkeypatch.setattr(kind, 'forward', forward)
@@ -563,8 +555,6 @@ def test_bert4recs_head_is_a_table_of_its_own_and_the_mask_trains():
     batch = ragged_of(list(range(1, 20)), list(range(2, 20)))
     m.train().loss(*batch, np.random.default_rng(1)).backward()
     assert m.mask.grad.any(), 'the mask vector trains'
-    with pytest.raises(ValueError, match='two places'):
-        model(BERT4Rec, max_items=1)
 
 
 def test_random_tables():
@@ -1071,19 +1061,19 @@ def test_what_defines_a_models_numbers_is_in_its_digest(tree):
 
 
 @pytest.mark.parametrize('file, old, new, changed', [
-    ('common/sasrec.py', 'dropout=0.5', 'dropout=0.0', True),
-    ('common/sasrec.py', 'EPS = 1e-8', 'EPS = 1e-5', True),
-    ('common/sasrec.py', 'EPS = 1e-8  #', 'EPS = 1e-8  # another comment:', False),
-    ('common/sasrec.py', 'EPS = 1e-8', '\n\nEPS = (1e-8)', False),
+    ('common/sasrec.py', 'Block, 1, True', 'Block, 2, True', True),
+    ('common/sasrec.py', 'widening = 1e-8', 'widening = 1e-5', True),
+    ('common/sasrec.py', '1e-8, 1  #', '1e-8, 1  # another comment:', False),
+    ('common/sasrec.py', 'eps, widening = 1e-8', '\n\n    eps, widening = (1e-8)', False),
     ('common/sasrec.py', '"""SASRec without padding.', '"""Another text.', False),
     ('common/sasrec.py', '"""The state at each', '"""Another text on each', False),
     ('common/sequence.py', 'F.softplus(-up)', 'F.softplus(up)', True),
     ('common/layers.py', 'q.shape[-1] ** -0.5', 'q.shape[-1] ** -1', True),
     ('common/arrays.py', 'np.minimum(np.diff(offsets), most)', 'np.diff(offsets)', True),
     ('common/initial.py', 's[0] * 1e-4', 's[0] * 1e-3', True),
-    ('common/metrics.py', 'full[:, 1] -= 1', 'full[:, 1] -= 0', True),
+    ('common/metrics.py', 'ranks[:, :, 1] -= 1', 'ranks[:, :, 1] -= 0', True),
     ('train_seq.py', 'rng.permutation(world.users)', 'world.users', True),
-    ('common/bert4rec.py', 'dropout=0.1', 'dropout=0.0', False),
+    ('common/bert4rec.py', 'dropout = 0.1', 'dropout = 0.0', False),
     ('common/progress.py', 'mininterval=30', 'mininterval=10', False)])
 def test_an_edit_of_the_code_changes_its_digest_but_one_of_a_comment_does_not(
         tree, file, old, new, changed):
@@ -1097,16 +1087,16 @@ def test_a_real_edit_makes_a_finished_run_again(toy, tree, capsys):
     """The code in the copy is what a run is compared with, as in a user's folder."""
     _, folder = toy
     run()
-    tree('common/sasrec.py', 'EPS = 1e-8  # of', 'EPS = 1e-8  # said otherwise: of')
+    tree('common/sasrec.py', '1e-8, 1  #', '1e-8, 1  # said otherwise:')
     capsys.readouterr()
     run()
     assert 'up to date' in capsys.readouterr().out
-    tree('common/sasrec.py', 'dropout=0.5', 'dropout=0.0')
+    tree('common/sasrec.py', 'widening = 1e-8', 'widening = 1e-5')
     run()
     out = capsys.readouterr().out
     assert 'made again, as it was made with other code (common/sasrec.py)' in out
     run(model='bert4rec')
-    tree('common/sasrec.py', 'dropout=0.0', 'dropout=0.1')
+    tree('common/sasrec.py', 'widening = 1e-5', 'widening = 1e-6')
     capsys.readouterr()
     run(model='bert4rec')
     assert 'up to date' in capsys.readouterr().out, "SASRec's file is nothing to BERT4Rec"

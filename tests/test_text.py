@@ -2,6 +2,8 @@
 
 Run: python -m pytest tests/test_text.py
 """
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tokenizers import Tokenizer
 from common import text
 from common.files import UserError, load_pt, save_pt
 from common.text import (NAME, VALUE, ItemTokens, Packed, Words, load_words, mask_words,
-                         micro_batches, pack, pack_items, tokenize)
+                         micro_batches, pack, tokenize)
 from tests.toy import wordpiece
 
 
@@ -28,9 +30,9 @@ def spelled(words, ids):
 
 def test_a_tokenizer_goes_through_a_checkpoint(words, tmp_path):
     assert spelled(words, [words.cls, words.mask]) == ['[CLS]', '[MASK]']
-    save_pt(tmp_path / 'x.pt', 'toy', words=words.state())
+    save_pt(tmp_path / 'x.pt', 'toy', words=asdict(words))
     again = Words(**load_pt(tmp_path / 'x.pt', 'toy')['words'])
-    assert again.state() == words.state()
+    assert again == words
     items = [[('title', 'red tea, xy'), ('brand', 'acme')]]
     assert tokenize(items, again).fingerprint == tokenize(items, words).fingerprint
 
@@ -150,7 +152,7 @@ def test_pack_limits():
     history = np.array([1, 2, 4]), np.array([0, 3])
     assert pack(*history, toy_tokens(), 7, max_items=2).tokens.tolist() == [7, 40, 41, 42, 20]
     assert pack(*history, toy_tokens(), 7, max_tokens=3).tokens.tolist() == [7, 40, 41]
-    assert pack_items([2, 4], toy_tokens(), 7).tokens.tolist() == [7, 20, 7, 40, 41, 42]
+    assert pack(*history, toy_tokens(), 7, max_tokens=1).tokens.tolist() == [7]
 
 
 def test_chosen_rows_are_those_of_the_whole():

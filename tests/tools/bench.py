@@ -38,8 +38,8 @@ from common.metrics import product_scorer, rank_counts
 from common.progress import progress
 from common.recformer import Batch, Config, RecFormer
 from common.sasrec import SASRec
-from common.sequence import draw_training_negatives
-from common.text import ItemTokens, Packed, mask_words, pack, pack_items
+from common.sequence import ItemTable, draw_training_negatives
+from common.text import ItemTokens, Packed, mask_words, pack
 from common.training import Processes, start
 
 MINILM = dict(vocab_size=30522, hidden=384, layers=6, heads=12, intermediate=1536, positions=1100,
@@ -152,6 +152,11 @@ class LanguageModel:
         self.model.train()
 
 
+def pack_alone(ids, tokens, cls):
+    """Each of these items as a history of its own."""
+    return pack(ids, np.arange(len(ids) + 1), tokens, cls)
+
+
 def encode(ours, shape, items, tokens):
     s = LanguageModel(ours, shape, items, tokens - items)  # `tokens` counts each item's CLS
 
@@ -159,7 +164,7 @@ def encode(ours, shape, items, tokens):
         s.model.eval()
         with torch.no_grad():
             for ids in np.array_split(np.arange(1, items + 1), -(-items // 32)):
-                s.published.cls(s.model, pack_items(ids, s.tokens, CLS))
+                s.published.cls(s.model, pack_alone(ids, s.tokens, CLS))
 
     def run():
         if ours:
@@ -192,7 +197,7 @@ def pretrain_step(ours, shape, users, tokens):
     s = LanguageModel(ours, shape, 512, 512 * PER_ITEM)
     rows = histories(users, tokens / users / PER_ITEM, 512, most=18)
     history, items = pack(*rows, s.tokens, CLS), np.arange(1, users + 1)
-    target = pack_items(items, s.tokens, CLS)
+    target = pack_alone(items, s.tokens, CLS)
     rng = np.random.default_rng(0)
     s.model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
 
@@ -235,7 +240,7 @@ def masking(ours, users=16, tokens=4600):
     def run():
         for _ in range(10):
             if ours:
-                for packed in (pack(items, offsets, texts, CLS), pack_items(targets, texts, CLS)):
+                for packed in (pack(items, offsets, texts, CLS), pack_alone(targets, texts, CLS)):
                     mask_words(packed, rng, MASK, 50265)
             else:
                 for lists in (rows, [[target] for target in targets]):
@@ -292,7 +297,7 @@ class Sequences:
         torch.manual_seed(0)
         self.ours, self.items = ours, items
         if ours:
-            self.model = kind(kind.random_table(items, hidden)).on(runtime())
+            self.model = kind(ItemTable(kind.random_table(items, hidden)), 50).on(runtime())
         else:
             self.published = baseline()
             self.model = getattr(self.published, kind.__name__)(items, hidden)
