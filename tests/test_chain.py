@@ -396,6 +396,7 @@ def test_a_checkpoint_to_start_from_takes_the_place_of_stage_pt(tmp_path):
     starts = {argv[argv.index('--checkpoint') + 1] for _, _, argv in recorded
               if argv[0] == 'finetune.py' and '1' in argv[argv.index('--stage') + 1]}
     assert starts == {str(tmp_path / 'published')}, 'relative to where the user stands'
+    assert {runs for runs, _, _ in recorded} == {tmp_path / 'runs' / 'pretrained-published'}
 
 
 def test_relative_paths_are_the_users(tmp_path):
