@@ -25,13 +25,13 @@ from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
                             findings, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
-from common.initial import read_embeddings, starting_tables
-from common.metrics import compare, per_user, product_scorer, rank_counts, result_of, summarise
+from common.initial import origin_of, read_embeddings, starting_tables
+from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
 from common.options import POSITIVE, add_machine_options, option, options_parser
 from common.progress import progress
 from common.report import cells_of, markdown, render
-from common.runs import code_of, finished, load_rows, read_ranks, result_line, write_row
+from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import tokenize
 from common.training import start
 
@@ -48,16 +48,13 @@ def write_untrained(args, data, folder):
     identity = {'data': data.fingerprint,
                 'embeddings': {name: found.digest for name, found in embeddings.items()}}
     code = code_of('common/baselines.py')
-    if finished(folder / 'popularity', identity, code, args):
-        print(f'{folder}: rankings without training are up to date')
+    if Run(args, folder / 'popularity', identity, code).finished():  # the last that is written
         return
     matrices = {name: found.matrix for name, found in embeddings.items()}
     for name, fields, ranks in reversed(list(untrained(data, matrices))):  # popularity is last
-        head = embeddings[fields['init']].head if fields['init'] else {}
-        origin = {key: head.get(key) for key in ('plm', 'norm', 'cosine')}
-        row = write_row(folder / name, identity, code, {'users': data.evaluated, **ranks},
-                        model='untrained', **fields, **origin, **result_of(data, ranks))
-        print(f'{name}: {result_line(row)}, written to {folder / name}')
+        run = Run(args, folder / name, identity, code)
+        run.write(model='untrained', **fields, **origin_of(embeddings.get(fields['init'])),
+                  **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ table, compare
@@ -131,7 +128,6 @@ def inspect(args, data, folder):
     cold = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
     users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], cold))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
-    items, offsets, targets = data.split('test', users)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
         model, about = load_seq(folder / run, data)
@@ -139,9 +135,7 @@ def inspect(args, data, folder):
         speed, reached = milliseconds(model, data), ['-', '-']
         if len(users) and model.scorer()[0] is model.item_embedding.weight:
             give_back(model, about, cold, data, folder)
-            score = product_scorer(model.all_states(items, offsets), *model.scorer())
-            ranks = rank_counts(score, data.n_items, targets, negatives, (items, offsets))
-            found = summarise(ranks)
+            found = summarise(model.ranks(data, 'test', users, negatives))
             reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
                        f'{100 * found["full"]["HR@50"]:.2f}']
         body.append([run, f'{row["parameters"]:,}',

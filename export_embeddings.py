@@ -20,7 +20,7 @@ from common.data import load
 from common.files import UserError, command, load_pt, lock, save_pt
 from common.initial import geometry
 from common.options import add_machine_options, add_plm_options, option, options_parser
-from common.runs import code_of, usable
+from common.runs import Run, code_of
 from common.text import tokenize
 from common.training import start
 
@@ -51,21 +51,19 @@ def main(args):
     tokens = tokenize(data.attributes, model.words)
     identity = {'data': data.fingerprint, 'model': weights_digest(model),
                 'tokens': tokens.fingerprint, 'precision': args.precision}
-    code = code_of('export_embeddings.py')
+    run = Run(args, out, identity, code_of('export_embeddings.py'))
 
     # ---------------------------------------------------- encode, save
     with lock(out.parent, wait=True):
-        if out.exists():
-            head = load_pt(out, 'embeddings')['head']
-            if usable(head, identity, code, args, out):
-                print(f'{out} is up to date')
-                return
+        if out.exists() and run.usable(load_pt(out, 'embeddings')['head'], out):
+            print(f'{out} is up to date')
+            return
         matrix = model.on(machine).encode_items(tokens).cpu()
         if not torch.isfinite(matrix).all():
             raise UserError(f'{args.checkpoint or args.plm}: gives embeddings that are not finite; '
                             'try --precision float32')
         shape = geometry(matrix)
-        head = {'identity': identity, 'code': code, 'seconds': time.monotonic() - began,
+        head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'stage': model.stage, 'plm': model.plm, **shape}
         save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids)
         print(f'{data.n_items:,} items x {matrix.shape[1]}, mean norm {shape["norm"]:.2f}, mean '

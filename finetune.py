@@ -13,7 +13,6 @@ Reads:  data/<dataset>/prepared.npz, --checkpoint (stage 2: stage 1's).
 Writes: --out, a folder: model.pt (with the item table), row.json, ranks.npz, log.csv.
 """
 import pathlib
-from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ from common.metrics import product_scorer, rank_counts, result_of, summarise
 from common.options import (COUNT, add_machine_options, add_optimizer_options, add_plm_options,
                             number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
-from common.runs import code_of, finished, result_line, write_row
+from common.runs import Run, code_of
 from common.text import micro_batches, tokenize
-from common.training import Training, adamw, linear_schedule, start
+from common.training import Training, adamw, start
 
 
 # ------------------------------------------------------------------------ options
@@ -68,18 +67,8 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------ load
 
-def names_of(args, folder, seed):
-    """(name of the run's folder without its stage, where to start from)."""
-    layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
-    start_from = args.checkpoint
-    if args.stage == 2 and not start_from:
-        start_from = folder / f'ft1{layers}-seed{seed}'
-    return f'{layers}{"-items" if args.trainable_items else ""}-seed{seed}', start_from
-
-
 def load_start(args, data, start_from, seed):
     """(model, tokens of the items): what this stage starts from. UserError where it cannot."""
-    torch.manual_seed(seed)
     model = start_model(start_from, args.plm, args.layers, seed)
     if args.stage == 2 and (model.stage != 'ft1' or model.items is None):
         raise UserError(f'{start_from}: stage 2 starts from a checkpoint of finetune.py --stage 1')
@@ -101,15 +90,14 @@ def choose_layers(model, text):
     """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves all to train."""
     if text == 'all':
         return
-    try:
-        wanted = {int(i) for i in text.split(',')}
-    except ValueError:
-        raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all') from None
-    if not wanted <= set(range(len(model.layers))):
-        raise UserError(f'--tune-layers {text}: this model has layers 0 to {len(model.layers) - 1}')
+    layers = {str(i): layer for i, layer in enumerate(model.layers)}
+    wanted = text.split(',')
+    if not layers.keys() >= set(wanted):
+        raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all; this model '
+                        f'has layers 0 to {len(layers) - 1}')
     model.requires_grad_(False)
-    for i in wanted:
-        model.layers[i].requires_grad_(True)
+    for name in wanted:
+        layers[name].requires_grad_(True)
 
 
 # ------------------------------------------------------------------------ tune
@@ -137,15 +125,13 @@ def add_gradients(model, table, histories, labels, tokens):
 
 
 def tune(args, data, model, tokens, run, seed):
-    """Train `model` -> the Training; what it trained holds the model and its item table."""
+    """Train `model`; returns (what the row says of it, item table [n + 1, H])."""
     table = model.items.to(model.machine.device) if args.stage == 2 else model.encode_items(tokens)
     items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     steps = -(-len(users) // args.batch)
-    optimizer = adamw(tuned, args.lr, args.weight_decay)
-    schedule = linear_schedule(optimizer, args.warmup, args.epochs * steps)
-    training = Training(run, args, tuned, optimizer, steps, schedule)
+    training = Training(run, tuned, adamw(tuned, args), steps, args.warmup)
     with training:
         for epoch in training.epochs():
             rng = np.random.default_rng([seed, 5, epoch])
@@ -162,7 +148,7 @@ def tune(args, data, model, tokens, run, seed):
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
                   f'(best {training.best:.4f}, epoch {training.best_epoch})')
-    return training
+    return training.restore_best(), items.weight.detach()
 
 
 # ------------------------------------------------------------------------ evaluate and write
@@ -175,52 +161,45 @@ def ranks_of(model, table, tokens, data, which):
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 
-def evaluate_and_write(args, data, model, tokens, training, run, seed):
-    """Write the checkpoint (of a stage that trained) and the run's row."""
-    folder, identity, code, label = run
+def one_run(args, data, model, tokens, run, seed):
+    """Tune, write the checkpoint, evaluate, write the row; stage 0 evaluates only."""
     init, found = model.stage, {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
-    if training:
-        found = training.restore_best()
-        model.stage, model.data = f'ft{args.stage}', data.fingerprint
-    if args.stage == 2:
-        table = training.model['item_table'].weight.detach()
+    if args.stage == 0:
+        table = model.encode_items(tokens)
     else:
-        table = model.encode_items(tokens)  # encoded after the best was chosen
-    if training:
-        save_recformer(folder / 'model.pt', model, table.cpu())
+        found, table = tune(args, data, model, tokens, run, seed)
+        model.stage, model.data = f'ft{args.stage}', data.fingerprint
+        save_recformer(run.folder / 'model.pt', model, table.cpu())
     ranks = ranks_of(model, table, tokens, data, 'test')
-    row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, model='recformer',
-                    loss='ce', init=init, mode=model.stage, items=args.trainable_items, scale='raw',
-                    hidden=model.config.hidden, tune_layers=args.tune_layers, lr=args.lr, seed=seed,
-                    plm=model.plm, config=asdict(model.config), device=str(model.machine.device),
-                    **found, **result_of(data, ranks))
-    if training:
-        training.finish()
-    print(f'{label}: {result_line(row)}, written to {folder}')
+    run.write(model='recformer', loss='ce', init=init, mode=model.stage,
+              items=args.trainable_items, scale='raw', hidden=model.config.hidden,
+              tune_layers=args.tune_layers, lr=args.lr, seed=seed, plm=model.plm,
+              config=vars(model.config), device=str(model.machine.device), **found,
+              **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ main
 
 def main(args):
     machine, data, code = start(args), load(args.dataset), code_of('finetune.py')
+    folder = runs_root() / data.name
+    layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
+    items = '-items' if args.trainable_items else ''
     for seed in args.seeds:
-        folder = runs_root() / data.name
-        name, start_from = names_of(args, folder, seed)
+        start_from = args.checkpoint
+        if args.stage == 2 and not start_from:
+            start_from = folder / f'ft1{layers}-seed{seed}'
         model, tokens = load_start(args, data, start_from, seed)
         stage = f'ft0-{model.stage}' if args.stage == 0 else f'ft{args.stage}'
-        out = pathlib.Path(args.out or folder / f'{stage}{name}')
+        out = pathlib.Path(args.out or folder / f'{stage}{layers}{items}-seed{seed}')
         identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
                     'tokens': tokens.fingerprint, 'start': weights_digest(model),
                     'items': None if model.items is None else digest(model.items),
-                    'config': asdict(model.config)}
-        run = out, identity, code, f'stage-FT{args.stage}'
+                    'config': vars(model.config)}
+        run = Run(args, out, identity, code)
         with lock(out):
-            if row := finished(out, identity, code, args):
-                print(f'{out} is up to date ({result_line(row)})')
-                continue
-            model.on(machine)
-            training = tune(args, data, model, tokens, run, seed) if args.stage else None
-            evaluate_and_write(args, data, model, tokens, training, run, seed)
+            if not run.finished():
+                one_run(args, data, model.on(machine), tokens, run, seed)
 
 
 if __name__ == '__main__':

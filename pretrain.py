@@ -11,8 +11,8 @@ of its own. The best by held-out contrastive accuracy is kept.
 Reads:  data/<source>/prepared.npz (python -m common.data <source>), the language model.
 Writes: --out, a folder: model.pt, row.json, log.csv; while it runs resume.pt.
 """
-import pathlib
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ from common.files import UserError, command, lock, runs_root
 from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_optimizer_options,
                             add_plm_options, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
-from common.runs import code_of, finished, write_row
+from common.runs import Run, code_of
 from common.text import mask_words, micro_batches, tokenize
-from common.training import Processes, Training, adamw, linear_schedule, start
+from common.training import Processes, Training, adamw, start
 
 
 # ------------------------------------------------------------------------ options
@@ -105,14 +105,13 @@ def contrastive(model, histories, targets, ids, processes):
     negative of it (ours; published code counts it). Each process encodes its share, and all compute
     the same loss over all pairs: their gradients' sum is that of one process.
     """
-    mine, n = processes.share(len(ids)), len(ids)
-    states, aims = (processes.gather(model(packed.rows(mine)).float(), n)
-                    for packed in (histories, targets))
+    states = processes.encode(model, histories)
+    aims = processes.encode(model, targets)
     with model.machine.autocast():
         logits = cosine_logits(states, aims)
     same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
-    label = torch.arange(n, device=logits.device)
+    label = torch.arange(len(ids), device=logits.device)
     return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
 
 
@@ -171,14 +170,11 @@ def held_out_accuracy(model, sources, args, processes):
 # ------------------------------------------------------------------------ main
 
 def tune(args, model, sources, run, processes):
-    """Train `model` -> the Training."""
+    """Train `model`; returns what the row says of it."""
     steps = -(-len(sources.train) // (args.batch * args.accumulate))  # per epoch
-    total = min(args.epochs * steps, args.max_steps or args.epochs * steps)
-    optimizer = adamw(model, args.lr, args.weight_decay)
-    schedule = linear_schedule(optimizer, args.warmup, total)
-    training = Training(run, args, model, optimizer, steps, schedule, clip=1.0, total=total)
+    training = Training(run, model, adamw(model, args), steps, args.warmup, 1.0, args.max_steps)
     print(f'stage-PT: {len(sources.train):,} users train, {len(sources.valid):,} are held out, '
-          f'at most {total:,} steps')
+          f'at most {training.total:,} steps')
     with training:
         for epoch in training.epochs():
             order = np.random.default_rng([args.seed, 3, epoch]).permutation(sources.train)
@@ -191,7 +187,7 @@ def tune(args, model, sources, run, processes):
             value = held_out_accuracy(model, sources, args, processes)
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: held-out accuracy {value:.4f} (best {training.best:.4f})')
-    return training
+    return training.restore_best()
 
 
 def main(args):
@@ -202,30 +198,25 @@ def main(args):
     sources = Sources(args, model.words)
     least = min(args.batch, len(sources.train), 2 * len(sources.valid))
     if least < 2 * processes.world:
-        raise UserError(f'--batch {args.batch}: {processes.world} processes share it; each needs two '
-                        'users, and one that is held out')
-    name = f'{pathlib.Path(args.plm).name}-{"+".join(args.sources)}'
-    folder = pathlib.Path(args.out or runs_root() / 'pretrained' / name)
+        raise UserError(f'--batch {args.batch}: {processes.world} processes share it; each needs '
+                        'two users, and one that is held out')
+    name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
+    folder = Path(args.out or runs_root() / 'pretrained' / name)
     identity = {'options': option_identity(args), 'data': sources.fingerprints,
                 'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
-    code = code_of('pretrain.py')
+    run = Run(args, folder, identity, code_of('pretrain.py'))
     with lock(folder):
-        if row := finished(folder, identity, code, args):
-            print(f'{folder} is up to date (held-out accuracy {row["valid"]:.4f})')
+        if run.finished():
             return
         model.on(machine).train()
         model.word_table.requires_grad_(False)  # RecFormer: frozen in pre-training
-        training = tune(args, model, sources, (folder, identity, code, 'stage-PT'), processes)
-        found = training.restore_best()
+        found = tune(args, model, sources, run, processes)
         if processes.rank:
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        write_row(folder, identity, code, stage='pt', plm=args.plm, config=asdict(model.config),
+        run.write(stage='pt', plm=args.plm, config=vars(model.config),
                   device=str(machine.device), **found)
-        training.finish()
-    print(f'stage-PT: held-out accuracy {training.best:.4f} of {args.batch}, epoch '
-          f'{training.best_epoch}, written to {folder}')
 
 
 if __name__ == '__main__':

@@ -13,8 +13,8 @@ Reads:  data/<dataset>/prepared.npz, runs/<dataset>/embeddings/E.pt (export_embe
 Writes: runs/<dataset>/<model>-<loss>-<variant>-<scale>-<width>-lr<rate>-seed<seed>/.
 """
 import inspect
-import pathlib
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,13 +24,13 @@ from common.arrays import take
 from common.data import Dataset, load
 from common.files import (ROOT, Diverged, UserError, command, digest, load_pt, lock, runs_root,
                           save_pt)
-from common.initial import SCALES, read_embeddings, starting_tables
+from common.initial import SCALES, origin_of, read_embeddings, starting_tables
 from common.layers import Machine
-from common.metrics import product_scorer, rank_counts, result_of, summarise
+from common.metrics import result_of, summarise
 from common.models import MODELS
 from common.options import (COUNT, POSITIVE, RATE, add_machine_options, number, option,
                             option_identity, options_parser)
-from common.runs import code_of, finished, result_line, write_row
+from common.runs import Run, code_of
 from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
@@ -89,28 +89,20 @@ class World(NamedTuple):
     args: object
     data: Dataset
     machine: Machine
-    kind: type           # class of the model
-    code: dict           # digests of what defines it
-    folder: pathlib.Path
-    train: tuple         # all users' training parts, ragged
-    users: np.ndarray    # those who have enough training items
+    code: dict           # digests of what defines the model
+    folder: Path
     embeddings: dict     # source -> initial.Embeddings
 
 
 def make_world(args):
     """Load data and embeddings. Errors: UserError where something is missing or foreign."""
-    data, kind, folder = load(args.dataset), MODELS[args.model], runs_root() / args.dataset
-    train = data.training()
-    users = np.flatnonzero(np.diff(train[1]) >= kind.least)
-    if not len(users):
-        raise UserError(f'{data.name}: {args.model} needs users with two training items '
-                        '(four interactions)')
+    data, folder = load(args.dataset), runs_root() / args.dataset
     sources = dict.fromkeys(source for source, _ in args.variants if source != 'random')
     embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
                   for source in sources}
-    file = pathlib.Path(inspect.getfile(kind)).relative_to(ROOT)
-    return World(args, data, start(args), kind, code_of('train_seq.py', str(file)), folder, train,
-                 users, embeddings)
+    file = Path(inspect.getfile(MODELS[args.model])).relative_to(ROOT)
+    code = code_of('train_seq.py', str(file))
+    return World(args, data, start(args), code, folder, embeddings)
 
 
 def with_freeze(variants):
@@ -125,59 +117,57 @@ def with_freeze(variants):
 
 def width_of(world, source):
     """The model's width for this source of its initial rows."""
-    first = next(iter(world.embeddings), None)
-    found = world.embeddings.get(first if source == 'random' else source)
+    first = next(iter(world.embeddings.values()), None)
+    found = world.embeddings.get(source, first)
     return world.args.hidden or (found.matrix.shape[1] if found else 768)
 
 
 # ------------------------------------------------------------------------ one run
 
-def build(world, about, start_from=None):
-    """The model at the start of training; start_from: the freeze run of further-*."""
-    table, text = starting_tables(world.kind, world.data.n_items,
-                                  world.embeddings.get(about['init']), about)
+def build(world, about, begun=None):
+    """The model at the start of training; begun: weights of the freeze run, of further-*."""
+    kind, embeddings = MODELS[about['model']], world.embeddings.get(about['init'])
+    table, text = starting_tables(kind, world.data.n_items, embeddings, about)
     table = ItemTable(table, about['mode'] != 'freeze', text)
-    model = world.kind(table, about['max_items'])
-    if start_from:
-        model.load_state_dict(load_pt(start_from / 'model.pt', 'seq')['model'])
+    model = kind(table, about['max_items'])
+    if begun:
+        model.load_state_dict(begun)
     if about['mode'] == 'further-emb':
         model.requires_grad_(False)
         model.item_embedding.weight.requires_grad_(True)
     return model.on(world.machine)
 
 
-def ranks_of(world, model, which):
-    """Ranks of the evaluated users' targets."""
-    items, offsets, targets = world.data.split(which)
-    score = product_scorer(model.all_states(items, offsets), *model.scorer())
-    return rank_counts(score, world.data.n_items, targets, world.data.negatives, (items, offsets))
-
-
 def fit(world, model, run, seed, lr):
     """Train `model` -> the Training."""
-    args = world.args
+    args, data = world.args, world.data
+    train = data.training()
+    users = np.flatnonzero(np.diff(train[1]) >= model.least)
+    if not len(users):
+        raise UserError(f'{data.name}: {args.model} needs users with two training items '
+                        '(four interactions)')
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=lr, betas=model.betas, fused=True)
-    steps = -(-len(world.users) // args.batch)
-    training = Training(run, args, model, optimizer, steps)
+    steps = -(-len(users) // args.batch)
+    training = Training(run, model, optimizer, steps)
     with training:
         for epoch in training.epochs():
             model.train()
             rng = np.random.default_rng([seed, 7, epoch])
-            batches, negatives = np.array_split(rng.permutation(world.users), steps), None
+            batches, negatives = np.array_split(rng.permutation(users), steps), None
             if args.loss == 'bce':
-                negatives = draw_training_negatives(*world.train, world.data.n_items, rng)
+                negatives = draw_training_negatives(*train, data.n_items, rng)
             for step in training.steps():
-                items, offsets = take(*world.train, batches[step])
+                items, offsets = take(*train, batches[step])
                 drawn = None
                 if negatives is not None:
-                    drawn, _ = take(negatives, world.train[1], batches[step])
+                    drawn, _ = take(negatives, train[1], batches[step])
                 rng = np.random.default_rng([seed, 8, epoch, step])
                 with world.machine.autocast():
                     loss = model.loss(items, offsets, rng, args.loss, drawn)
                 loss.backward()
                 training.update(loss=loss)
-            found = summarise(ranks_of(world, model, 'valid'))
+            found = summarise(model.ranks(data, 'valid'))
             training.end_epoch(found['sampled']['NDCG@10'], full=found['full']['NDCG@10'])
     return training
 
@@ -188,45 +178,33 @@ def one_run(world, about, start_from):
     what = source if source == 'random' else f'{source}-{about["mode"]}-{about["scale"]}'
     name = (f'{args.model}-{args.loss}-{what}-{about["hidden"]}-lr{about["lr"]:g}'
             f'-seed{about["seed"]}')
-    folder, code = world.folder / name, world.code
-    embedding = world.embeddings.get(source)
+    folder, embedding = world.folder / name, world.embeddings.get(source)
+    begun = start_from and load_pt(start_from / 'model.pt', 'seq')['model']
     identity = {'options': {**option_identity(args), **about}, 'data': data.fingerprint,
                 'embedding': embedding and embedding.digest,
-                'from': start_from and weights_of(start_from)}
+                'from': begun and digest(*begun.values())}
+    run = Run(args, folder, identity, world.code)
     with lock(folder):
-        if row := finished(folder, identity, code, args):
-            print(f'{name}: up to date ({result_line(row)})')
+        if row := run.finished():
             return row
-        model = build(world, about, start_from)
-        training = fit(world, model, (folder, identity, code, name), about['seed'], about['lr'])
-        found = training.restore_best()
-        ranks = ranks_of(world, model, 'test')
+        model = build(world, about, begun)
+        found = fit(world, model, run, about['seed'], about['lr']).restore_best()
+        ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
-        head = embedding.head if embedding else {}
-        origin = {key: head.get(key) for key in ('plm', 'norm', 'cosine')}
-        row = write_row(folder, identity, code, {'users': data.evaluated, **ranks}, **about,
-                        **found, **origin, **result_of(data, ranks),
+        row = run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
                         device=str(world.machine.device),
                         parameters=sum(p.numel() for p in model.parameters()))
-        training.finish()
-    print(f'{name}: best epoch {row["best_epoch"]} of {row["epochs"]}, {row["seconds"]:.0f} s, '
-          f'{result_line(row)}{warning(data, row)}, written to {folder}', flush=True)
+    warn(data, row)
     return row
 
 
-def weights_of(folder):
-    """What the weights of a finished run are."""
-    return digest(*load_pt(folder / 'model.pt', 'seq')['model'].values())
-
-
-def warning(data, row):
-    """Said where a model did no better on validation than counting how often items were bought."""
+def warn(data, row):
+    """Say where a model did no better on validation than counting how often items were bought."""
     from common.baselines import popularity_value
     bound = popularity_value(data)
-    if row['valid'] > bound:
-        return ''
-    return f' (NO BETTER THAN POPULARITY on validation: {100 * bound:.2f})'
+    if row['valid'] <= bound:
+        print(f'{row["run"]}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
 
 
 # ------------------------------------------------------------------------ main

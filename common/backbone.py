@@ -114,9 +114,9 @@ def start_model(checkpoint, plm, layers=None, seed=0):
 
     checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm).
     """
+    torch.manual_seed(seed)  # of the item-position table, of dropout
     if checkpoint:
         return load_recformer(checkpoint, plm)
-    torch.manual_seed(seed)  # of the item-position table
     path = fetch_plm(plm)
     model = from_backbone(path, layers)
     model.words, model.stage, model.plm = load_words(path), 'lf', plm

@@ -33,6 +33,12 @@ def read_embeddings(path, data):
     return Embeddings(matrix, digest(matrix), head)
 
 
+def origin_of(embeddings):
+    """What a row says of the Embeddings it started from: Nones of a random table (None)."""
+    head = embeddings.head if embeddings else {}
+    return {key: head.get(key) for key in ('plm', 'norm', 'cosine')}
+
+
 def geometry(matrix):
     """{'norm': mean row norm, 'cosine': mean cosine of two different items} of [n + 1, H]."""
     rows = matrix[1:].double()

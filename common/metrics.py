@@ -93,11 +93,13 @@ def summarise(ranks):
 
 
 def result_of(data, ranks):
-    """What a row says of a model's ranks on a dataset's evaluated users; tie_share: of those whose
-    target ties with another candidate, for each ranking."""
+    """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
+    file, the rest for the row; tie_share: of those whose target ties with another candidate, for
+    each ranking."""
     ties = {name: float((ranks[name][:, 1] > 0).mean()) for name in CUTOFFS}
     return {'dataset': data.name, 'data': data.fingerprint, 'users': len(data.evaluated),
-            'metrics': summarise(ranks), 'tie_share': ties}
+            'metrics': summarise(ranks), 'tie_share': ties,
+            'ranks': {'users': data.evaluated, **ranks}}
 
 
 def compare(a, b):

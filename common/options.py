@@ -18,8 +18,8 @@ def number(kind, least, most=math.inf, above=False):
     """An argparse type: a finite int or float, at least (or above) `least` and at most `most`."""
     def convert(text):
         value = kind(text)
-        if not (least < value or value == least and not above) or value > most \
-                or not math.isfinite(value):
+        low = value <= least if above else value < least
+        if low or value > most or not math.isfinite(value):
             raise ValueError
         return value
     noun = 'whole number' if kind is int else 'number'

@@ -9,7 +9,10 @@ import ast
 import functools
 import json
 import re
+from argparse import Namespace
 from datetime import date
+from pathlib import Path
+from typing import NamedTuple
 
 from common.files import (ROOT, UserError, digest, load_json, load_npz, provenance, runs_root,
                           save_json, save_npz)
@@ -76,30 +79,61 @@ def differences(old, new, prefix=''):
     return names
 
 
-# ------------------------------------------------------------------------ is it up to date?
+# ------------------------------------------------------------------------ one run
 
-def usable(found, identity, code, args, where):
-    """Whether `found` (a row, or a resume file's head) can stand for a run of this identity and
-    code. What took long is never given up silently: UserError unless --again or --keep is said."""
-    if args.again:
+class Run(NamedTuple):
+    """One run: the command's options, its folder, and what makes it what it is (see above)."""
+    args: Namespace
+    folder: Path
+    identity: dict
+    code: dict
+
+    def usable(self, found, where):
+        """Whether `found` (a row, or a resume file's head) can stand for this run. What took long
+        is never given up silently: UserError unless --again or --keep is said."""
+        if self.args.again:
+            return False
+        options = ', '.join(differences(found['identity'], self.identity))
+        files = ', '.join(differences(found['code'], self.code))
+        if not options and not files:
+            return True
+        if not options and self.args.keep:
+            print(f'{where}: kept, though made by other code ({files})')
+            return True
+        why = f'other {options}' if options else f'other code ({files})'
+        seconds = found['seconds']
+        if seconds > LONG:
+            keep = '' if options else ', --keep uses it as it is'
+            raise UserError(f'{where}: was made with {why} and took {seconds / 60:.0f} minutes; '
+                            f'--again makes it again{keep}')
+        print(f'{where}: made again, as it was made with {why}')
         return False
-    options = differences(found['identity'], identity)
-    files = differences(found['code'], code)
-    if not options and not files:
-        return True
-    if not options and args.keep:
-        print(f'{where}: kept, though made by other code ({", ".join(files)})')
-        return True
-    why = f'other {", ".join(options)}' if options else f'other code ({", ".join(files)})'
-    seconds = found['seconds']
-    if seconds > LONG:
-        keep = '' if options else ', --keep uses it as it is'
-        took = f'{seconds / 60:.0f} minutes' if seconds < 5400 else f'{seconds / 3600:.1f} hours'
-        raise UserError(f'{where}: was made with {why} and took {took}; --again makes it '
-                        f'again{keep}')
-    print(f'{where}: made again, as it was made with {why}')
-    return False
 
+    def finished(self):
+        """The row of the finished run in the folder where it is up to date, which is said; else
+        None."""
+        row = read_row(self.folder)
+        if row and self.usable(row, self.folder):
+            print(f'{self.folder} is up to date ({result_line(row)})')
+            return row
+        # the files beside it will not be those that it tells of; another process may be faster
+        (self.folder / 'row.json').unlink(missing_ok=True)
+        return None
+
+    def write(self, ranks=None, **row):
+        """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row.
+        resume.pt has done its work."""
+        row = {'run': self.folder.name, **row, **provenance(), 'date': str(date.today()),
+               'identity': self.identity, 'code': self.code}
+        if ranks:
+            save_npz(self.folder / 'ranks.npz', ranks)
+        save_json(self.folder / 'row.json', row)
+        (self.folder / 'resume.pt').unlink(missing_ok=True)
+        print(f'{self.folder.name}: {result_line(row)}, written to {self.folder}', flush=True)
+        return row
+
+
+# ------------------------------------------------------------------------ rows
 
 def read_row(folder):
     """The row of a finished run, None where there is none. UserError: row.json is not ours."""
@@ -112,32 +146,16 @@ def read_row(folder):
     return row
 
 
-def finished(folder, identity, code, args):
-    """The row of the finished run in `folder` where it is up to date, else None (see `usable`)."""
-    row = read_row(folder)
-    if row and not usable(row, identity, code, args, folder):
-        # the files beside it will not be those that it tells of; another process may be faster
-        (folder / 'row.json').unlink(missing_ok=True)
-        return None
-    return row
-
-
-# ------------------------------------------------------------------------ rows
-
-def write_row(folder, identity, code, ranks=None, **row):
-    """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row."""
-    row = {'run': folder.name, **row, **provenance(), 'date': str(date.today()),
-           'identity': identity, 'code': code}
-    if ranks is not None:
-        save_npz(folder / 'ranks.npz', ranks)
-    save_json(folder / 'row.json', row)
-    return row
-
-
 def result_line(row):
-    """NDCG@10 of a row in its two main rankings, in percent."""
+    """What a row says of its run: its training, where it had one; NDCG@10 in the two main rankings,
+    in percent, or stage-PT's held-out accuracy."""
+    trained = ''
+    if row.get('epochs'):
+        trained = f'best epoch {row["best_epoch"]} of {row["epochs"]}, {row["seconds"]:.0f} s, '
+    if 'metrics' not in row:
+        return f'{trained}held-out accuracy {row["valid"]:.4f}'
     metrics = row['metrics']
-    return (f'NDCG@10 {100 * metrics["sampled"]["NDCG@10"]:.2f} (100 negatives), '
+    return (f'{trained}NDCG@10 {100 * metrics["sampled"]["NDCG@10"]:.2f} (100 negatives), '
             f'{100 * metrics["full"]["NDCG@10"]:.2f} (all items)')
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from common.arrays import newest, ragged, row_numbers, take
 from common.files import UserError
 from common.layers import Model, additive, attend, dropout, half, rows
+from common.metrics import product_scorer, rank_counts
 
 WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
 ALL = slice(None)  # of the rows
@@ -96,6 +97,14 @@ class SequenceModel(Model):
         with self.machine.autocast():
             found = [self.states(*take(items, offsets, part)) for part in parts]
         return torch.cat(found).float()
+
+    def ranks(self, data, which, users=None, negatives=None):
+        """Ranks of these users' targets among these negatives (default: the evaluated users, the
+        data set's negatives); see `rank_counts` and the `split` of a Dataset."""
+        items, offsets, targets = data.split(which, users)
+        score = product_scorer(self.all_states(items, offsets), *self.scorer())
+        negatives = data.negatives if negatives is None else negatives
+        return rank_counts(score, data.n_items, targets, negatives, (items, offsets))
 
     def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.

@@ -16,12 +16,10 @@ import time
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.files import Diverged, UserError, load_pt, save_pt, save_text
 from common.layers import Machine
 from common.progress import progress
-from common.runs import usable
 
 
 # ------------------------------------------------------------------------ machine
@@ -30,14 +28,15 @@ def start(args):
     """The Machine for these options. Errors: UserError where the device cannot be had."""
     name = args.device
     if name == 'auto':
-        local = os.environ.get('LOCAL_RANK', 0)  # torchrun's number of this process
-        name = f'cuda:{local}' if torch.cuda.is_available() else 'cpu'
+        name = 'cpu'
+        if torch.cuda.is_available():
+            name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'  # torchrun's number of this process
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f'--device {args.device}: {why}; try --device cpu') from None
+        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; '
+                        'try --device cpu') from None
     if args.deterministic:
         # cuBLAS asks for it before its first product
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -47,10 +46,10 @@ def start(args):
         has_bfloat16 = torch.cpu.get_capabilities().get('avx512_bf16', False)
     else:
         has_bfloat16 = torch.cuda.is_bf16_supported()
-    bfloat16 = args.precision == 'bfloat16' or args.precision == 'auto' and has_bfloat16
-    args.precision = 'bfloat16' if bfloat16 else 'float32'  # what results say they were made with
+    if args.precision == 'auto':  # results say what they were made with
+        args.precision = 'bfloat16' if has_bfloat16 else 'float32'
     most = getattr(args, 'micro_tokens', None) or (16384 if device.type == 'cuda' else 2048)
-    return Machine(device, bool(bfloat16), most)
+    return Machine(device, args.precision == 'bfloat16', most)
 
 
 def keep_freed_memory():
@@ -85,18 +84,19 @@ class Processes:
         """This process's part of 0 ... n - 1."""
         return np.array_split(np.arange(n), self.world)[self.rank]
 
-    def gather(self, x, n):
-        """All processes' rows [n, H] from this one's `share(n)`; a gradient flows into its own rows
-        alone."""
+    def encode(self, model, packed):
+        """CLS of all sequences, float32 [n, H], each process computing its share; a gradient flows
+        into its own rows alone."""
+        n = len(packed.lengths)
+        mine = self.share(n)
+        x = model(packed.rows(mine)).float()
         if self.world == 1:
             return x
-        sizes = [len(part) for part in np.array_split(np.arange(n), self.world)]
-        own = F.pad(x.detach(), (0, 0, 0, sizes[0] - len(x)))
-        parts = [torch.empty_like(own) for _ in sizes]
-        torch.distributed.all_gather(parts, own)
-        parts = [part[:size] for part, size in zip(parts, sizes)]
-        parts[self.rank] = x
-        return torch.cat(parts)
+        rows = x.new_zeros(n, x.shape[1])
+        rows[mine] = x.detach()
+        self.sum([rows])
+        rows[mine] = x
+        return rows
 
     def sum(self, tensors):
         """Replace each tensor by its sum over the processes."""
@@ -107,24 +107,23 @@ class Processes:
 
 # ------------------------------------------------------------------------ optimiser
 
-def adamw(model, lr, weight_decay):
-    """AdamW over the parameters that train; no decay on biases and LayerNorm (RecFormer's)."""
-    decay, plain = [], []
-    for name, p in model.named_parameters():
-        norm = 'layernorm' in name.lower().replace('_', '')
-        if p.requires_grad:
-            (plain if norm or name.endswith('bias') else decay).append(p)
-    return torch.optim.AdamW([{'params': decay, 'weight_decay': weight_decay},
-                              {'params': plain, 'weight_decay': 0.0}], lr=lr, fused=True)
+def adamw(model, args):
+    """AdamW over the parameters that train; no decay on biases and LayerNorm, the
+    vectors (RecFormer's)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decay = {'params': [p for p in trained if p.dim() > 1], 'weight_decay': args.weight_decay}
+    plain = {'params': [p for p in trained if p.dim() == 1], 'weight_decay': 0.0}
+    return torch.optim.AdamW([decay, plain], args.lr, fused=True)
 
 
 def linear_schedule(optimizer, warmup, total):
     """Rate rises linearly over `warmup` steps (at most half of all), then falls linearly to 0 at
-    step `total`."""
-    warmup = min(warmup, total // 2)
-
+    step `total`; None: it stays."""
     def factor(step):
-        return min((step + 1) / (warmup + 1), (total - step) / max(1, total - warmup))
+        if warmup is None:
+            return 1
+        rising = min(warmup, total // 2)
+        return min((step + 1) / (rising + 1), (total - step) / (total - rising))
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
@@ -141,32 +140,33 @@ class Training:
         training.restore_best()
 
     epoch, step: 0-based, those that are left. The validation metric is better when higher.
+    steps: of an epoch; warmup: see linear_schedule; clip: of the gradient's norm; most: steps.
     Everything that the next step depends on is in resume.pt, which is used again only for the same
     identity and code.
     """
-    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'losses', 'log')
+    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'losses', 'log', 'rng')
 
-    def __init__(self, run, args, model, optimizer, steps, schedule=None, clip=None, total=None):
-        self.folder, self.identity, self.code, label = run
-        self.path = self.folder / 'resume.pt'
-        self.model, self.optimizer, self.schedule, self.clip = model, optimizer, schedule, clip
-        self.per_epoch, self.patience, self.pause = steps, args.patience, 60 * args.save_every
-        self.total = total or steps * args.epochs
+    def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
+        self.run, self.path = run, run.folder / 'resume.pt'
+        self.model, self.optimizer, self.per_epoch, self.clip = model, optimizer, steps, clip
+        self.total = min(steps * run.args.epochs, most or math.inf)
+        self.schedule = linear_schedule(optimizer, warmup, self.total)
+        self.parts = {'model': model, 'optimizer': optimizer, 'schedule': self.schedule}
         self.epoch = self.step = self.bad = self.best_epoch = 0
         self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
         self.asked, self.busy = 0, False
         self.rng = rng_state()
         self.began = self.saved_at = time.monotonic()
-        self.resume(args)
+        self.resume()
         self.bar = progress(total=self.total, initial=self.epoch * steps + self.step, unit='step',
-                            desc=label)
+                            desc=run.folder.name)
 
     # -------------------------------------------------- the loop
 
     def epochs(self):
         """Numbers of the epochs that are left."""
-        while self.epoch * self.per_epoch < self.total and self.bad < self.patience:
+        while self.epoch * self.per_epoch < self.total and self.bad < self.run.args.patience:
             yield self.epoch
 
     def steps(self):
@@ -192,14 +192,13 @@ class Training:
         with self.uninterrupted():
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            if self.schedule:
-                self.schedule.step()
+            self.schedule.step()
             self.step += 1
             self.rng = rng_state()
             self.losses = {name: round(value, 5) for name, value in zip(losses, values)}
         self.bar.set_postfix(self.losses, refresh=False)
         self.bar.update()
-        if time.monotonic() - self.saved_at >= self.pause:
+        if time.monotonic() - self.saved_at >= 60 * self.run.args.save_every:
             self.save()
 
     def end_epoch(self, metric, **more):
@@ -212,19 +211,21 @@ class Training:
             if metric > self.best:
                 self.best, self.best_epoch, self.bad = metric, self.epoch, 0
                 self.best_weights = copy.deepcopy(self.model.state_dict())
-            self.log.append({'epoch': self.epoch, 'seconds': round(self.seconds(), 1),
-                             **self.losses, 'valid': metric, **more})
+            entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
+                     'valid': metric, **more}
+            self.log = self.log or [','.join(entry)]
+            self.log.append(','.join(map(str, entry.values())))
         self.save()
 
     def restore_best(self):
         """Put the best weights back into the model; what the run's row says of its training."""
         self.model.load_state_dict(self.best_weights)
         return {'valid': self.best, 'best_epoch': self.best_epoch, 'epochs': self.epoch,
-                'seconds': round(self.seconds(), 1)}
+                'seconds': self.seconds()}
 
     def seconds(self):
         """Spent on this run, earlier sittings included."""
-        return time.monotonic() - self.began
+        return round(time.monotonic() - self.began, 1)
 
     def where(self):
         return f'epoch {self.epoch + 1}, step {self.step + 1}'
@@ -232,15 +233,12 @@ class Training:
     # -------------------------------------------------- stopping and going on
 
     def __enter__(self):
-        if self.first:
-            self.before = {number: signal.signal(number, self.asked_to_stop)
-                           for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self.asked_to_stop)
+                       for number in (signal.SIGTERM, signal.SIGINT) if self.first}
         return self
 
     def __exit__(self, kind, *_):
         self.bar.close()
-        if not self.first:
-            return
         stopped = kind in (SystemExit, KeyboardInterrupt)
         for number, handler in self.before.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
@@ -265,53 +263,36 @@ class Training:
         if self.asked:
             sys.exit(128 + self.asked)
 
-    def parts(self):
-        """What has a state dict."""
-        parts = {'model': self.model, 'optimizer': self.optimizer, 'schedule': self.schedule}
-        return {name: part for name, part in parts.items() if part}
-
     def save(self):
         """Write resume.pt and log.csv."""
         self.saved_at = time.monotonic()
         if not self.first:
             return
-        head = {'identity': self.identity, 'code': self.code, 'seconds': self.seconds()}
-        states = {name: part.state_dict() for name, part in self.parts().items()}
-        save_pt(self.path, 'resume', head=head, states=states, rng=self.rng,
-                stand={key: getattr(self, key) for key in self.kept})
-        lines = [','.join(self.log[0])] if self.log else []
-        lines += [','.join(map(str, entry.values())) for entry in self.log]
-        save_text(self.folder / 'log.csv', '\n'.join(lines) + '\n')
+        head = {'identity': self.run.identity, 'code': self.run.code, 'seconds': self.seconds()}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        stand = {key: getattr(self, key) for key in self.kept}
+        save_pt(self.path, 'resume', head=head, states=states, stand=stand)
+        save_text(self.run.folder / 'log.csv', '\n'.join([*self.log, '']))
 
-    def resume(self, args):
+    def resume(self):
         """Go on from resume.pt where it is of this identity and code."""
         try:
             saved = self.path.exists() and load_pt(self.path, 'resume')
         except UserError as error:
             print(f'{error}; training starts over')
             return
-        if not saved or not usable(saved['head'], self.identity, self.code, args, self.path):
+        if not saved or not self.run.usable(saved['head'], self.path):
             return
-        for name, part in self.parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(saved['states'][name])
-        vars(self).update(saved['stand'], rng=saved['rng'])
+        vars(self).update(saved['stand'])
         self.began -= saved['head']['seconds']
-        set_rng_state(self.rng)
+        cpu, gpus = self.rng
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(gpus)
         print(f'goes on from {self.path}: {self.where()}')
-
-    def finish(self):
-        """The result is written: resume.pt has done its work."""
-        self.path.unlink(missing_ok=True)
 
 
 def rng_state():
-    """State of torch's generators, of the CPU and of every GPU."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {'cpu': torch.get_rng_state(), 'cuda': cuda}
-
-
-def set_rng_state(state):
-    """Put torch's generators back to `state`."""
-    torch.set_rng_state(state['cpu'])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state['cuda'])
+    """States of torch's generators, of the CPU and of every GPU."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()

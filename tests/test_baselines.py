@@ -339,6 +339,8 @@ def test_every_ranking_without_training_is_a_run(world, capsys):
         assert {key: row[key] for key in ('init', 'weight', 'decay', 'valid')} == {
             key: fields[key] for key in ('init', 'weight', 'decay', 'valid')}
         expected = result_of(data, ranks)
+        kept = expected.pop('ranks')
+        assert (kept.pop('users') == data.evaluated).all() and kept.keys() == ranks.keys()
         assert {key: row[key] for key in expected} == expected
         assert row['plm'] == ('p' if fields['init'] else None)
     assert rows['popularity']['tie_share']['sampled'] > 0.1, 'counts tie'

@@ -593,7 +593,7 @@ def test_what_edited_code_would_change_is_made_again(prepared, tmp_path):
     first = load_json(row)
     edit('class SASRec(AttentionModel):', '# said in a comment\nclass SASRec(AttentionModel):')
     edit("Sizes: paper's code.", 'Said in a docstring.')
-    assert f'{NAME_OF_TINY}: up to date' in train()
+    assert f'{NAME_OF_TINY} is up to date' in train()
     assert load_json(row) == first
     edit('dropout = 0.5', 'dropout = 0.25')
     out = train()

@@ -22,6 +22,7 @@ from common import files, training
 from common.files import (HOST, ROOT, STOPPED, Diverged, UserError, command, content_sha256, digest,
                           file_stamp, load_json, load_pt, lock, save_json, save_pt,
                           save_text, whole)
+from common.runs import Run
 from common.training import Training, adamw, linear_schedule
 
 
@@ -113,9 +114,9 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
 # file: how a script writes it, with 100 kB too many
 WRITES = {
     'x.pt': 'save_pt(path, "seq", model=torch.ones(10 ** 6))',
-    'row.json': 'write_row(path.parent, ["x" * 10 ** 6], {}, seconds=1)',
+    'row.json': 'Run(None, path.parent, ["x" * 10 ** 6], {}).write(seconds=1)',
     'results.md': 'save_text(path, "x" * 10 ** 6)',
-    'ranks.npz': 'write_row(path.parent, {}, {}, {"users": rng.random(10 ** 6)}, seconds=1)',
+    'ranks.npz': 'Run(None, path.parent, {}, {}).write({"users": rng.random(10 ** 6)}, seconds=1)',
     'prepared.npz': 'save_npz(path, {"items": rng.random(10 ** 6)})'}
 
 
@@ -256,7 +257,7 @@ def test_sigterm_outside_training_leaves_with_143(handler):
 # ------------------------------------------------------------------------ optimiser
 
 def test_schedule_rises_then_falls_without_a_jump():
-    optimizer = adamw(torch.nn.Linear(1, 1), 1.0, 0.0)
+    optimizer = adamw(torch.nn.Linear(1, 1), options(lr=1.0, weight_decay=0.0))
     schedule = linear_schedule(optimizer, 10, 100)
     rates = []
     for _ in range(100):
@@ -270,14 +271,23 @@ def test_schedule_rises_then_falls_without_a_jump():
 
 def test_decay_leaves_biases_norms_and_what_is_frozen_alone():
     parts = {'dense': torch.nn.Linear(2, 2), 'LayerNorm': torch.nn.LayerNorm(2)}
-    model = torch.nn.ModuleDict(parts)
-    decay, plain = adamw(model, 1.0, 0.1).param_groups
+    model, args = torch.nn.ModuleDict(parts), options(lr=1.0, weight_decay=0.1)
+    decay, plain = adamw(model, args).param_groups
     assert len(decay['params']) == 1 and decay['params'][0] is model.dense.weight
     assert len(plain['params']) == 3
     assert decay['weight_decay'] == 0.1 and plain['weight_decay'] == 0
     model.dense.requires_grad_(False)
-    decay, plain = adamw(model, 1.0, 0.1).param_groups
+    decay, plain = adamw(model, args).param_groups
     assert decay['params'] == [] and len(plain['params']) == 2
+
+
+def test_without_a_warmup_the_rate_stays():
+    optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters(), 0.003)
+    schedule = linear_schedule(optimizer, None, 10)
+    for _ in range(12):
+        assert optimizer.param_groups[0]['lr'] == 0.003
+        optimizer.step()
+        schedule.step()
 
 
 # ------------------------------------------------------------------------ training: a small loop
@@ -303,10 +313,9 @@ def small(folder, identity=IDENTITY, code=CODE, **more):
     torch.manual_seed(3)
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    schedule = linear_schedule(optimizer, 2, STEPS * EPOCHS)
-    given = {'clip': more.pop('clip', None), 'total': more.pop('total', None)}
-    run = folder, identity, code, 'small'
-    return Training(run, options(**more), model, optimizer, STEPS, schedule, **given), model
+    given = {'clip': more.pop('clip', None), 'most': more.pop('most', None)}
+    run = Run(options(**more), folder, identity, code)
+    return Training(run, model, optimizer, STEPS, 2, **given), model
 
 
 def train(folder, disturb=lambda place, epoch, step: None, **more):
@@ -368,9 +377,9 @@ def test_log_best_weights_and_what_a_row_says(tmp_path):
     assert (found['valid'], found['best_epoch'], found['epochs']) == (0.75, 3, 4)
     assert found['seconds'] == pytest.approx(t.seconds(), abs=0.1)
     assert not torch.equal(weights(model), last), 'of epoch 3, the first of two as good'
-    t.finish()
-    assert {path.name for path in tmp_path.iterdir()} == {'log.csv'}
-    t.finish()
+    for _ in range(2):  # the second time there is no resume.pt
+        t.run.write(**found)
+        assert {path.name for path in tmp_path.iterdir()} == {'log.csv', 'row.json'}
 
 
 def test_best_weights_are_those_of_their_epoch(tmp_path):
@@ -397,17 +406,17 @@ def test_training_ends_when_patience_does(tmp_path, patience, epochs):
 
 
 def test_a_total_of_steps_ends_within_an_epoch(tmp_path):
-    t, _ = train(tmp_path, total=2 * STEPS + 1)
+    t, _ = train(tmp_path, most=2 * STEPS + 1)
     assert t.visited == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
     assert len(log_of(tmp_path)) == 3
-    again, _ = train(tmp_path, total=2 * STEPS + 1)
+    again, _ = train(tmp_path, most=2 * STEPS + 1)
     assert again.visited == [], 'it is done'
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):
     model = torch.nn.Linear(4, 2)
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    t = Training((tmp_path, IDENTITY, CODE, 'small'), options(), model, optimizer, 3, clip=0.5)
+    t = Training(Run(options(), tmp_path, IDENTITY, CODE), model, optimizer, 3, clip=0.5)
     before = weights(model).clone()
     (model(torch.ones(1, 4)).sum() * 100).backward()
     with t:
@@ -427,7 +436,7 @@ def test_state_is_saved_when_it_is_due(tmp_path, monkeypatch):
         if place == 'updated':
             stand = saved(tmp_path)['stand'] if (tmp_path / 'resume.pt').exists() else None
             stands.append(stand and (stand['epoch'], stand['step']))
-    t, _ = train(tmp_path, disturb, save_every=2, total=6)
+    t, _ = train(tmp_path, disturb, save_every=2, most=6)
     # 50 s a step: after 150 s the first is due; the end of an epoch saves too
     assert stands == [None, None, (0, 3), (1, 0), (1, 0), (1, 3)]
     assert saved(tmp_path)['head']['seconds'] == t.seconds() == 300
@@ -437,7 +446,7 @@ def test_state_is_saved_when_it_is_due(tmp_path, monkeypatch):
     def every(place, epoch, step):
         if place == 'updated':
             stands.append(saved(other)['stand']['step'])
-    train(other, every, save_every=0, total=6)
+    train(other, every, save_every=0, most=6)
     assert stands == [1, 2, 3, 1, 2, 3], '0: after every step'
 
 
@@ -531,7 +540,7 @@ def test_sigterm_within_a_step_saves_what_was_before_it(tmp_path, handler):
                 t.update(loss=loss)
     found = saved(tmp_path)
     assert found['stand']['step'] == 2
-    assert torch.equal(found['rng']['cpu'], before['rng'])
+    assert torch.equal(found['stand']['rng'][0], before['rng'])
     assert not torch.equal(torch.get_rng_state(), before['rng']), 'the step had drawn already'
     assert torch.equal(found['states']['model']['weight'], pickle.loads(before['model'])['weight'])
     was = pickle.loads(before['optimizer'])['state'][0]

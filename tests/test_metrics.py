@@ -176,8 +176,11 @@ def test_summary_names_every_ranking_and_cutoff():
         'HR@5', 'HR@10', 'HR@50', 'NDCG@5', 'NDCG@10', 'NDCG@50'] == list(m['new'])
     assert m['new']['HR@5'] == pytest.approx(1 / 3) and m['new']['HR@10'] == pytest.approx(2 / 3)
     data = types.SimpleNamespace(name='toy', fingerprint='f', evaluated=np.arange(3))
-    assert result_of(data, r) == {'dataset': 'toy', 'data': 'f', 'users': 3, 'metrics': m,
-                                  'tie_share': {name: 1 / 3 for name in r}}
+    found = result_of(data, r)
+    kept = found.pop('ranks')
+    assert kept.pop('users').tolist() == [0, 1, 2] and kept == r
+    assert found == {'dataset': 'toy', 'data': 'f', 'users': 3, 'metrics': m,
+                     'tie_share': {name: 1 / 3 for name in r}}
 
 
 # ------------------------------------------------------------------------ comparison

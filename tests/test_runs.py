@@ -164,10 +164,14 @@ def args_of(word=''):
     return types.SimpleNamespace(again=word == '--again', keep=word == '--keep')
 
 
+def run_of(identity, code, args, folder=None):
+    return runs.Run(args, folder, identity, code)
+
+
 @pytest.mark.parametrize('word', ['', '--keep'])
 @pytest.mark.parametrize('seconds', [1, 10 ** 6])
 def test_what_is_the_same_is_used_without_a_word(word, seconds, capsys):
-    assert runs.usable(found(seconds), IDENTITY, CODE, args_of(word), 'here')
+    assert run_of(IDENTITY, CODE, args_of(word)).usable(found(seconds), 'here')
     assert capsys.readouterr().out == ''
 
 
@@ -175,7 +179,7 @@ def test_what_is_the_same_is_used_without_a_word(word, seconds, capsys):
     (IDENTITY, CODE), (OTHER_OPTIONS, CODE), (IDENTITY, OTHER_CODE), (OTHER_OPTIONS, OTHER_CODE)])
 @pytest.mark.parametrize('seconds', [1, 10 ** 6])
 def test_again_makes_everything_again(identity, code, seconds):
-    assert not runs.usable(found(seconds), identity, code, args_of('--again'), 'here')
+    assert not run_of(identity, code, args_of('--again')).usable(found(seconds), 'here')
 
 
 def one_line(capsys):
@@ -188,33 +192,33 @@ def one_line(capsys):
 @pytest.mark.parametrize('word', ['', '--keep'])
 def test_other_options_make_it_again(seconds, word, capsys):
     for code in (CODE, OTHER_CODE):
-        assert not runs.usable(found(seconds), OTHER_OPTIONS, code, args_of(word), 'here')
+        assert not run_of(OTHER_OPTIONS, code, args_of(word)).usable(found(seconds), 'here')
         said = one_line(capsys)
         assert said == 'here: made again, as it was made with other data, options.lr'
 
 
 @pytest.mark.parametrize('seconds', [0, 1, 600])
 def test_other_code_makes_it_again(seconds, capsys):
-    assert not runs.usable(found(seconds), IDENTITY, OTHER_CODE, args_of(), 'here')
+    assert not run_of(IDENTITY, OTHER_CODE, args_of()).usable(found(seconds), 'here')
     said = one_line(capsys)
     assert said == 'here: made again, as it was made with other code (common/a.py)'
 
 
 def test_files_that_came_and_went_are_other_code(capsys):
     code = {'common/a.py': 'one', 'common/new.py': 'three'}
-    assert not runs.usable(found(), IDENTITY, code, args_of(), 'here')
+    assert not run_of(IDENTITY, code, args_of()).usable(found(), 'here')
     assert 'other code (common/new.py, train.py)' in one_line(capsys)
 
 
 @pytest.mark.parametrize('seconds', [1, 10 ** 6])
 def test_keep_uses_what_other_code_made(seconds, capsys):
-    assert runs.usable(found(seconds), IDENTITY, OTHER_CODE, args_of('--keep'), 'here')
+    assert run_of(IDENTITY, OTHER_CODE, args_of('--keep')).usable(found(seconds), 'here')
     assert one_line(capsys) == 'here: kept, though made by other code (common/a.py)'
 
 
 def refusal(seconds, identity, code, word=''):
     with pytest.raises(UserError) as error:
-        runs.usable(found(seconds), identity, code, args_of(word), 'here')
+        run_of(identity, code, args_of(word)).usable(found(seconds), 'here')
     return str(error.value)
 
 
@@ -225,7 +229,7 @@ def test_what_took_long_is_never_replaced_silently(capsys):
                     '--again makes it again, --keep uses it as it is')
     for word in ('', '--keep'):
         said = refusal(7200, OTHER_OPTIONS, OTHER_CODE, word)
-        assert said == ('here: was made with other data, options.lr and took 2.0 hours; '
+        assert said == ('here: was made with other data, options.lr and took 120 minutes; '
                         '--again makes it again'), 'options: to keep it would be wrong'
     assert capsys.readouterr().out == ''
 
@@ -249,7 +253,7 @@ def made(folder, code=CODE, **row):
     ranks = {'users': np.arange(2), 'sampled': zero, 'full': zero + 1, 'new': zero + 2}
     metrics = {'sampled': {'NDCG@10': 0.25}, 'full': {'NDCG@10': 0.125}}
     row = {'seconds': 1, 'metrics': metrics, **row}
-    return runs.write_row(folder, IDENTITY, code, ranks, **row)
+    return run_of(IDENTITY, code, args_of(), folder).write(ranks, **row)
 
 
 @pytest.fixture
@@ -265,6 +269,9 @@ def test_a_row_says_what_made_it(root):
     assert row['identity'] == IDENTITY and row['code'] == CODE
     assert {'commit', 'torch', 'transformers', 'command', 'date'} <= row.keys()
     assert runs.result_line(row) == 'NDCG@10 25.00 (100 negatives), 12.50 (all items)'
+    trained = runs.result_line({**row, 'epochs': 5, 'best_epoch': 2})
+    assert trained == f'best epoch 2 of 5, 1 s, {runs.result_line(row)}'
+    assert runs.result_line({'epochs': 0, 'valid': 0.5}) == 'held-out accuracy 0.5000'
     assert {path.name for path in (root / 'a').iterdir()} == {'row.json', 'ranks.npz'}
     again, ranks = runs.read_ranks('toy', 'a')
     assert again == row and ranks['users'].tolist() == [0, 1]
@@ -273,21 +280,23 @@ def test_a_row_says_what_made_it(root):
 
 def test_a_finished_run_is_found_where_it_is_up_to_date(root, capsys):
     folder = root / 'a'
-    assert runs.finished(folder, IDENTITY, CODE, args_of()) is None
+    assert run_of(IDENTITY, CODE, args_of(), folder).finished() is None
     assert runs.read_row(folder) is None
     row = made(folder)
-    assert runs.finished(folder, IDENTITY, CODE, args_of()) == row
-    assert runs.finished(folder, IDENTITY, OTHER_CODE, args_of('--keep')) == row
-    assert runs.finished(folder, IDENTITY, OTHER_CODE, args_of()) is None
+    assert run_of(IDENTITY, CODE, args_of(), folder).finished() == row
+    assert run_of(IDENTITY, OTHER_CODE, args_of('--keep'), folder).finished() == row
+    assert run_of(IDENTITY, OTHER_CODE, args_of(), folder).finished() is None
     made(folder)
-    assert runs.finished(folder, OTHER_OPTIONS, CODE, args_of('--keep')) is None
+    assert run_of(OTHER_OPTIONS, CODE, args_of('--keep'), folder).finished() is None
     made(folder)
-    assert runs.finished(folder, IDENTITY, CODE, args_of('--again')) is None
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 3 and all(line.startswith(f'{folder}: ') for line in said)
+    assert run_of(IDENTITY, CODE, args_of('--again'), folder).finished() is None
+    said = [line for line in capsys.readouterr().out.splitlines() if 'written to' not in line]
+    found = f'{folder} is up to date (NDCG@10 25.00 (100 negatives), 12.50 (all items))'
+    assert [line for line in said if not line.startswith(f'{folder}: ')] == [found] * 2
+    assert [' kept, though' in line for line in said] == [False, True, False, False, False], said
     made(folder, seconds=3600)
     with pytest.raises(UserError, match=f'{folder}: .*60 minutes; --again'):
-        runs.finished(folder, OTHER_OPTIONS, CODE, args_of())
+        run_of(OTHER_OPTIONS, CODE, args_of(), folder).finished()
 
 
 def test_a_run_that_is_made_again_is_not_taken_for_finished(root):
@@ -297,21 +306,21 @@ def test_a_run_that_is_made_again_is_not_taken_for_finished(root):
     for identity, code, word in ((OTHER_OPTIONS, CODE, ''), (IDENTITY, OTHER_CODE, ''),
                                  (IDENTITY, CODE, '--again')):
         made(folder)
-        assert runs.finished(folder, identity, code, args_of(word)) is None
-        assert runs.finished(folder, IDENTITY, CODE, args_of()) is None, 'it was not made since'
+        assert run_of(identity, code, args_of(word), folder).finished() is None
+        assert run_of(IDENTITY, CODE, args_of(), folder).finished() is None, 'it was not made since'
 
 
 def test_identities_survive_the_file(root):
     """Tuples, None, long floats and text beyond ASCII are the same after JSON."""
     identity = {'options': {'x': (1, 2), 'y': None, 'z': 0.1 + 0.2, 'ä': 'é'}, 'deep': {}}
-    row = runs.write_row(root / 'a', identity, CODE, seconds=1)
-    assert runs.finished(root / 'a', identity, CODE, args_of()) == json.loads(json.dumps(row))
+    row = run_of(identity, CODE, args_of(), root / 'a').write(seconds=1, valid=0)
+    assert run_of(identity, CODE, args_of(), root / 'a').finished() == json.loads(json.dumps(row))
 
 
 def test_rows_of_a_dataset_are_those_with_metrics(root):
     for name in ('b', 'a'):
         made(root / name)
-    runs.write_row(root / 'pt', IDENTITY, CODE, seconds=1)
+    run_of(IDENTITY, CODE, args_of(), root / 'pt').write(seconds=1, valid=0)
     (root / 'unfinished').mkdir()
     assert [row['run'] for row in runs.load_rows('toy')] == ['a', 'b']
     made(root / 'a', seed=5)
@@ -325,8 +334,8 @@ def test_a_row_that_is_not_ours_is_refused(root, text):
     folder = root / 'a'
     folder.mkdir(parents=True)
     (folder / 'row.json').write_text(text)
-    for read in (lambda: runs.finished(folder, IDENTITY, CODE, args_of()),
-                 lambda: runs.finished(folder, IDENTITY, CODE, args_of('--again')),
+    for read in (lambda: run_of(IDENTITY, CODE, args_of(), folder).finished(),
+                 lambda: run_of(IDENTITY, CODE, args_of('--again'), folder).finished(),
                  lambda: runs.load_rows('toy'), lambda: runs.read_ranks('toy', 'a')):
         with pytest.raises(UserError, match='a/row.json: .*remove it and run again'):
             read()
@@ -376,6 +385,6 @@ def test_names_of_runs_are_plain_words(root, name):
 
 @pytest.mark.parametrize('name', ['nothing', 'pt', '.', '..'])
 def test_a_run_that_is_not_there_is_named(root, name):
-    runs.write_row(root / 'pt', IDENTITY, CODE, seconds=1)
+    run_of(IDENTITY, CODE, args_of(), root / 'pt').write(seconds=1, valid=0)
     with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
