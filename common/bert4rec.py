@@ -13,7 +13,7 @@ from common.sequence import ALL, AttentionBlock, AttentionModel, softmax_loss
 MASK_SHARE, LAST_ONLY = 0.15, 0.09  # of the items; of the draws (paper's code)
 
 
-class Block(AttentionBlock):
+class BERT4RecBlock(AttentionBlock):
     """x = LN(x + Attn(x)); x = LN(x + FFN(x)); GELU, FFN 4H; dropout on each branch and once more
     at the end: the published, post-norm block."""
     eps, widening = 1e-5, 4
@@ -29,7 +29,7 @@ class Block(AttentionBlock):
 class BERT4Rec(AttentionModel):
     """Masked items are predicted from both sides. Sizes: paper's code (output table not tied to the
     item table)."""
-    block, heads, causal = Block, 4, False
+    block, heads, causal = BERT4RecBlock, 4, False
     dropout = 0.1
     batch = 256
     betas = 0.9, 0.999

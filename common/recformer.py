@@ -89,7 +89,7 @@ class Batch:
 
 # ------------------------------------------------------------------------ layers
 
-class SelfAttention(nn.Module):
+class WindowedAttention(nn.Module):
     """Windowed attention of all tokens, global attention of each CLS, each with own projections."""
 
     def __init__(self, c):
@@ -149,7 +149,8 @@ class Output(nn.Module):
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention = nn.ModuleDict({'self': SelfAttention(c), 'output': Output(c.hidden, c)})
+        self.attention = nn.ModuleDict({'self': WindowedAttention(c),
+                                        'output': Output(c.hidden, c)})
         self.output = Output(c.intermediate, c)
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
 

@@ -10,7 +10,7 @@ from common.layers import rows
 from common.sequence import ALL, AttentionBlock, AttentionModel
 
 
-class Block(AttentionBlock):
+class SASRecBlock(AttentionBlock):
     """q = LN(x); x = q + Attn(q, x, x); x = LN(x); x = x + FFN(x): only queries are normalised
     before attention, as in the paper's code."""
     eps, widening = 1e-8, 1  # paper's code
@@ -25,12 +25,12 @@ class Block(AttentionBlock):
 
 class SASRec(AttentionModel):
     """The state at each position scores the item after it. Sizes: paper's code."""
-    block, heads, causal = Block, 1, True
+    block, heads, causal = SASRecBlock, 1, True
     dropout = 0.5
 
     def __init__(self, item_embedding, max_items):
         super().__init__(item_embedding, max_items)
-        self.norm = nn.LayerNorm(self.hidden, Block.eps)
+        self.norm = nn.LayerNorm(self.hidden, SASRecBlock.eps)
         self.draw_matrices()
 
     def placed(self, x, lengths):

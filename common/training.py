@@ -244,7 +244,8 @@ class Training:
             signal.signal(number, signal.SIG_IGN if stopped else handler)
         if stopped:
             self.save()
-            print(f'stopped before {self.where()}; the same command goes on from {self.path}',
+            command = 'the command without --again' if self.run.args.again else 'the same command'
+            print(f'stopped before {self.where()}; {command} goes on from {self.path}',
                   file=sys.stderr)
 
     def asked_to_stop(self, number, _):

@@ -17,7 +17,7 @@ import common.runs
 import train_seq
 from common import bert4rec, initial, sequence
 from common.arrays import take
-from common.bert4rec import BERT4Rec, Block
+from common.bert4rec import BERT4Rec, BERT4RecBlock
 from common.data import load, prepare
 from common.files import ROOT, UserError, command, load_pt, save_pt
 from common.gru4rec import GRU4Rec
@@ -194,7 +194,7 @@ def test_attention_equals_torchs_own(causal):
 def test_bert4recs_block_equals_torchs_encoder_layer():
     """torch's post-norm layer; its fast path and its slow one."""
     torch.manual_seed(0)
-    ours = shaken(Block(H, 2, 0.1)).eval()
+    ours = shaken(BERT4RecBlock(H, 2, 0.1)).eval()
     theirs = nn.TransformerEncoderLayer(H, 2, 4 * H, 0.1, 'gelu', batch_first=True,
                                         norm_first=False).eval()
     a, b = ours.attention, theirs.self_attn
@@ -214,7 +214,7 @@ def test_bert4recs_block_equals_torchs_encoder_layer():
 
 def test_bert4recs_block_with_weights_by_hand():
     """One item: attention is value, then out. Identities and simple numbers for all weights."""
-    block = Block(2, 1, 0.0).eval()
+    block = BERT4RecBlock(2, 1, 0.0).eval()
     eye = torch.eye(2)
     for layer, weight in ((block.attention.query, eye), (block.attention.key, eye),
                           (block.attention.value, eye), (block.attention.out, 2 * eye),
@@ -1062,7 +1062,7 @@ def test_what_defines_a_models_numbers_is_in_its_digest(tree):
 
 
 @pytest.mark.parametrize('file, old, new, changed', [
-    ('common/sasrec.py', 'Block, 1, True', 'Block, 2, True', True),
+    ('common/sasrec.py', 'SASRecBlock, 1, True', 'SASRecBlock, 2, True', True),
     ('common/sasrec.py', 'widening = 1e-8', 'widening = 1e-5', True),
     ('common/sasrec.py', '1e-8, 1  #', '1e-8, 1  # another comment:', False),
     ('common/sasrec.py', 'eps, widening = 1e-8', '\n\n    eps, widening = (1e-8)', False),

@@ -30,8 +30,8 @@ def wordpiece(folder):
         + ['##' + c for c in 'abcdefghijklmnopqrstuvwxyz0123456789']
     t = Tokenizer(models.WordPiece({w: i for i, w in enumerate(dict.fromkeys(vocab))}, unk_token='[UNK]'))
     t.normalizer, t.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    fast = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[PAD]', unk_token='[UNK]', cls_token='[CLS]', sep_token='[SEP]',
-                                   mask_token='[MASK]')
+    fast = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='[PAD]', unk_token='[UNK]',
+                                   cls_token='[CLS]', sep_token='[SEP]', mask_token='[MASK]')
     fast.save_pretrained(folder)
     return fast
 
@@ -48,8 +48,10 @@ def tiny_bert(folder, layers=2):
 def tiny_longformer(folder, binary=False):
     """A random Longformer with a byte-level BPE tokenizer; as model.safetensors or as pytorch_model.bin."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(WORDS * 5, vocab_size=400, special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'])
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token='<s>', eos_token='</s>', pad_token='<pad>',
+    bpe.train_from_iterator(WORDS * 5, vocab_size=400,
+                            special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token='<s>',
+                                   eos_token='</s>', pad_token='<pad>',
                                    unk_token='<unk>', cls_token='<s>', sep_token='</s>', mask_token='<mask>')
     fast.save_pretrained(folder)
     torch.manual_seed(0)
@@ -62,8 +64,10 @@ def tiny_longformer(folder, binary=False):
 
 
 def longformer(window, vocab=100, layers=2):
-    config = LongformerConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
-                              max_position_embeddings=1100, attention_window=[window] * layers, pad_token_id=1, type_vocab_size=1)
+    config = LongformerConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=layers,
+                              num_attention_heads=2, intermediate_size=24,
+                              max_position_embeddings=1100, attention_window=[window] * layers,
+                              pad_token_id=1, type_vocab_size=1)
     model = LongformerForMaskedLM(config).eval()
     with torch.no_grad():  # LayerNorms and biases too: nothing may stay at a value that hides a mistake
         for p in model.parameters():
@@ -78,15 +82,19 @@ def amazon(raw, category, users=60, items=30, quirks=True, seed=0):
     rows = []
     for u in range(users):
         start = rng.integers(items)
-        rows += [f'A{(start + k) % items:04},U{u},{rng.integers(1, 6)}.0,{1400000000 + 86400 * (k // 2)}' for k in range(rng.integers(5, 10))]
-    meta = [json.dumps({'asin': f'A{i:04}', 'title': f'{" ".join(rng.choice(WORDS, 3))}', 'brand': 'Acme', 'category': ['Sea', 'Salt']})
-            for i in range(items)]
+        rows += [f'A{(start + k) % items:04},U{u},{rng.integers(1, 6)}.0,'
+                 f'{1400000000 + 86400 * (k // 2)}' for k in range(rng.integers(5, 10))]
+    meta = [json.dumps({'asin': f'A{i:04}', 'title': f'{" ".join(rng.choice(WORDS, 3))}',
+                        'brand': 'Acme', 'category': ['Sea', 'Salt']}) for i in range(items)]
     if quirks:
-        rows += [rows[0], 'A0000,short,5.0,1400000000', 'B9999,U0,5.0,1400000000', 'B9999,U1,5.0,1400000000']  # repeat; 1 rating; no metadata
+        # a repeat; a user with one rating; an item without metadata
+        rows += [rows[0], 'A0000,short,5.0,1400000000', 'B9999,U0,5.0,1400000000',
+                 'B9999,U1,5.0,1400000000']
         meta[1] = json.dumps({'asin': 'A0001'})
         meta[2] = json.dumps({'asin': 'A0002', 'title': 'Tea &amp; <b>Coffee</b>', 'brand': None, 'category': []})
         meta[3] = json.dumps({'asin': 'A0003', 'title': 'var x = new Date().getTime(); <span id="a">', 'brand': 'Z'})
-        meta += [json.dumps({'asin': 'A0004', 'title': 'second line of the same id'}), json.dumps({'asin': 'C0000', 'title': 'never rated'})]
+        meta += [json.dumps({'asin': 'A0004', 'title': 'second line of the same id'}),
+                 json.dumps({'asin': 'C0000', 'title': 'never rated'})]
     (raw / f'{category}.csv').write_text('\n'.join(rows) + '\n')
     with gzip.open(raw / f'meta_{category}.json.gz', 'wt') as f:
         f.write('\n'.join(meta) + '\n')
