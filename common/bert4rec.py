@@ -21,7 +21,7 @@ class BERT4RecBlock(AttentionBlock):
     def forward(self, x, layout, wanted=ALL):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         y = self.attention(x, x, layout, wanted)
-        x = self.attention_norm(x[wanted] + self.drop(y))
+        x = self.attention_norm(rows(x, wanted) + self.drop(y))
         y = self.outer(self.drop(F.gelu(self.inner(x))))
         return self.drop(self.ffn_norm(x + self.drop(y)))
 

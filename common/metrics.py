@@ -5,6 +5,7 @@ equal. E = evaluated users, n = items; ids 1..n, column 0 is padding and never a
 Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the user's history
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
+import itertools
 import math
 
 import numpy as np
@@ -87,9 +88,12 @@ def per_user(ranks, metric, k):
 
 def summarise(ranks):
     """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}: fractions, sums over users divided once."""
-    return {name: {f'{metric}@{k}': float(per_user(ranks[name], metric, k).mean())
-                   for metric in ('HR', 'NDCG') for k in cutoffs}
-            for name, cutoffs in CUTOFFS.items()}
+    found = {}
+    for name, cutoffs in CUTOFFS.items():
+        found[name] = {}
+        for metric, k in itertools.product(('HR', 'NDCG'), cutoffs):
+            found[name][f'{metric}@{k}'] = float(per_user(ranks[name], metric, k).mean())
+    return found
 
 
 def result_of(data, ranks):
@@ -97,8 +101,11 @@ def result_of(data, ranks):
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
     ties = {name: float((ranks[name][:, 1] > 0).mean()) for name in CUTOFFS}
-    return {'dataset': data.name, 'data': data.fingerprint, 'users': len(data.evaluated),
-            'metrics': summarise(ranks), 'tie_share': ties,
+    return {'dataset': data.name,
+            'data': data.fingerprint,
+            'users': len(data.evaluated),
+            'metrics': summarise(ranks),
+            'tie_share': ties,
             'ranks': {'users': data.evaluated, **ranks}}
 
 

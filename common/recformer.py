@@ -55,7 +55,8 @@ class Batch:
     """
 
     def __init__(self, packed, window, machine):
-        self.tokens, self.types = machine.put(packed.tokens), machine.put(packed.types)
+        self.tokens = machine.put(packed.tokens)
+        self.types = machine.put(packed.types)
         self.item_positions = machine.put(packed.item_positions)
         lengths = machine.put(packed.lengths)
         row = torch.arange(len(packed.tokens), device=machine.device)
@@ -159,8 +160,8 @@ class Layer(nn.Module):
         if wanted is batch.cls:  # no windowed attention
             y = self.attention.self.cls(half(x), batch)
         else:
-            y = self.attention.self(half(x), batch)[wanted]
-        x = self.attention.output(self.attention.output.dense(y), x[wanted])
+            y = rows(self.attention.self(half(x), batch), wanted)
+        x = self.attention.output(self.attention.output.dense(y), rows(x, wanted))
         return self.output(remade(self.feed_forward, self.intermediate.dense(x)), x)
 
     def feed_forward(self, y):
@@ -178,10 +179,10 @@ class Embeddings(nn.Module):
         self.offset, self.dropout = c.position_offset, c.dropout
 
     def forward(self, batch):
-        x = (self.word_embeddings(batch.tokens)
-             + self.position_embeddings(batch.positions + self.offset)
-             + self.token_type_embeddings(batch.types)
-             + self.item_position_embeddings(batch.item_positions))
+        x = self.word_embeddings(batch.tokens)
+        x = x + self.position_embeddings(batch.positions + self.offset)
+        x = x + self.token_type_embeddings(batch.types)
+        x = x + self.item_position_embeddings(batch.item_positions)
         return dropout(self.LayerNorm(x), self.dropout, self.training)
 
 
@@ -197,10 +198,11 @@ class RecFormer(Model):
         super().__init__()
         c = self.config = config
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.longformer = nn.ModuleDict({'embeddings': Embeddings(c),
-                                         'encoder': nn.ModuleDict({'layer': layers})})
-        self.lm_head = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.hidden),
-                                      'layer_norm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
+        encoder = nn.ModuleDict({'layer': layers})
+        self.longformer = nn.ModuleDict({'embeddings': Embeddings(c), 'encoder': encoder})
+        dense = nn.Linear(c.hidden, c.hidden)
+        norm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
+        self.lm_head = nn.ModuleDict({'dense': dense, 'layer_norm': norm})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         nn.init.eye_(self.lm_head.dense.weight)  # where the backbone has no head
         nn.init.zeros_(self.lm_head.dense.bias)
@@ -254,23 +256,27 @@ class RecFormer(Model):
     def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
         users = np.arange(len(offsets) - 1)
-        parts = np.array_split(users, -(-len(users) // at_once))
-        return torch.cat([self.encode(self.pack(*take(items, offsets, part), tokens), label)
-                          for part in parts])
+        found = []
+        for part in np.array_split(users, -(-len(users) // at_once)):
+            packed = self.pack(*take(items, offsets, part), tokens)
+            found.append(self.encode(packed, label))
+        return torch.cat(found)
 
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""
-        states = self.encode(self.pack_items(np.arange(1, tokens.n + 1), tokens), 'encode items')
-        return F.pad(states, (0, 0, 1, 0))
+        packed = self.pack_items(np.arange(1, tokens.n + 1), tokens)
+        return F.pad(self.encode(packed, 'encode items'), (0, 0, 1, 0))
 
     @torch.no_grad()
     def cls_attention(self, packed):
         """Attention weights of CLS in every layer: [layers, B, h, L]."""
         with self.machine.autocast():
-            batch, found = Batch(packed, self.config.window, self.machine), []
+            batch = Batch(packed, self.config.window, self.machine)
             x = half(self.longformer.embeddings(batch))
+            found = []
             for layer in self.layers:
-                found.append(layer.attention.self.cls_weights(half(x), batch)[0])
+                weights, _ = layer.attention.self.cls_weights(half(x), batch)
+                found.append(weights)
                 x = layer(x, batch)
         return torch.stack(found)
 

@@ -196,7 +196,8 @@ def footer(rows):
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
             f'width (paired over users, 5 %). Targets tie with a candidate for at most {ties:.1%} '
-            'of the users.\n'
+            "of the users. A width below the embeddings' own: their principal components, of "
+            'centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
 

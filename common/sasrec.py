@@ -18,7 +18,8 @@ class SASRecBlock(AttentionBlock):
     def forward(self, x, layout, wanted=ALL):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         q = self.attention_norm(x)
-        x = self.ffn_norm(q[wanted] + self.attention(q, x, layout, wanted))
+        y = self.attention(q, x, layout, wanted)
+        x = self.ffn_norm(rows(q, wanted) + y)
         y = self.drop(F.relu(self.inner(x)))
         return x + self.drop(self.outer(y))
 
