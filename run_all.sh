@@ -77,7 +77,7 @@ case $BUDGET in
   longer) PT=(--batch 64 --accumulate 1 --max-tokens 128 --patience 3) FT=(--batch 32 --patience 5)
           SEQ=("${RATES[@]}") WIDTH=() ;;
   small)  PT=(--batch 32 --accumulate 1 --max-steps 40 --warmup 10 --max-tokens 128)
-          FT=(--batch 32 --epochs 1 --warmup 10) SEQ=(--lrs 0.001 --epochs 60) WIDTH=(--hidden 128) ;;
+          FT=(--batch 32 --epochs 1 --warmup 10) SEQ=(--lrs 0.001 --epochs 40 --max-items 20) WIDTH=(--hidden 128) ;;
   toy)    PT=(--batch 8 --accumulate 1 --max-steps 3 --max-tokens 64) FT=(--batch 32 --epochs 1 --warmup 2)
           SEQ=(--lrs 0.001 --epochs 1) WIDTH=() ;;
 esac
