@@ -73,14 +73,16 @@ export ELEPHANT_RUNS=$ROOT$PLACE
 # ---------------------------------------------------------------- budgets: the only place where numbers differ
 RATES=(--lrs 0.0003 0.001 0.003 0.01)  # the paper's
 case $BUDGET in
-  full)   PT=(--batch 64 --accumulate 8) FT=() SEQ=("${RATES[@]}") WIDTH=() ;;
-  longer) PT=(--batch 64 --accumulate 1 --max-tokens 128 --patience 3) FT=(--batch 32 --patience 5)
+  full)   TOKENS=() PT=(--batch 64 --accumulate 8) FT=() SEQ=("${RATES[@]}") WIDTH=() ;;
+  longer) TOKENS=(--max-tokens 128) PT=(--batch 64 --accumulate 1 --patience 3) FT=(--batch 32 --patience 5)
           SEQ=("${RATES[@]}") WIDTH=() ;;
-  small)  PT=(--batch 32 --accumulate 1 --max-steps 40 --warmup 10 --max-tokens 128)
+  small)  TOKENS=(--max-tokens 128) PT=(--batch 32 --accumulate 1 --max-steps 40 --warmup 10)
           FT=(--batch 32 --epochs 1 --warmup 10) SEQ=(--lrs 0.001 --epochs 40 --max-items 20) WIDTH=(--hidden 128) ;;
-  toy)    PT=(--batch 8 --accumulate 1 --max-steps 3 --max-tokens 64) FT=(--batch 32 --epochs 1 --warmup 2)
+  toy)    TOKENS=(--max-tokens 64) PT=(--batch 8 --accumulate 1 --max-steps 3) FT=(--batch 32 --epochs 1 --warmup 2)
           SEQ=(--lrs 0.001 --epochs 1) WIDTH=() ;;
 esac
+# own data may have fewer items than that, and its own width
+case $NAME in drugstore|industrial|office) ;; *) WIDTH=() ;; esac
 PYTHON=${PYTHON:-python}
 RUN=$ELEPHANT_RUNS/$NAME
 again() { "$PYTHON" "$@" ${AGAIN[@]+"${AGAIN[@]}"}; }
@@ -91,12 +93,12 @@ for name in $NAME $SOURCE; do "$PYTHON" -m common.data "$name"; done
 # ---------------------------------------------------------------- 2. language model: PT, FT1, FT2
 # one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too
 [ -z "$PAPER" ] || PT+=(--leave-out)
-START=(--plm "$PLM")
+START=(--plm "$PLM" ${TOKENS[@]+"${TOKENS[@]}"})
 if [ -n "$PRETRAINED" ]; then
   START+=(--checkpoint "$PRETRAINED")
 elif [ -n "$SOURCE" ]; then
   PRETRAINED=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}
-  again pretrain.py $SOURCE --plm "$PLM" --out "$PRETRAINED" "${PT[@]}"
+  again pretrain.py $SOURCE --plm "$PLM" --out "$PRETRAINED" "${PT[@]}" ${TOKENS[@]+"${TOKENS[@]}"}
   START=(--checkpoint "$PRETRAINED")
 fi
 again finetune.py "$NAME" --stage 1 "${START[@]}" --seeds $REC_SEEDS ${FT[@]+"${FT[@]}"}
@@ -105,7 +107,7 @@ again finetune.py "$NAME" --stage 2 --seeds $REC_SEEDS ${FT[@]+"${FT[@]}"}
 # ---------------------------------------------------------------- 3. item embeddings, and what they reach untrained
 export_() { again export_embeddings.py "$NAME" --out "$RUN/embeddings/$1.pt" "${@:2}"; }
 export_ lf --plm "$PLM"
-[ -z "$PRETRAINED" ] || export_ pt "${START[@]}"
+[ -z "$PRETRAINED" ] || export_ pt --checkpoint "$PRETRAINED" --plm "$PLM"
 export_ ft --checkpoint "$RUN/ft1-seed${REC_SEEDS%% *}"
 again evaluate.py untrained "$NAME"
 
@@ -136,10 +138,10 @@ esac
 # ---------------------------------------------------------------- tables 5 and 1, figure 2
 if [[ $MORE == *--table5* ]]; then
   train --model sasrec --loss bce --variants $(of id+text)
-  again finetune.py "$NAME" --stage 2 --trainable-items ${FT[@]+"${FT[@]}"}
+  again finetune.py "$NAME" --stage 2 --trainable-items --seeds ${REC_SEEDS%% *} ${FT[@]+"${FT[@]}"}
 fi
 if [[ $MORE == *--table1* ]]; then
-  again finetune.py "$NAME" --stage 0 --plm "$PLM"
+  again finetune.py "$NAME" --stage 0 --plm "$PLM" ${TOKENS[@]+"${TOKENS[@]}"}
   depth=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/ft1-seed${REC_SEEDS%% *}/row.json")
   third=$((depth / 3)) sets=
   [ $third -gt 0 ] || fail "--table1 tunes thirds of the depth: $PLM has $depth layers, three are needed"
@@ -152,7 +154,7 @@ fi
 if [[ $MORE == *--figure2* ]]; then
   for share in $SHARES; do
     part=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}-share$share
-    again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}"
+    again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}" ${TOKENS[@]+"${TOKENS[@]}"}
     export_ pt-share$share --checkpoint "$part"
     for scale in raw centred; do
       train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --init-scale $scale --variants pt-share$share-trainable

@@ -8,6 +8,7 @@ item says nothing about itself. Decay and weight are chosen on validation NDCG@1
 A scorer takes the weights of histories, sparse [B, n + 1], and gives scores [B, n + 1].
 """
 import time
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -137,10 +138,14 @@ def untrained(data, embeddings):
         yield name, fields, ranks
 
 
-def untrained_lines(data):
-    """What popularity and item-kNN reach, a line each: is there anything to learn?"""
-    for name, fields, ranks in untrained(data, {}):
+def untrained_lines(data, most=5000):
+    """What popularity and item-kNN reach, on at most so many users, a line each: is there anything
+    to learn?"""
+    chosen = np.random.default_rng(0).permutation(len(data.evaluated))[:most]
+    chosen.sort()
+    part = replace(data, evaluated=data.evaluated[chosen], negatives=data.negatives[chosen])
+    for name, fields, ranks in untrained(part, {}):
         found = summarise(ranks)
         yield (f'{name:12}NDCG@10 {100 * found["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
                f'{100 * found["full"]["NDCG@10"]:6.2f} (all items), recency weight '
-               f'{fields["decay"]:g} a step')
+               f'{fields["decay"]:g} a step; {len(chosen):,} users')

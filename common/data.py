@@ -169,17 +169,29 @@ def build(folder, filters):
 
 # ------------------------------------------------------------------------ prepared.npz
 
-def identity_of(folder, filters, known):
+def filters_of(name, given):
+    """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's."""
+    own = FILTERS.get(name, DEFAULT)
+    return [default if value is None else value for value, default in zip(given, own)]
+
+
+def identity_of(folder, given, known):
     """What prepared.npz is made from: stamps of the two canonical files (`known`: an earlier
     identity, which saves reading untouched files), filters, and code."""
     stamps = {stem: file_stamp(canonical_file(folder, stem), known.get(stem))
               for stem in ('interactions.csv', 'items.jsonl')}
-    return {**stamps, 'filters': list(filters), 'code': list(map(code_digest, CODE))}
+    return {**stamps, 'given': list(given), 'filters': filters_of(folder.name, given),
+            'code': list(map(code_digest, CODE))}
 
 
-def prepare(name, filters):
-    """The dataset, prepared anew where prepared.npz is not there or of something else."""
+def prepare(name, given):
+    """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
+    filters that the user named, None for each that he did not; all None: those of last time."""
     folder = folder_of(name)
+    if not any(value is not None for value in given):
+        with contextlib.suppress(UserError):
+            given = head_of(folder)['identity']['given']
+    filters = filters_of(name, given)
     if name in AMAZON:
         canonical_from_amazon(name, folder, *filters[:2])
     elif not folder.is_dir():
@@ -187,9 +199,9 @@ def prepare(name, filters):
                         f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
                         f'into {folder}')
     with contextlib.suppress(UserError):  # it is made now
-        return load(name, filters)
+        return load(name, given)
     with lock(folder):
-        identity = identity_of(folder, filters, {})
+        identity = identity_of(folder, given, {})
         arrays, head, attributes = build(folder, filters)
         arrays['head'] = json.dumps({'identity': identity, **head}).encode()
         arrays['attributes'] = json.dumps(attributes).encode()
@@ -206,13 +218,18 @@ def prepared(folder, *names):
     return load_npz(path, names, remedy)
 
 
-def load(name, filters=None):
+def head_of(folder):
+    """What prepared.npz says of itself: identity, ids, counts, fingerprint."""
+    return json.loads(prepared(folder, 'head')['head'].tobytes())
+
+
+def load(name, given=None):
     """The prepared dataset. UserError where it is not there, or where the canonical files, the code
-    or `filters` (None: whatever they were) have changed since."""
+    or the filters (`given`; None: as they were given) have changed since."""
     folder = folder_of(name)
-    head = json.loads(prepared(folder, 'head')['head'].tobytes())
+    head = head_of(folder)
     then = head.pop('identity')
-    now = identity_of(folder, filters or then['filters'], then)
+    now = identity_of(folder, given or then.get('given', DEFAULT), then)
     if now != then:
         what = 'its files have' if now['code'] == then['code'] else 'common/data.py has'
         raise UserError(f'{folder}: {what} changed since it was prepared: '
@@ -267,11 +284,10 @@ def main(args):
     from common.baselines import untrained_lines
     if args.any_version:
         os.environ['ELEPHANT_ANY_VERSION'] = '1'
-    given = args.min_user, args.min_item, args.users
-    filters = [default if value is None else value
-               for value, default in zip(given, FILTERS.get(args.name, DEFAULT))]
-    data = prepare(args.name, filters)
-    print(f'{args.name}: prepared in {folder_of(args.name) / "prepared.npz"}')
+    data = prepare(args.name, [args.min_user, args.min_item, args.users])
+    user, item, sample = head_of(data.folder)['identity']['filters']
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; users with {user} '
+          f'interactions, items with {item}{f", {sample:,} users sampled" if sample else ""}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -2,6 +2,7 @@
 from common.bert4rec import BERT4Rec
 from common.files import UserError, load_pt
 from common.gru4rec import GRU4Rec
+from common.runs import changed_code, read_row
 from common.sasrec import SASRec
 from common.sequence import ItemTable
 
@@ -10,8 +11,11 @@ MODELS = {'sasrec': SASRec, 'bert4rec': BERT4Rec, 'gru4rec': GRU4Rec}
 
 def load_seq(folder, data):
     """(model in evaluation mode, what it is) of a run of train_seq.py. UserError: of other data."""
-    path = folder / 'model.pt'
+    path, row = folder / 'model.pt', read_row(folder)
     content = load_pt(path, 'seq')
+    if row and changed_code(row):
+        print(f'note: {folder.name} was made by other code than today\'s '
+              f'({", ".join(changed_code(row))})')
     about, state = content['about'], content['model']
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')

@@ -13,13 +13,14 @@ from common.data import published_counts
 from common.files import paper
 from common.initial import SCALES
 from common.metrics import compare, per_user
-from common.runs import differences, read_ranks
+from common.runs import changed_code, differences, read_ranks
 
 COLUMNS = {('sasrec', 'bce'): 'SASRec, one negative', ('sasrec', 'ce'): 'SASRec, cross-entropy',
            ('bert4rec', 'masked'): 'BERT4Rec'}
 MODES = ('random', 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text')
 UNTRAINED = ('popularity', 'item-knn', 'text-knn', 'item+text-knn')
 RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
+SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 MAIN = ('sampled', 'full')  # the rankings that the paper has
 STAGES = {'lf': 'vanilla', 'pt': 'after PT', 'ft1': 'after FT1', 'ft2': 'after FT2'}
 ALPHA = 0.05  # of the paired tests
@@ -32,6 +33,13 @@ FREE = {'options.seed', 'options.lr', 'from', 'start', 'items'}
 def suitability(row):
     """Of the rows of a variant the one with the largest has the rate that its cell shows."""
     return -row.get('seed', 0), row['valid'] or 0
+
+
+def of_users(row, ranking, metric):
+    """A metric such as 'HR@20' of every user of a run: [E]."""
+    _, ranks = read_ranks(row['dataset'], row['run'])
+    name, cutoff = metric.split('@')
+    return per_user(ranks[ranking], name, int(cutoff))
 
 
 class Cell:
@@ -49,16 +57,20 @@ class Cell:
 
     @functools.cache
     def users(self, ranking):
-        """NDCG@10 of every user, mean over the seeds: [E]."""
-        ranks = [read_ranks(row['dataset'], row['run'])[1][ranking] for row in self.rows]
-        return np.mean([per_user(r, 'NDCG', 10) for r in ranks], axis=0)
+        """SHOWN of every user, mean over the seeds: [E]."""
+        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], axis=0)
 
-    def value(self, ranking, metric='NDCG@10'):
+    def value(self, ranking, metric=SHOWN):
         """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
-        values = [100 * row['metrics'][ranking][metric] for row in self.rows]
+        values = []
+        for row in self.rows:
+            value = row['metrics'][ranking].get(metric)
+            if value is None:  # a cut-off that is younger than the row
+                value = of_users(row, ranking, metric).mean()
+            values.append(100 * value)
         return mean(values), stdev(values) if len(values) > 1 else 0.0
 
-    def text(self, ranking, metric='NDCG@10'):
+    def text(self, ranking, metric=SHOWN):
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
         if self.mixed:
             return 'mixed'
@@ -191,7 +203,7 @@ def footer(rows):
     def several(key):
         return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
     ties = max(max(row['tie_share'].values()) for row in rows)
-    return (f'NDCG@10 in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
+    return (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
             f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
@@ -212,6 +224,11 @@ def render(data, rows):
         best[ranking] = max(free, key=lambda cell: cell.value(ranking), default=None)
     parts = [f'# Results: {data.name}\n', data_table(data), untrained_table(cells, best),
              id_table(cells, best), footer(current) if current else '']
+    stale = {row['run']: changed_code(row) for row in current if changed_code(row)}
+    if stale:
+        files = sorted({file for names in stale.values() for file in names})
+        parts.append(f'**{len(stale)} of these runs were made by other code than today\'s** '
+                     f'({", ".join(files)}); the same commands make them again.\n')
     parts += [paper_table(table, data.name, cells) for table in paper().values()
               if 'ours' in table]
     older = len(rows) - len(current)

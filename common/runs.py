@@ -67,6 +67,12 @@ def code_of(*files):
     return dict(sorted(found.items()))
 
 
+def changed_code(row):
+    """Files that define a run's numbers and are not today what they were when it was made."""
+    return [file for file, then in row['code'].items()
+            if not (ROOT / file).exists() or code_digest(file) != then]
+
+
 def differences(old, new, prefix=''):
     """Names of what differs between two nested dictionaries, dots between the levels."""
     names = []

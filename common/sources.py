@@ -25,6 +25,7 @@ import numpy as np
 from common.files import (UserError, content_sha256, data_root, load_json, lock, paper, save_json,
                           unpacked, whole)
 from common.progress import progress
+from common.runs import code_digest
 
 AMAZON = paper()['amazon']  # dataset -> (category, sha256 of its ratings file where known)
 # The data has moved before; ELEPHANT_AMAZON_URL names another mirror.
@@ -284,7 +285,8 @@ def canonical_from_amazon(name, folder, min_user, min_item):
     ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected)
     metadata = raw_file(name, f'metaFiles2/meta_{category}.json.gz')
     identity = {'ratings': content_sha256(ratings), 'metadata': content_sha256(metadata),
-                'min_user': min_user, 'min_item': min_item}
+                'min_user': min_user, 'min_item': min_item,
+                'code': code_digest('common/sources.py')}
     if interactions.exists() and items.exists() and load_json(source) == identity:
         return
     with lock(folder):

@@ -13,6 +13,7 @@ from common import data
 from common.arrays import newest, offsets_of, ragged, row_numbers, take
 from common.files import UserError
 from common.sources import AMAZON
+from tests.toy import canonical
 
 
 @pytest.fixture
@@ -472,3 +473,17 @@ def test_published_counts_of_every_dataset(name):
     assert bool(known) == (name not in ('toy', 'industrial', 'office'))
     assert known.keys() <= {'users', 'items', 'interactions', 'avg_len', 'evaluated'}
     assert ('evaluated' in known) == (name in ('pantry', 'instruments', 'arts', 'movies', 'sports'))
+
+
+def test_filters_that_were_given_once_are_remembered(root):
+    canonical(root / 'toy')
+    nothing = [None, None, None]
+    everybody = data.prepare('toy', nothing).n_users
+    fewer = data.prepare('toy', [6, None, None])
+    assert fewer.n_users < everybody and fewer.lengths.min() == 6
+    assert data.prepare('toy', nothing).n_users == fewer.n_users, 'run_all.sh names no filters'
+    with open(root / 'toy' / 'interactions.csv', 'a') as f:
+        f.write('u0,i1,9999\n')
+    again = data.prepare('toy', nothing)
+    assert again.lengths.min() == 6 and again.fingerprint != fewer.fingerprint
+    assert data.prepare('toy', [4, None, None]).n_users == everybody

@@ -15,7 +15,7 @@ from common.files import UserError, load_json, save_json, save_npz
 from common.initial import SCALES
 from common.metrics import CUTOFFS, summarise
 from common.models import MODELS
-from common.runs import load_rows, read_ranks
+from common.runs import code_digest, load_rows, read_ranks
 from tests.toy import canonical
 
 USERS = 40
@@ -286,7 +286,23 @@ def test_the_footer_says_how_the_numbers_were_made(table):
     text = ' '.join(report.render(MINE, table).split())
     assert 'NDCG@10 in percent, 40 users, mean ± standard deviation over seeds (0, 1).' in text
     assert 'Targets tie with a candidate for at most 12.3% of the users.' in text
-    assert text.endswith('Language model: p; 2025-12-31, 2026-01-01, 2026-01-02; commits a+, c.')
+    assert 'Language model: p; 2025-12-31, 2026-01-01, 2026-01-02; commits a+, c.' in text
+
+
+def test_runs_of_other_code_than_todays_are_counted(table):
+    """These rows say that train_seq.py had the digest 'x'."""
+    end = "runs were made by other code than today's** (train_seq.py); the same commands"
+    assert f'**{len(table)} of these {end}' in report.render(MINE, table)
+    for row in table:
+        row['code'] = {'train_seq.py': code_digest('train_seq.py')}
+    assert 'other code' not in report.render(MINE, table)
+
+
+def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs, monkeypatch):
+    row = saved(runs, 15, made('sasrec', 'random', 'random', run='r'))
+    assert report.Cell([row]).text('full', 'HR@20') == '100.00'
+    monkeypatch.setattr(report, 'SHOWN', 'HR@20')
+    assert report.Cell([row]).users('full').tolist() == [1] * USERS
 
 
 def test_rows_of_another_version_of_the_data_are_left_out_and_counted(table):
