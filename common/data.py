@@ -190,7 +190,7 @@ def prepare(name, given):
     folder = folder_of(name)
     if not any(value is not None for value in given):
         with contextlib.suppress(UserError):
-            given = head_of(folder)['identity']['given']
+            given = head_of(folder)['identity'].get('given', given)
     filters = filters_of(name, given)
     if name in AMAZON:
         canonical_from_amazon(name, folder, *filters[:2])

@@ -487,3 +487,13 @@ def test_filters_that_were_given_once_are_remembered(root):
     again = data.prepare('toy', nothing)
     assert again.lengths.min() == 6 and again.fingerprint != fewer.fingerprint
     assert data.prepare('toy', [4, None, None]).n_users == everybody
+
+
+def test_a_preparation_of_another_day_is_made_again(root, monkeypatch):
+    """An identity without what is asked of it today."""
+    ten_users(root)
+    today = data.identity_of
+    monkeypatch.setattr(data, 'identity_of', lambda *a: {'filters': [4, 1, 0], 'code': []})
+    data.prepare('toy', data.DEFAULT)
+    monkeypatch.setattr(data, 'identity_of', today)
+    assert data.prepare('toy', [None, None, None]).n_users == 9
