@@ -13,9 +13,9 @@ def load_seq(folder, data):
     """(model in evaluation mode, what it is) of a run of train_seq.py. UserError: of other data."""
     path, row = folder / 'model.pt', read_row(folder)
     content = load_pt(path, 'seq')
-    if row and changed_code(row):
-        print(f'note: {folder.name} was made by other code than today\'s '
-              f'({", ".join(changed_code(row))})')
+    files = changed_code(row) if row else []
+    if files:
+        print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})")
     about, state = content['about'], content['model']
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')

@@ -224,9 +224,9 @@ def render(data, rows):
         best[ranking] = max(free, key=lambda cell: cell.value(ranking), default=None)
     parts = [f'# Results: {data.name}\n', data_table(data), untrained_table(cells, best),
              id_table(cells, best), footer(current) if current else '']
-    stale = {row['run']: changed_code(row) for row in current if changed_code(row)}
+    stale = [files for files in map(changed_code, current) if files]
     if stale:
-        files = sorted({file for names in stale.values() for file in names})
+        files = sorted({file for files in stale for file in files})
         parts.append(f'**{len(stale)} of these runs were made by other code than today\'s** '
                      f'({", ".join(files)}); the same commands make them again.\n')
     parts += [paper_table(table, data.name, cells) for table in paper().values()

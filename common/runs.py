@@ -28,25 +28,25 @@ NO_NUMBERS = {'common/files.py', 'common/models.py', 'common/options.py', 'commo
 @functools.cache
 def parsed(file):
     """A source file's syntax tree without comments and docstrings (and without a body where that
-    was one)."""
+    was one), and 16 hex digits of it. Read once: a table asks for every run."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
                 del node.body[0]
-    return tree
+    return tree, digest(ast.unparse(tree))
 
 
 def code_digest(file):
     """16 hex digits of what a source file does."""
-    return digest(ast.unparse(parsed(file)))
+    return parsed(file)[1]
 
 
 def imports(file):
     """The files of common/ that a source file imports at its top (an import inside a function is
     for reading, printing or drawing)."""
     names = []
-    for node in parsed(file).body:
+    for node in parsed(file)[0].body:
         if isinstance(node, ast.ImportFrom):
             names += [node.module, *(f'{node.module}.{name.name}' for name in node.names)]
         elif isinstance(node, ast.Import):
