@@ -13,7 +13,7 @@ from common import data as datasets
 from common import report
 from common.files import UserError, load_json, save_json, save_npz
 from common.initial import SCALES
-from common.metrics import CUTOFFS, summarise
+from common.metrics import CUTOFFS, compare, summarise
 from common.models import MODELS
 from common.runs import code_digest, load_rows, read_ranks
 from tests.toy import canonical
@@ -101,8 +101,8 @@ def two_seeds(model, init, mode, *values):
 
 def test_mean_and_spread_over_seeds():
     rows = two_seeds('sasrec', 'lf', 'trainable', .3, .32)
-    assert report.Cell(rows).text('sampled') == '31.00 ± 1.41'
-    assert report.Cell(rows[:1]).text('full', 'HR@50') == '30.00', 'one seed has no spread'
+    assert report.Cell(rows).text('sampled') == '31.0 ± 1.4'
+    assert report.Cell(rows[:1]).text('full', 'HR@50') == '30.0', 'one seed has no spread'
 
 
 def test_the_rate_is_the_lowest_seeds_best_on_validation():
@@ -116,7 +116,7 @@ def test_the_rate_is_the_lowest_seeds_best_on_validation():
         for order in (1, -1):
             cell = report.Cell(rows(first)[::order])
             assert {row['lr'] for row in cell.rows} == {.01}
-            assert cell.text('sampled') == '15.00 ± 7.07'
+            assert cell.text('sampled') == '15.0 ± 7.1'
 
 
 def identity(seed, **more):
@@ -128,11 +128,11 @@ def identity(seed, **more):
 
 def test_runs_made_differently_are_not_averaged():
     def text(second, **more):
-        rows = [made('sasrec', 'lf', 'trainable', .0, seed=0, identity=identity(0)),
-                made('sasrec', 'lf', 'trainable', .1, seed=1, identity=second, **more)]
+        rows = [made('sasrec', 'lf', 'trainable', .02, seed=0, identity=identity(0)),
+                made('sasrec', 'lf', 'trainable', .12, seed=1, identity=second, **more)]
         return report.Cell(rows).text('full', 'HR@5')
     same = identity(1)
-    assert text(same) == '5.00 ± 7.07', 'the seed, and what a seed began with, may differ'
+    assert text(same) == '7.0 ± 7.1', 'the seed, and what a seed began with, may differ'
     others = {'epochs': 30, 'batch': 64, 'max_items': 20, 'precision': 'float32'}
     for option, value in others.items():
         assert text({**same, 'options': {**same['options'], option: value}}) == 'mixed', option
@@ -146,7 +146,7 @@ def test_rates_may_differ_between_the_runs_of_a_column_but_not_within_a_cell():
     rows = [made('sasrec', 'lf', 'trainable', .1, lr=lr, valid=lr,
                  identity=identity(0, options={'lr': lr, 'epochs': epochs}))
             for lr, epochs in ((.1, 60), (.01, 30))]
-    assert report.Cell(rows).text('full') == '10.00', 'the other rate is not in the cell'
+    assert report.Cell(rows).text('full') == '10.0', 'the other rate is not in the cell'
 
 
 def test_one_seed_twice_is_not_averaged():
@@ -166,10 +166,29 @@ def test_marks_are_paired_tests_against_the_best_ranking_without_training(runs):
                          (np.where(np.arange(USERS) < 12, 0, some), '>')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
         cell = report.Cell([row])
-        assert cell.against(best, 'sampled') == mark
+        p = compare(cell.users('sampled'), best.users('sampled'))[2]
+        assert cell.against(best, 'sampled') == (mark, f'{p:.3f}')
         mean = 100 * row['metrics']['sampled']['NDCG@10']
-        assert cell.marked('sampled', best) == f'{mean:.2f} {mark}'
-    assert cell.marked('sampled', None) == f'{mean:.2f}', 'nothing to compare with'
+        assert cell.marked('sampled', best) == f'{mean:.1f} {mark}'
+    assert cell.marked('sampled', None) == f'{mean:.1f}', 'nothing to compare with'
+    assert cell.against(None, 'sampled') == cell.against(cell, 'sampled') == ('', '-')
+
+
+def test_p_by_hand(runs):
+    """Of 40 users 4 differ, by 1 - 1 / log2(3): mean d / 10, deviation sqrt(40 / 39 * 0.09) d."""
+    some = np.arange(USERS) % 2
+    best = report.Cell([saved(runs, some, made('untrained', None, '', run='popularity'))])
+    better = np.where(np.arange(USERS) < 8, 0, some)
+    cell = report.Cell([saved(runs, better, made('sasrec', 'lf', 'trainable', run='a'))])
+    z = .1 / (math.sqrt(40 / 39 * .1 * .9) / math.sqrt(40))
+    assert cell.against(best, 'full') == ('>', f'{math.erfc(z / math.sqrt(2)):.3f}')
+    assert cell.against(best, 'full')[1] == '0.037'
+
+
+def beside(random, cell):
+    """The same Cell, with this one as its random rows."""
+    cell.random = random
+    return cell
 
 
 def test_bold_is_better_than_random_in_a_paired_test(runs):
@@ -179,10 +198,10 @@ def test_bold_is_better_than_random_in_a_paired_test(runs):
     random = report.Cell([saved(runs, 5 + some, random)])
     for places, bold, mark in ((near(0), True, '='), (6 - some, False, '<'), (9, False, '<')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
-        number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.2f}'
+        number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.1f}'
         expected = f'**{number}** {mark}' if bold else f'{number} {mark}'
-        assert report.Cell([row]).marked('sampled', best, random) == expected
-    assert '**' not in random.marked('sampled', best, random)
+        assert beside(random, report.Cell([row])).marked('sampled', best) == expected
+    assert '**' not in beside(random, random).marked('sampled', best)
 
 
 def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
@@ -200,7 +219,7 @@ def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
     best = report.Cell([saved(runs, near(5), made('untrained', None, '', run='popularity'))])
     random = report.Cell(random)
     assert random.marked('full', best) == 'mixed'
-    assert report.Cell([row]).marked('full', best, random) == '100.00 >'
+    assert beside(random, report.Cell([row])).marked('full', best) == '100.0 >'
 
 
 # ------------------------------------------------------------------------ the flat table
@@ -236,47 +255,91 @@ def table(runs):
     return load_rows('mine')
 
 
+def p_of(cell, other, ranking='sampled'):
+    """p of two cells, from a test made here."""
+    return f'{compare(cell.users(ranking), other.users(ranking))[2]:.3f}'
+
+
+def cells_by_name(table):
+    """{(title, label): Cell}."""
+    return {(cell.title, cell.label): cell for cell in report.cells_of(table)}
+
+
 def test_what_needs_no_training_and_recformer(table):
-    """Marks only where something was trained; the best ranking may be another in each column."""
+    """The best ranking may be another in each column, and has no mark there."""
     text = report.render(MINE, table)
-    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    cells = cells_by_name(table)
+    at = {place: f'{gain(place):.1f}' for place in range(10)}
+    popularity, items = cells['No training', 'popularity'], cells['No training', 'item-knn']
     assert section(text, 'No training').splitlines() == [
-        '## No training, and RecFormer itself', '',
-        "|  | 100 neg. | all | new | rows' norm | cosine |",
-        '| --- | --- | --- | --- | --- | --- |',
-        f'| popularity | {at[3]} | {at[6]} | {at[6]} |  |  |',
-        f'| item-knn | {at[4]} | {at[5]} | {at[7]} |  |  |',
-        f'| text-knn LF | {at[8]} | {at[8]} | {at[8]} | 8.50 | 0.67 |',
-        f'| item+text-knn LF | {at[7]} | {at[7]} | {at[7]} | 8.50 | 0.67 |',
-        f'| RecFormer after FT2, trainable items | {at[3]} = | {at[3]} > | {at[3]} > |  |  |',
-        f'| RecFormer vanilla | {at[0]} > | {at[0]} > | {at[0]} > |  |  |',
-        f'| RecFormer after FT1, layers 1,5 | {at[7]} < | {at[7]} < | {at[7]} < |  |  |']
+        '## No training', '',
+        '|  | 100 neg. | all | new | p, best | p, random | norm / cosine |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |',
+        f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - | - / - |  |',
+        f'| text-knn LF | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - | 8.50 / 0.67 |',
+        f'| item+text-knn LF | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - '
+        '| 8.50 / 0.67 |']
+    assert p_of(popularity, items, 'full') == p_of(items, popularity) == '0.000'
+    assert section(text, 'RecFormer').splitlines()[4:] == [
+        f'| vanilla | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |',
+        f'| after FT1, layers 1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
+        f'| after FT2, trainable items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
+        '| - / - |  |']
+
+
+def labels(text, title):
+    """First cells of the rows below a heading."""
+    lines = section(text, title).splitlines()[4:]
+    return [found.split('|')[1].strip() for found in lines if found.startswith('|')]
 
 
 def test_id_models(table):
-    """Wide first, then scale, mode, initialisation; bold against random of the same model, loss and
-    width alone."""
+    """A section per model and loss, wide first, then scale, mode, initialisation; bold against
+    random of the same model, loss and width alone."""
     text = report.render(MINE, table)
-    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    at = {place: f'{gain(place):.1f}' for place in range(10)}
     spread = np.std([gain(5), gain(6)], ddof=1)
-    both = f'{(gain(5) + gain(6)) / 2:.2f} ± {spread:.2f}'
-    none = ' - | -'
-    assert section(text, 'ID models').splitlines()[:13] == [
-        '## ID models by what their item table starts from', '',
-        '|  | SASRec, one negative, 100 neg. | SASRec, one negative, all '
-        '| SASRec, cross-entropy, 100 neg. | SASRec, cross-entropy, all '
-        '| BERT4Rec, 100 neg. | BERT4Rec, all | gru4rec, ce, 100 neg. | gru4rec, ce, all |',
-        '|' + ' --- |' * 9,
-        f'| random, 16 wide | {both} < | {both} < |{none} |{none} |{none} |',
-        f'| trainable FT, 16 wide |{none} |{none} |{none} | {at[9]} < | {at[9]} < |',
-        f'| trainable LF, 16 wide | **{at[3]}** = | **{at[3]}** > | {at[9]} < | {at[9]} < |{none} '
-        f'|{none} |',
-        f'| freeze LF, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| freeze PT, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| freeze LF, whitened, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| random, 8 wide | {at[2]} > | {at[2]} > |{none} |{none} |{none} |',
-        f'| trainable LF, 8 wide | {at[3]} = | {at[3]} > |{none} |{none} |{none} |',
-        f'| id+text FT, 8 wide |{none} |{none} | {at[9]} < | {at[9]} < |{none} |']
+    both = f'{(gain(5) + gain(6)) / 2:.1f} ± {spread:.1f}'
+    better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | 1.000 / 0.000 | 0.000 / 0.000 |  |'
+    assert section(text, 'SASRec, one negative').splitlines()[4:] == [
+        f'| random, 16 wide | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  |',
+        f'| trainable LF, 16 wide | {better}',
+        f'| freeze LF, centred, 16 wide | {better}',
+        f'| freeze PT, centred, 16 wide | {better}',
+        f'| freeze LF, whitened, 16 wide | {better}',
+        f'| random, 8 wide | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  |',
+        f'| trainable LF, 8 wide | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
+        '| 0.000 / 0.000 |  |']
+    titles = [found for found in text.splitlines() if found.startswith('## ')]
+    assert titles == [f'## {title}' for title in (
+        'No training', 'RecFormer', 'SASRec, one negative', 'SASRec, cross-entropy',
+        'BERT4Rec, masked items', 'GRU4Rec, cross-entropy')]
+    assert labels(text, 'BERT4Rec, masked items') == ['id+text FT, 8 wide']
+    assert line(section(text, 'GRU4Rec'), '| trainable FT') == \
+        f'| trainable FT, 16 wide | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  |'
+
+
+def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
+    """A line taken out of common/models.py, a loss that somebody added: runs of it remain."""
+    rows = [saved(runs, 3, made('sasrec', 'lf', 'trainable', run='a', loss='bpr')),
+            saved(runs, 3, made('gru4rec', 'own', 'trainable', run='b') | {'model': 'mamba'}),
+            saved(runs, 3, made('sasrec', 'random', 'random', run='c'))]
+    cells = report.cells_of(rows)
+    assert [cell.title for cell in cells] == ['SASRec, one negative', 'SASRec, bpr',
+                                              'mamba, cross-entropy']
+    assert cells[2].label == 'trainable own, 16 wide'
+    assert cells[1].random is cells[2].random is None
+
+
+def test_embeddings_come_in_the_papers_order_then_others_as_they_are_called(runs):
+    rows = [saved(runs, 3, made('sasrec', init, 'trainable', run=f'r-{init}'))
+            for init in ('ft', 'Own', 'lf', 'own', 'pt', 'pt-share10')]
+    rows += [saved(runs, 3, made('sasrec', 'random', 'random', run='r'))]
+    found = labels(report.render(MINE, rows), 'SASRec')
+    assert found[:4] == [f'{label}, 16 wide' for label in
+                         ('random', 'trainable LF', 'trainable PT', 'trainable FT')]
+    assert set(found[4:]) == {f'trainable {init}, 16 wide' for init in ('Own', 'own', 'pt-share10')}
 
 
 def test_the_footer_says_how_the_numbers_were_made(table):
@@ -300,28 +363,18 @@ def test_runs_of_other_code_than_todays_are_counted(table):
 
 def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs, monkeypatch):
     row = saved(runs, 15, made('sasrec', 'random', 'random', run='r'))
-    assert report.Cell([row]).text('full', 'HR@20') == '100.00'
+    assert report.Cell([row]).text('full', 'HR@20') == '100.0'
     monkeypatch.setattr(report, 'SHOWN', 'HR@20')
     assert report.Cell([row]).users('full').tolist() == [1] * USERS
-
-
-def test_rows_of_another_version_of_the_data_are_left_out_and_counted(table):
-    expected = report.render(MINE, table)
-    assert 'another version' not in expected
-    old = [made('sasrec', 'lf', 'trainable', .99, seed=seed, data='old') for seed in (0, 1, 2)]
-    old.append(made('untrained', None, '', .99, run='popularity', data='old'))
-    text = report.render(MINE, old + table)
-    assert text == expected + '\n4 runs of another version of the data are left out.\n'
-    alone = report.render(MINE, old)
-    assert '99.00' not in alone and '4 runs of another version' in alone
 
 
 def test_without_rankings_to_compare_with_there_are_no_marks(runs):
     rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r')),
             saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))]
     text = report.render(MINE, rows)
-    assert line(text, '| random') == f'| random, 16 wide | {gain(3):.2f} | {gain(3):.2f} |'
-    assert line(text, '| trainable') == '| trainable LF, 16 wide | **100.00** | **100.00** |'
+    at = f'{gain(3):.1f}'
+    assert line(text, '| random') == f'| random, 16 wide | {at} | {at} | {at} | - / - | - / - |  |'
+    assert line(text, '| trainable').startswith('| trainable LF, 16 wide | **100.0** | **100.0** |')
 
 
 @pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'my_own'])
@@ -331,16 +384,7 @@ def test_any_embedding_has_its_rankings_labelled(runs, init):
             for kind in ('text-knn', 'item+text-knn')]
     text = report.render(MINE, rows)
     for kind in ('text-knn', 'item+text-knn'):
-        assert line(text, f'| {kind}').startswith(f'| {kind} {init.upper()} | ')
-
-
-def test_counts_beside_the_papers():
-    assert report.data_table(PANTRY).splitlines()[2:] == [
-        '|  | users | items | interactions | avg_len | evaluated |',
-        '| --- | --- | --- | --- | --- | --- |',
-        '| ours | 1,234 | 7 | 20 | 4.0 | 3 |',
-        '| paper | 22,601 | 8,249 | 179,735 | 8.0 | 21,300 |']
-    assert 'paper' not in report.data_table(MINE)
+        assert line(text, f'| {kind}').startswith(f'| {kind} {"LF" if init == "lf" else init} | ')
 
 
 # ------------------------------------------------------------------------ the paper's tables
@@ -495,7 +539,7 @@ def test_each_of_the_papers_columns_names_rows_that_can_be_made():
 
 def test_the_table_knows_every_variant_that_train_seq_makes():
     assert set(report.SCALES) == set(SCALES)
-    assert set(report.MODES) == {'random', *train_seq.MODES}
+    assert set(report.MODES) == {'random', *train_seq.MODES, *report.STAGES}
 
 
 # ------------------------------------------------------------------------ commands
@@ -523,12 +567,35 @@ def test_table_as_a_command(runs, mine, capsys):
     call('table', 'mine')
     text = (runs / 'mine' / 'results.md').read_text()
     assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
-    expected = f'| random, 16 wide | {gain(3):.2f} < | {gain(3):.2f} < |'
-    assert line(text, '| random, 16 wide') == expected
+    assert line(text, '| random, 16 wide').startswith(f'| random, 16 wide | {gain(3):.1f} < | ')
     assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
     (runs / 'mine' / 'r' / 'row.json').write_text('{}')
     with pytest.raises(UserError, match='r/row.json: is not the row of a run'):
         call('table', 'mine')
+
+
+def test_rows_of_another_version_of_the_data_are_left_out_and_counted(runs, mine, capsys):
+    saved(runs, near(3), made('sasrec', 'random', 'random', run='r', data=mine.fingerprint))
+    for seed in (1, 2):
+        saved(runs, 0, made('sasrec', 'random', 'random', run=f'r{seed}', seed=seed, data='old'))
+    call('table', 'mine')
+    out = capsys.readouterr().out
+    assert out.startswith('2 runs of another version of the data are left out\n')
+    assert line(out, '| random, 16 wide').startswith(f'| random, 16 wide | {gain(3):.1f} | ')
+    (runs / 'mine' / 'r' / 'row.json').unlink()
+    with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
+        call('table', 'mine')
+
+
+def test_results_are_saved_and_printed_before_anything_is_drawn(runs, mine, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError('no font')
+    monkeypatch.setattr(evaluate, 'draw_bars', fail)
+    saved(runs, near(3), made('sasrec', 'random', 'random', run='r', data=mine.fingerprint))
+    with pytest.raises(RuntimeError, match='no font'):
+        call('table', 'mine')
+    text = (runs / 'mine' / 'results.md').read_text()
+    assert text in capsys.readouterr().out and (runs / 'mine' / 'results.json').exists()
 
 
 def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
