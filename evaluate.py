@@ -237,25 +237,16 @@ def sasrec_weights(args, data, folder, histories):
 
 
 def over_tuning(cells, word):
-    """{measure: {method: {number: (value, spread)}}} of embeddings called pt-<word><number>, LF as
-    number 0, beside random rows; and the mean cosine of their rows."""
+    """{(method, number): Cell} of embeddings called pt-<word><number>, LF as number 0, beside
+    random rows; {} where there are none."""
     found = {}
     for cell in cells:
-        name = re.fullmatch(f'pt-{word}([0-9.]+)|LF', cell.init)
-        if not name or cell.mixed or not cell.first.get('cosine'):
-            continue
-        number = float(name[1] or 0)
-        for shown in filter(None, (cell.random, cell)):
-            for ranking, candidates in AGAINST.items():
-                lines = found.setdefault(f'{SHOWN}, {candidates}', {})
-                line = lines.setdefault(f'{shown.title}, {shown.variant}', {})
-                line[number] = shown.value(ranking)
-        cosines = found.setdefault('mean cosine', {}).setdefault('of the rows', {})
-        cosines[number] = cell.first['cosine'], 0
-    beyond = {}  # what more than LF has
-    for measure, lines in found.items():
-        beyond[measure] = {method: line for method, line in lines.items() if any(line)}
-    return beyond if any(beyond.values()) else {}
+        name = re.fullmatch(f'pt-{word}([0-9.]+)|lf', cell.init or '')
+        if name and not cell.mixed:
+            for shown in filter(None, (cell.random, cell)):
+                found[f'{shown.title}, {shown.variant}', float(name[1] or 0)] = shown
+    more = {method for method, number in found if number}  # than LF
+    return {key: found[key] for key in sorted(found) if key[0] in more}
 
 
 def show_curve(args, data, folder):
@@ -266,18 +257,18 @@ def show_curve(args, data, folder):
     if not any(found.values()):
         raise UserError(f'{folder}: no runs from a share of the source users; '
                         f'bash run_all.sh {data.name} --figure2 makes them')
-    for word, panels in found.items():
+    for word in filter(found.get, MOMENTS):
         file, below = MOMENTS[word]
-        text = ''
-        for measure, lines in panels.items():
-            numbers = sorted(set().union(*lines.values()))
-            body = [[method, *('{:.2f} ± {:.2f}'.format(*line[number]) if number in line else '-'
-                               for number in numbers)] for method, line in lines.items()]
-            head = [below, *(f'{number:g}' for number in numbers)]
-            text += f'## {measure}\n\n{markdown(head, body)}\n'
-        if panels:
-            finish(folder / f'{file}.md', text)
-            draw_lines(folder / f'{file}.png', panels, below, log=word == 'share')
+        panels, body = {}, []
+        for (method, number), cell in found[word].items():
+            values = {f'{SHOWN}, {AGAINST[ranking]}': cell.value(ranking) for ranking in AGAINST}
+            values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
+            body.append([method, f'{number:g}', *(f'{value:.2f} ± {spread:.2f}'
+                                                  for value, spread in values.values())])
+            for measure, value in values.items():
+                panels.setdefault(measure, {}).setdefault(method, {})[number] = value
+        finish(folder / f'{file}.md', markdown(['', below, *values], body))
+        draw_lines(folder / f'{file}.png', panels, below, log=word == 'share')
 
 
 # ------------------------------------------------------------------------ main

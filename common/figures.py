@@ -27,7 +27,8 @@ def cls_attention(model, items, offsets, tokens, at_once=16):
     for part in np.array_split(users, -(-len(users) // at_once)):
         weights = model.cls_attention(packed.rows(part)).cpu().numpy()
         for number, user in enumerate(part):
-            yield packed.rows([user]), weights[:, number, :, :packed.lengths[user]]
+            length = packed.lengths[user]
+            yield packed.rows([user]), weights[:, number, :, :length]
 
 
 def first_tokens(packed):
@@ -59,19 +60,23 @@ def numbers(packed, weights, sasrec=None):
     weights = weights * real
     mean = weights.mean(1)  # [layers, L]
     # how alike a layer is to the one before it
-    before = np.array([np.nan] + [cosine(a, b) for a, b in itertools.pairwise(mean)])
+    alike = [cosine(a, b) for a, b in itertools.pairwise(mean)]
+    before = np.array([np.nan, *alike])
     found = []
     for layers in np.array_split(np.arange(len(weights)), 3):
         part = mean[layers].mean(0)
-        heads = [cosine(a, b) for layer in layers
+        heads = [cosine(a, b)
+                 for layer in layers
                  for a, b in itertools.combinations(weights[layer], 2)]
-        preference = (part[first].sum() / part[real].sum()) / (first.sum() / real.sum())
+        on_first = part[first].sum() / part[real].sum()
+        preference = on_first / (first.sum() / real.sum())
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
-            per_item = np.bincount(packed.item_positions, part, sasrec.shape[1] + 1)
-            likeness = np.corrcoef(per_item[1:sasrec.shape[1] + 1], sasrec.mean(0))[0, 1]
-        found.append([mean_of(heads), mean_of(before[layers[1:]]), before[layers[0]], preference,
-                      likeness])
+            items = sasrec.shape[1]
+            per_item = np.bincount(packed.item_positions, part, items + 1)
+            likeness = np.corrcoef(per_item[1:items + 1], sasrec.mean(0))[0, 1]
+        inside, border = mean_of(before[layers[1:]]), before[layers[0]]
+        found.append([mean_of(heads), inside, border, preference, likeness])
     return np.array(found)
 
 
@@ -84,11 +89,10 @@ def findings(vanilla, tuned):
     """[(the paper's finding, whether these averages show it, the numbers)] (paper sec. 3.2; the
     thresholds are ours)."""
     heads, layers, border, first, like = tuned.T
-    _, _, _, first_vanilla, like_vanilla = vanilla.T
+    before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
     inside = mean_of(layers)
     across = border[1:].mean()  # nothing lies below the bottom
     alike = max(*heads, *layers)
-    before, other = first_vanilla[1], like_vanilla[2]
     return [
         ('(1) strata: neighbouring layers are more alike inside a third of the depth than across '
          'its border', inside > across, f'{inside:.3f} against {across:.3f}'),
@@ -131,8 +135,9 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     """
     panels = dict(maps)
     if sasrec is not None:
-        known = np.minimum(packed.item_positions, sasrec.shape[1])
-        spread = np.where(packed.item_positions > 0, sasrec[:, known - 1], 0)
+        positions = packed.item_positions
+        known = np.minimum(positions, sasrec.shape[1])
+        spread = np.where(positions > 0, sasrec[:, known - 1], 0)
         panels['SASRec, blocks, the newest position over the same items'] = spread[:, None]
     heights = [3 + weights[:, :, 0].size for weights in panels.values()]
     begins = np.flatnonzero(first_tokens(packed)) - 0.5
@@ -142,12 +147,13 @@ def draw_attention(path, maps, packed, words, sasrec=None):
         for axis, (title, weights) in zip(axes.flat, panels.items()):
             rows = np.concatenate(weights)
             highest = rows[:, 1:].max(1, keepdims=True)
-            axis.imshow(rows / highest, vmax=1, aspect='auto', interpolation='nearest')
+            axis.imshow(rows / highest, vmax=1, aspect='auto',
+                        interpolation='nearest')
             axis.set_title(title, loc='left')
-            above = np.arange(0, len(rows), weights.shape[1]) - 0.5
-            axis.set_yticks(above, range(len(weights)), fontsize=7)
+            layers = np.arange(len(weights))
+            axis.set_yticks(layers * weights.shape[1] - 0.5, layers)
             axis.grid(axis='y', color='white')
-            axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')
+            axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')  # an item begins
         axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
 
 
@@ -157,9 +163,9 @@ def draw_bars(path, cells):
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
+    names = [f'{cell.title}: {cell.label}' for cell in cells]
     titles = list(dict.fromkeys(cell.title for cell in cells))
     colours = [f'C{titles.index(cell.title)}' for cell in cells]
-    names = [f'{cell.title}: {cell.label}' for cell in cells]
     popularity = [cell for cell in cells if cell.label == 'popularity']
     width = 6 + 0.08 * max(map(len, names))
     with picture(path, width, 1 + 0.18 * len(cells)) as figure:
@@ -168,9 +174,11 @@ def draw_bars(path, cells):
             means, spreads = zip(*(cell.value(ranking) for cell in cells))
             axis.barh(names, means, xerr=spreads, color=colours)
             title = f'{SHOWN} in percent, {candidates}'
-            lines = filter(None, (best_of(cells)[ranking], *popularity))
-            for cell, style in zip(lines, ('dashed', 'dotted')):
-                axis.axvline(cell.value(ranking)[0], color='black', linestyle=style)
+            best = best_of(cells)[ranking]
+            lines = filter(None, (best, *popularity))
+            for style, cell in zip(('dashed', 'dotted'), lines):
+                value, _ = cell.value(ranking)
+                axis.axvline(value, color='black', linestyle=style)
                 title += f'\n{style}: {cell.label}'
             axis.set_title(title)
         axis.margins(y=0.01)
@@ -182,16 +190,19 @@ def draw_lines(path, panels, below, log=False):
     below: what x is; log: drawn wide apart where it is small."""
     names = dict.fromkeys(name for lines in panels.values() for name in lines)
     rows = -(-len(panels) // 3)
-    with picture(path, 10, 1 + 2.2 * rows + 0.1 * len(names)) as figure:
+    height = 1 + 2.2 * rows + 0.1 * len(names)
+    with picture(path, 10, height) as figure:
         for number, (title, lines) in enumerate(panels.items(), 1):
             axis = figure.add_subplot(rows, 3, number, title=title)
             for name in names:
-                points = [(x, *y) for x, y in sorted(lines.get(name, {}).items())]
-                axis.errorbar(*np.reshape(points, (-1, 3)).T, marker='.', label=name)
+                points = [(x, *y) for x, y in lines.get(name, {}).items()]
+                x, y, spread = np.reshape(points, (-1, 3)).T
+                axis.errorbar(x, y, spread, marker='.', label=name)
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
-        figure.legend(*axis.get_legend_handles_labels(), loc='outside upper center', ncols=2)
+        labelled = axis.get_legend_handles_labels()
+        figure.legend(*labelled, loc='outside upper center', ncols=2)
         figure.supxlabel(below)
 
 
@@ -200,10 +211,12 @@ def learning(cells):
     model, loss and variant, random rows in each."""
     panels = {}
     for cell in cells:
+        panel = f'{cell.title}\n{cell.variant}'
         for shown in filter(None, (cell.random, cell)):
-            log = runs_root() / shown.first['dataset'] / shown.first['run'] / 'log.csv'
+            row = shown.first
+            log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
             if log.exists():
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
                 line = {epoch['epoch']: (100 * epoch['valid'], 0) for epoch in epochs}
-                panels.setdefault(f'{cell.title}\n{cell.variant}', {})[shown.init] = line
+                panels.setdefault(panel, {})[shown.init] = line
     return panels

@@ -1,27 +1,23 @@
-"""Rows of runs -> one flat table, what needs no training first, and the paper's tables.
+"""Rows of runs -> tables: one per model and loss, what needs no training first; the paper's.
 
-A cell is one variant of one model: its runs differ in seed and rate alone. The rate is the one with
-the best validation of the lowest seed; a cell whose runs differ in anything else that made them
-(epochs, batch, embeddings, code ...) shows 'mixed' and no number.
+A cell is one variant of one model: its runs differ in seed and rate alone, and it is called as they
+are. The rate is the one with the best validation of the lowest seed; a cell whose runs differ in
+anything else that made them (epochs, batch, embeddings, code ...) shows 'mixed' and no number.
 """
 import functools
 import itertools
+import re
 from statistics import mean, stdev
 
 import numpy as np
 
 from common.files import paper
-from common.initial import SCALES
 from common.metrics import compare, per_user
 from common.models import MODELS
 from common.runs import changed_code, differences, read_ranks
 
 TITLES = {'untrained': 'No training', 'recformer': 'RecFormer'}  # of what is no ID model
 LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'masked': 'masked items'}
-INITS = {None: '', 'random': '', 'lf': 'LF', 'pt': 'PT', 'ft': 'FT'}  # others: as typed
-STAGES = {'lf': 'vanilla', 'pt': 'after PT', 'ft1': 'after FT1', 'ft2': 'after FT2'}
-MODES = (*STAGES, 'random', 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text')
-ORDER = (*TITLES, *MODELS, *LOSSES, *SCALES, *INITS, *MODES)
 RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
 AGAINST = {'sampled': '100 negatives', 'full': 'all items'}  # the rankings that the paper has
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
@@ -30,40 +26,18 @@ ALPHA = 0.05  # of the paired tests
 FREE = {'options.seed', 'options.lr', 'from', 'start', 'items'}
 
 
-# ------------------------------------------------------------------------ names
-
-def title_of(row):
-    """A row's model and loss: 'SASRec, cross-entropy'."""
-    model = row['model']
-    if model in TITLES:
-        return TITLES[model]
-    name = getattr(MODELS.get(model), '__name__', model)  # a run may be of a model that is gone
-    return f'{name}, {LOSSES.get(row["loss"], row["loss"])}'
-
-
-def label_of(row, init):
-    """Everything in which a row differs from others of its model and loss but seed and rate; init:
-    the name of its embeddings, '' without any."""
-    if row['model'] == 'untrained':
-        kind = row['run'].removesuffix(f'-{row["init"]}')
-        return f'{kind} {init}'.strip()
-    if row['model'] == 'recformer':
-        label = STAGES[row['mode']]
-        label += '' if row['tune_layers'] == 'all' else f', layers {row["tune_layers"]}'
-        return label + (', trainable items' if row['items'] else '')
-    label = f'{row["mode"]} {init}'.strip()
-    return f'{label}{"" if row["scale"] == "raw" else ", " + row["scale"]}, {row["hidden"]} wide'
-
-
-def order_of(row):
-    """Sort key: what needs no training, RecFormer, then each ID model and loss, wide first, then by
-    scale, mode, initialisation; names that are not in ORDER come last."""
-    keys = 'model', 'loss', 'scale', 'mode', 'init'
-    model, loss, *rest = ([*ORDER, row.get(key)].index(row.get(key)) for key in keys)
-    return model, loss, -row.get('hidden', 0), *rest
-
-
 # ------------------------------------------------------------------------ cells
+
+def names_of(row):
+    """A row's model and loss, and what its run is called besides, without rate and seed:
+    ('SASRec, cross-entropy', 'lf-trainable-centred-128')."""
+    model, loss = row['model'], row.get('loss')
+    label = re.sub(r'(-lr[\d.e-]+)?-seed\d+$', '', row['run'])
+    if model in TITLES:
+        return TITLES[model], label
+    name = getattr(MODELS.get(model), '__name__', model)  # a run may be of a model that is gone
+    return f'{name}, {LOSSES.get(loss, loss)}', label.removeprefix(f'{model}-{loss}-')
+
 
 def suitability(row):
     """Of the rows of a variant the one with the largest has the rate that its cell shows."""
@@ -80,9 +54,11 @@ def of_users(row, ranking, metric):
 class Cell:
     """One variant of one model: its runs, one per seed, all with the chosen rate.
 
-    first: the row of the lowest seed; title: model and loss; init: what its item table starts from;
-    variant: all else; label: both; random: the Cell of random rows of its model, loss, width.
+    first: the row of the lowest seed; title: model and loss; label: the run's name without these,
+    rate and seed; variant: without its embeddings too; random: the Cell of random rows of the same
+    title and width, None where there is none.
     """
+    random = None
 
     def __init__(self, rows):
         self.first = max(rows, key=suitability)
@@ -91,12 +67,12 @@ class Cell:
         found = {name for row in self.rows for made in ('identity', 'code')
                  for name in differences(self.first[made], row[made])}
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
-        init = INITS.get(self.first['init'], self.first['init'])
-        self.init = init or 'random'
-        self.title = title_of(self.first)
-        self.variant = label_of(self.first, '')
-        self.label = label_of(self.first, init)
-        self.random = None
+        self.init = self.first['init']
+        self.title, self.label = names_of(self.first)
+        self.variant = self.label
+        if self.init != 'random':
+            without = self.label.removeprefix(f'{self.init}-')
+            self.variant = without.removesuffix(f'-{self.init}')
 
     @functools.cache
     def users(self, ranking):
@@ -134,17 +110,23 @@ class Cell:
         return f'{text} {self.against(best, ranking)[0]}'.strip()
 
 
+def order_of(cell):
+    """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
+    what has no embeddings first."""
+    model, embedded = cell.first['model'], cell.init not in (None, 'random')
+    return [*TITLES, *MODELS, model].index(model), cell.title, embedded, cell.variant, cell.label
+
+
 def cells_of(rows):
     """The Cells of these rows in the tables' order."""
     groups = {}
-    for row in sorted(reversed(rows), key=order_of):  # popularity before item-kNN
-        groups.setdefault((title_of(row), label_of(row, row['init'])), []).append(row)
+    for row in rows:
+        groups.setdefault(names_of(row), []).append(row)
     cells = [Cell(members) for members in groups.values()]
-    random = {(cell.title, cell.first['hidden']): cell for cell in cells
-              if cell.first.get('mode') == 'random'}
+    random = {(cell.title, cell.first['hidden']): cell for cell in cells if cell.init == 'random'}
     for cell in cells:
         cell.random = random.get((cell.title, cell.first.get('hidden')))
-    return cells
+    return sorted(cells, key=order_of)
 
 
 def best_of(cells):
@@ -187,10 +169,11 @@ def paper_table(table, dataset, cells):
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [cell for cell in cells if wanted.items() <= cell.first.items()]
+        widest = max(found, key=lambda cell: cell.first['hidden'], default=None)
         line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            text = found[0].text(table['ranking'], metric, digits=2) if found else '-'
+            text = widest.text(table['ranking'], metric, digits=2) if widest else '-'
             line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
     return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
@@ -208,8 +191,9 @@ def footer(rows):
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and width '
             '(paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is less '
-            f'than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. A '
-            "width below the embeddings' own: their principal components, of centred rows.\n"
+            f'than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. The '
+            "last number of a name is the width; below the embeddings' own: their principal\n"
+            'components, of centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]

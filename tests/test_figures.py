@@ -357,19 +357,20 @@ def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
 
 # ------------------------------------------------------------------------ runs as pictures
 
-def made_up(folder, init, mode, scale, value, loss='bce', lr=0.001, seed=0, valid=0.5, epochs=0,
+def made_up(folder, init, mode, scale, value, loss='bce', hidden=16, lr=0.001, seed=0, epochs=0,
             **more):
     """The row of a SASRec run, with this NDCG@10 against 100 negatives and half of it among all
     items, and a log of so many epochs."""
-    run = f'sasrec-{loss}-{init}-{mode}-{scale}-lr{lr}-seed{seed}{"".join(map(str, more.values()))}'
+    what = init if init == 'random' else f'{init}-{mode}-{scale}'
+    run = more.get('run', f'sasrec-{loss}-{what}-{hidden}-lr{lr}-seed{seed}')
     metrics = {ranking: {'NDCG@10': value * share}
                for ranking, share in (('sampled', 1), ('full', .5), ('new', .1))}
     row = {'run': run, 'dataset': 'one', 'model': 'sasrec', 'loss': loss, 'init': init,
-           'mode': mode, 'scale': scale, 'hidden': 16, 'lr': lr, 'seed': seed, 'valid': valid,
+           'mode': mode, 'scale': scale, 'hidden': hidden, 'lr': lr, 'seed': seed, 'valid': .5,
            'seconds': 1, 'data': data.load('one').fingerprint, 'metrics': metrics, 'code': {},
            'cosine': None if init == 'random' else value / 2,
            'identity': {'options': {'lr': lr, 'seed': seed}}, **more}
-    save_json(folder / run / 'row.json', row)
+    save_json(folder / f'{run}{more.get("data", "")}' / 'row.json', row)
     if epochs:
         lines = [f'{epoch},1.5,2.5,{epoch / 100},' for epoch in range(1, epochs + 1)]
         (folder / run / 'log.csv').write_text('\n'.join(['epoch,seconds,loss,valid,full', *lines]))
@@ -399,18 +400,17 @@ def drawn(monkeypatch, function, *args):
 def test_bars(folder, monkeypatch):
     """One for each cell, its spread over seeds; lines across for what needs no training."""
     made_up(folder, 'pt', 'trainable', 'raw', .9, seed=0)
-    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, hidden=16, code={'x.py': 'y'})
+    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, code={'x.py': 'y'})
     for run, value in (('popularity', .05), ('item-knn', .07)):
         made_up(folder, None, run, '', value, loss=None, run=run, model='untrained')
     figure = drawn(monkeypatch, draw_bars, report.cells_of(load_rows('one')))
-    names = ['No training: popularity', 'No training: item-knn',
-             'SASRec, one negative: random, 16 wide', 'SASRec, one negative: trainable LF, 16 wide',
-             'SASRec, one negative: trainable LF, centred, 16 wide']
-    figure.draw_without_rendering()
+    names = ['No training: item-knn', 'No training: popularity', 'SASRec, one negative: random-16',
+             'SASRec, one negative: lf-trainable-centred-16',
+             'SASRec, one negative: lf-trainable-raw-16']
+    assert figure.axes[0].yaxis.get_major_formatter().format_ticks(range(5)) == names, 'PT is mixed'
     for axis, share in zip(figure.axes, (100, 50)):
-        assert [text.get_text() for text in axis.get_yticklabels()] == names, 'PT is mixed'
         assert [bar.get_width() for bar in axis.patches] == \
-            pytest.approx([share * value for value in (.05, .07, .11, .2, .3)])
+            pytest.approx([share * value for value in (.07, .05, .11, .3, .2)])
         spreads = [np.ptp(segment[:, 0]) for segment in axis.collections[0].get_segments()]
         assert spreads == pytest.approx([0, 0, 2 * share * np.std([.1, .12], ddof=1), 0, 0])
         assert [line.get_xdata()[0] for line in axis.lines[-2:]] == \
@@ -431,18 +431,18 @@ def test_learning_curves(folder, monkeypatch):
     none, one of a single epoch has a point."""
     panels = learning(report.cells_of(load_rows('one')))
     random = {1: (1, 0), 2: (2, 0), 3: (3, 0)}
-    assert panels == {'SASRec, one negative\nrandom, 16 wide': {'random': random},
-                      'SASRec, one negative\ntrainable, 16 wide': {'random': random,
-                                                                   'LF': {1: (1, 0)}},
-                      'SASRec, one negative\ntrainable, centred, 16 wide': {'random': random}}
+    assert panels == {
+        'SASRec, one negative\nrandom-16': {'random': random},
+        'SASRec, one negative\ntrainable-centred-16': {'random': random},
+        'SASRec, one negative\ntrainable-raw-16': {'random': random, 'lf': {1: (1, 0)}}}
     figure = drawn(monkeypatch, draw_lines, panels, 'epoch')
-    first, second, _ = figure.axes
-    assert second.get_title().endswith('\ntrainable, 16 wide')
-    line, point = (container[0] for container in second.containers)
+    first, _, last = figure.axes
+    assert last.get_title().endswith('\ntrainable-raw-16')
+    line, point = (container[0] for container in last.containers)
     assert line.get_xydata().tolist() == [[1, 1], [2, 2], [3, 3]]
     assert point.get_xydata().tolist() == [[1, 1]]
     assert line.get_color() == first.containers[0][0].get_color() != point.get_color()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['random', 'LF']
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['random', 'lf']
 
 
 def test_table_writes_both_pictures(folder, capsys):
@@ -462,16 +462,15 @@ def test_table_writes_both_pictures(folder, capsys):
 # ------------------------------------------------------------------------ figure 2
 
 def curve(capsys, folder, file='figure2'):
-    """Lines of the curve's tables: {measure: {what: cells}}."""
+    """The curve's table: {what: [cells of a line]}."""
     capsys.readouterr()
     call('curve', 'one')
-    out, found = capsys.readouterr().out, {}
     text = (folder / f'{file}.md').read_text()
-    assert text in out
-    for part in text.split('## ')[1:]:
-        name, _, head, _, *lines = part.splitlines()
-        cells = map(cells_of, filter(None, [head, *lines]))
-        found[name] = {first: rest for first, *rest in cells}
+    assert text in capsys.readouterr().out
+    found = {}
+    for line in text.splitlines():
+        method, *cells = cells_of(line)
+        found.setdefault(method, []).append(cells)
     return found
 
 
@@ -491,20 +490,17 @@ def shares(folder, pictures):
     return folder
 
 
-BELOW = 'share of the source users in stage-PT, percent'
-TRAINED = 'SASRec, one negative, trainable, centred, 16 wide'
+HEAD = ['share of the source users in stage-PT, percent', 'NDCG@10, 100 negatives',
+        'NDCG@10, all items', 'mean cosine']
 EXPECTED = {
-    'NDCG@10, 100 negatives': {
-        BELOW: ['0', '0.5', '10'],
-        'SASRec, one negative, random, 16 wide': ['11.00 ± 1.41'] * 3,
-        TRAINED: ['30.00 ± 0.00', '35.00 ± 0.00', '40.00 ± 0.00']},
-    'NDCG@10, all items': {
-        BELOW: ['0', '0.5', '10'],
-        'SASRec, one negative, random, 16 wide': ['5.50 ± 0.71'] * 3,
-        TRAINED: ['15.00 ± 0.00', '17.50 ± 0.00', '20.00 ± 0.00']},
-    'mean cosine': {
-        BELOW: ['0', '0.5', '10'],
-        'of the rows': ['0.15 ± 0.00', '0.17 ± 0.00', '0.20 ± 0.00']}}
+    '': [HEAD],
+    '---': [['---'] * 4],
+    'SASRec, one negative, random-16': [[number, '11.00 ± 1.41', '5.50 ± 0.71', '0.00 ± 0.00']
+                                        for number in ('0', '0.5', '10')],
+    'SASRec, one negative, trainable-centred-16': [
+        ['0', '30.00 ± 0.00', '15.00 ± 0.00', '0.15 ± 0.00'],
+        ['0.5', '35.00 ± 0.00', '17.50 ± 0.00', '0.17 ± 0.00'],
+        ['10', '40.00 ± 0.00', '20.00 ± 0.00', '0.20 ± 0.00']]}
 
 
 def test_curve(shares, capsys, monkeypatch, pictures):
@@ -541,14 +537,16 @@ def test_curve_averages_over_seeds_alone(shares, capsys, other):
     assert curve(capsys, shares) == EXPECTED
 
 
-def test_losses_and_models_have_a_line_of_their_own(shares, capsys):
+def test_losses_and_models_have_lines_of_their_own(shares, capsys):
     made_up(shares, 'pt-share10', 'trainable', 'centred', .9, loss='ce')
     made_up(shares, 'pt-share10', '', '', .6, model='untrained', run='text-knn-pt-share10')
-    found = curve(capsys, shares)['NDCG@10, 100 negatives']
-    assert found.pop('SASRec, cross-entropy, trainable, centred, 16 wide') == \
-        ['-', '-', '90.00 ± 0.00']
-    assert found.pop('No training, text-knn') == ['-', '-', '60.00 ± 0.00']
-    assert found == EXPECTED['NDCG@10, 100 negatives']
+    made_up(shares, 'lf', '', '', .6, model='recformer', run='lf', cosine=None)
+    found = curve(capsys, shares)
+    assert found.pop('SASRec, cross-entropy, trainable-centred-16') == \
+        [['10', '90.00 ± 0.00', '45.00 ± 0.00', '0.45 ± 0.00']]
+    assert found.pop('No training, text-knn') == \
+        [['10', '60.00 ± 0.00', '30.00 ± 0.00', '0.30 ± 0.00']]
+    assert found == EXPECTED
 
 
 def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
@@ -556,12 +554,11 @@ def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
     for step in (240, 48, 1000):
         made_up(shares, f'pt-step{step}', 'trainable', 'raw', step / 10000)
     found = curve(capsys, shares, 'steps')
-    assert found['NDCG@10, 100 negatives'] == {
-        'steps of stage-PT': ['0', '48', '240', '1000'],
-        'SASRec, one negative, random, 16 wide': ['11.00 ± 1.41'] * 4,
-        'SASRec, one negative, trainable, 16 wide': ['20.00 ± 0.00', '0.48 ± 0.00', '2.40 ± 0.00',
-                                                     '10.00 ± 0.00']}
-    assert list(found['mean cosine'].values())[1][1:] == ['0.00 ± 0.00', '0.01 ± 0.00',
-                                                          '0.05 ± 0.00']
+    assert found[''][0][0] == 'steps of stage-PT'
+    assert found['SASRec, one negative, trainable-raw-16'] == [
+        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '0.10 ± 0.00'],
+        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.00 ± 0.00'],
+        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.01 ± 0.00'],
+        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '0.05 ± 0.00']]
     assert pictures == ['figure2.png', 'steps.png']
     assert curve(capsys, shares) == EXPECTED

@@ -45,13 +45,25 @@ def made(model, init, mode, value=0.2, **more):
            'date': '2026-01-01', 'tie_share': {'sampled': 0.1, 'full': 0.02, 'new': 0.0},
            'code': {'train_seq.py': 'x'}, **more}
     if 'run' not in row:
-        row['run'] = '-'.join(map(str, (model, init, mode, *more.values())))
+        row['run'] = run_of(row)
     if 'identity' not in row:
         options = {key: row.get(key) for key in ('lr', 'seed', 'hidden', 'scale', 'mode', 'loss')}
         row['identity'] = {'options': {**options, 'epochs': 60}, 'data': 'd'}
     values = {f'{metric}@{k}': value for metric in ('HR', 'NDCG') for k in (5, 10, 50)}
     row['metrics'] = {ranking: dict(values) for ranking in RANKS}
     return row
+
+
+def run_of(row):
+    """What the scripts call a run."""
+    if row['model'] == 'recformer':
+        layers = '' if row['tune_layers'] == 'all' else f'-layers{row["tune_layers"]}'
+        return f'{row["mode"]}{layers}{"-items" if row["items"] else ""}-seed{row["seed"]}'
+    what = row['init']
+    if what != 'random':
+        what += f'-{row["mode"]}-{row["scale"]}'
+    return (f'{row["model"]}-{row["loss"]}-{what}-{row["hidden"]}-lr{row["lr"]:g}'
+            f'-seed{row["seed"]}')
 
 
 def saved(runs, places, row):
@@ -228,12 +240,11 @@ def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
 def table(runs):
     """A folder of runs with something of everything; each has its users near one place."""
     def add(places, model, init, mode, **more):
-        run = '-'.join(map(str, (model, init, mode, *more.values())))
         if isinstance(places, dict):
             places = {name: near(place) for name, place in places.items()}
         else:
             places = near(places)
-        return saved(runs, places, made(model, init, mode, **{'run': run, **more}))
+        return saved(runs, places, made(model, init, mode, **more))
     add({'sampled': 3, 'full': 6, 'new': 6}, 'untrained', None, '', run='popularity')
     add({'sampled': 4, 'full': 5, 'new': 7}, 'untrained', None, '', run='item-knn')
     add(8, 'untrained', 'lf', '', run='text-knn-lf', norm=8.5, cosine=0.672)
@@ -268,24 +279,21 @@ def cells_by_name(table):
 def test_what_needs_no_training_and_recformer(table):
     """The best ranking may be another in each column, and has no mark there."""
     text = report.render(MINE, table)
-    cells = cells_by_name(table)
     at = {place: f'{gain(place):.1f}' for place in range(10)}
-    popularity, items = cells['No training', 'popularity'], cells['No training', 'item-knn']
     assert section(text, 'No training').splitlines() == [
         '## No training', '',
         '|  | 100 neg. | all | new | p, best | p, random | norm / cosine |',
         '| --- | --- | --- | --- | --- | --- | --- |',
-        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |',
         f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - | - / - |  |',
-        f'| text-knn LF | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - | 8.50 / 0.67 |',
-        f'| item+text-knn LF | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - '
+        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |',
+        f'| item+text-knn-lf | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - '
+        '| 8.50 / 0.67 |',
+        f'| text-knn-lf | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - '
         '| 8.50 / 0.67 |']
-    assert p_of(popularity, items, 'full') == p_of(items, popularity) == '0.000'
     assert section(text, 'RecFormer').splitlines()[4:] == [
-        f'| vanilla | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |',
-        f'| after FT1, layers 1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
-        f'| after FT2, trainable items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
-        '| - / - |  |']
+        f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
+        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  |',
+        f'| lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |']
 
 
 def labels(text, title):
@@ -295,51 +303,56 @@ def labels(text, title):
 
 
 def test_id_models(table):
-    """A section per model and loss, wide first, then scale, mode, initialisation; bold against
-    random of the same model, loss and width alone."""
+    """A section per model and loss, random rows first, then by variant, so that embeddings stand
+    together; bold against random of the same model, loss and width alone."""
     text = report.render(MINE, table)
     at = {place: f'{gain(place):.1f}' for place in range(10)}
     spread = np.std([gain(5), gain(6)], ddof=1)
     both = f'{(gain(5) + gain(6)) / 2:.1f} ± {spread:.1f}'
     better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | 1.000 / 0.000 | 0.000 / 0.000 |  |'
     assert section(text, 'SASRec, one negative').splitlines()[4:] == [
-        f'| random, 16 wide | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  |',
-        f'| trainable LF, 16 wide | {better}',
-        f'| freeze LF, centred, 16 wide | {better}',
-        f'| freeze PT, centred, 16 wide | {better}',
-        f'| freeze LF, whitened, 16 wide | {better}',
-        f'| random, 8 wide | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  |',
-        f'| trainable LF, 8 wide | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
+        f'| random-16 | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  |',
+        f'| random-8 | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  |',
+        f'| lf-freeze-centred-16 | {better}',
+        f'| pt-freeze-centred-16 | {better}',
+        f'| lf-freeze-whitened-16 | {better}',
+        f'| lf-trainable-raw-16 | {better}',
+        f'| lf-trainable-raw-8 | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
         '| 0.000 / 0.000 |  |']
     titles = [found for found in text.splitlines() if found.startswith('## ')]
     assert titles == [f'## {title}' for title in (
-        'No training', 'RecFormer', 'SASRec, one negative', 'SASRec, cross-entropy',
+        'No training', 'RecFormer', 'SASRec, cross-entropy', 'SASRec, one negative',
         'BERT4Rec, masked items', 'GRU4Rec, cross-entropy')]
-    assert labels(text, 'BERT4Rec, masked items') == ['id+text FT, 8 wide']
-    assert line(section(text, 'GRU4Rec'), '| trainable FT') == \
-        f'| trainable FT, 16 wide | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  |'
+    assert labels(text, 'BERT4Rec, masked items') == ['ft-id+text-raw-8']
+    assert line(section(text, 'GRU4Rec'), '| ft') == \
+        f'| ft-trainable-raw-16 | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  |'
 
 
 def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
     """A line taken out of common/models.py, a loss that somebody added: runs of it remain."""
-    rows = [saved(runs, 3, made('sasrec', 'lf', 'trainable', run='a', loss='bpr')),
-            saved(runs, 3, made('gru4rec', 'own', 'trainable', run='b') | {'model': 'mamba'}),
-            saved(runs, 3, made('sasrec', 'random', 'random', run='c'))]
+    mamba = made('gru4rec', 'own', 'trainable') | {'model': 'mamba'}
+    rows = [saved(runs, 3, made('sasrec', 'lf', 'trainable', loss='bpr')),
+            saved(runs, 3, mamba | {'run': run_of(mamba)}),
+            saved(runs, 3, made('sasrec', 'random', 'random'))]
     cells = report.cells_of(rows)
-    assert [cell.title for cell in cells] == ['SASRec, one negative', 'SASRec, bpr',
-                                              'mamba, cross-entropy']
-    assert cells[2].label == 'trainable own, 16 wide'
-    assert cells[1].random is cells[2].random is None
+    assert [(cell.title, cell.label) for cell in cells] == [
+        ('SASRec, bpr', 'lf-trainable-raw-16'), ('SASRec, one negative', 'random-16'),
+        ('mamba, cross-entropy', 'own-trainable-raw-16')]
+    assert cells[0].random is cells[2].random is None
 
 
-def test_embeddings_come_in_the_papers_order_then_others_as_they_are_called(runs):
-    rows = [saved(runs, 3, made('sasrec', init, 'trainable', run=f'r-{init}'))
-            for init in ('ft', 'Own', 'lf', 'own', 'pt', 'pt-share10')]
-    rows += [saved(runs, 3, made('sasrec', 'random', 'random', run='r'))]
-    found = labels(report.render(MINE, rows), 'SASRec')
-    assert found[:4] == [f'{label}, 16 wide' for label in
-                         ('random', 'trainable LF', 'trainable PT', 'trainable FT')]
-    assert set(found[4:]) == {f'trainable {init}, 16 wide' for init in ('Own', 'own', 'pt-share10')}
+@pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'My_own', 'my-lr-1', 'random-1'])
+def test_any_embedding_has_its_rows_called_as_its_file(runs, init):
+    """Embeddings may have any name, and rates any size: one row for seeds, none for rates."""
+    rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
+            for kind in ('text-knn', 'item+text-knn')]
+    rows += [saved(runs, 3, made('sasrec', init, mode, seed=seed, lr=lr, valid=lr))
+             for mode in ('trainable', 'further-emb') for seed, lr in ((0, .01), (0, 1e-5), (1, .01))]
+    cells = report.cells_of(rows)
+    assert [(cell.label, cell.variant, len(cell.rows)) for cell in cells] == [
+        (f'item+text-knn-{init}', 'item+text-knn', 1), (f'text-knn-{init}', 'text-knn', 1),
+        (f'{init}-further-emb-raw-16', 'further-emb-raw-16', 2),
+        (f'{init}-trainable-raw-16', 'trainable-raw-16', 2)]
 
 
 def test_the_footer_says_how_the_numbers_were_made(table):
@@ -369,22 +382,13 @@ def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs, monkeypatch):
 
 
 def test_without_rankings_to_compare_with_there_are_no_marks(runs):
-    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r')),
-            saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))]
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random')),
+            saved(runs, 0, made('sasrec', 'lf', 'trainable'))]
     text = report.render(MINE, rows)
     at = f'{gain(3):.1f}'
-    assert line(text, '| random') == f'| random, 16 wide | {at} | {at} | {at} | - / - | - / - |  |'
-    assert line(text, '| trainable').startswith('| trainable LF, 16 wide | **100.0** | **100.0** |')
-
-
-@pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'my_own'])
-def test_any_embedding_has_its_rankings_labelled(runs, init):
-    """Embeddings may have any name."""
-    rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
-            for kind in ('text-knn', 'item+text-knn')]
-    text = report.render(MINE, rows)
-    for kind in ('text-knn', 'item+text-knn'):
-        assert line(text, f'| {kind}').startswith(f'| {kind} {"LF" if init == "lf" else init} | ')
+    assert line(text, '| random') == f'| random-16 | {at} | {at} | {at} | - / - | - / - |  |'
+    assert line(text, '| lf') == \
+        '| lf-trainable-raw-16 | **100.0** | **100.0** | **100.0** | - / - | 0.000 / 0.000 |  |'
 
 
 # ------------------------------------------------------------------------ the paper's tables
@@ -518,7 +522,8 @@ def test_the_papers_numbers_agree_with_each_other():
 
 def test_each_of_the_papers_columns_names_rows_that_can_be_made():
     losses = {loss for kind in MODELS.values() for loss in kind.losses}
-    values = {'model': {*MODELS, 'recformer'}, 'mode': {*report.MODES, *report.STAGES},
+    stages = 'lf', 'pt', 'ft1', 'ft2'
+    values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES, *stages},
               'scale': set(SCALES), 'loss': losses,
               'init': {'lf', 'pt', 'ft'}, 'items': {True, False}}
     tables = [table for table in report.paper().values() if 'ours' in table]
@@ -535,11 +540,6 @@ def test_each_of_the_papers_columns_names_rows_that_can_be_made():
                 assert wanted['loss'] in MODELS[wanted['model']].losses
         short = {metric for metrics in table['rows'].values() for metric in metrics}
         assert {int(metric.split('@')[1]) for metric in short} == set(CUTOFFS[table['ranking']])
-
-
-def test_the_table_knows_every_variant_that_train_seq_makes():
-    assert set(report.SCALES) == set(SCALES)
-    assert set(report.MODES) == {'random', *train_seq.MODES, *report.STAGES}
 
 
 # ------------------------------------------------------------------------ commands
@@ -560,29 +560,29 @@ def test_table_as_a_command(runs, mine, capsys):
     with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
         call('table', 'mine')
     known = {'data': mine.fingerprint}
-    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r', **known)),
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', **known)),
             saved(runs, 2, made('untrained', None, '', run='popularity', **known))]
     of_stage_pt = {'run': 'pt', 'identity': {}, 'code': {}, 'seconds': 1}
     save_json(runs / 'mine' / 'pt' / 'row.json', of_stage_pt)
     call('table', 'mine')
     text = (runs / 'mine' / 'results.md').read_text()
     assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
-    assert line(text, '| random, 16 wide').startswith(f'| random, 16 wide | {gain(3):.1f} < | ')
+    assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} < | ')
     assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
-    (runs / 'mine' / 'r' / 'row.json').write_text('{}')
-    with pytest.raises(UserError, match='r/row.json: is not the row of a run'):
+    (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
+    with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
         call('table', 'mine')
 
 
 def test_rows_of_another_version_of_the_data_are_left_out_and_counted(runs, mine, capsys):
-    saved(runs, near(3), made('sasrec', 'random', 'random', run='r', data=mine.fingerprint))
+    row = saved(runs, near(3), made('sasrec', 'random', 'random', data=mine.fingerprint))
     for seed in (1, 2):
-        saved(runs, 0, made('sasrec', 'random', 'random', run=f'r{seed}', seed=seed, data='old'))
+        saved(runs, 0, made('sasrec', 'random', 'random', seed=seed, data='old'))
     call('table', 'mine')
     out = capsys.readouterr().out
     assert out.startswith('2 runs of another version of the data are left out\n')
-    assert line(out, '| random, 16 wide').startswith(f'| random, 16 wide | {gain(3):.1f} | ')
-    (runs / 'mine' / 'r' / 'row.json').unlink()
+    assert line(out, '| random').startswith(f'| random-16 | {gain(3):.1f} | ')
+    (runs / 'mine' / row['run'] / 'row.json').unlink()
     with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
         call('table', 'mine')
 
