@@ -73,8 +73,8 @@ def numbers(packed, weights, sasrec=None):
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
             items = sasrec.shape[1]
-            per_item = np.bincount(packed.item_positions, part, items + 1)
-            likeness = np.corrcoef(per_item[1:items + 1], sasrec.mean(0))[0, 1]
+            per_item = np.bincount(packed.item_positions, part, items + 1)[1:items + 1]
+            likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
         inside, border = mean_of(before[layers[1:]]), before[layers[0]]
         found.append([mean_of(heads), inside, border, preference, likeness])
     return np.array(found)
@@ -119,7 +119,8 @@ def picture(path, width, height):
         'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
         'axes.titlesize': 9,
         'legend.fontsize': 9,
-        'text.parse_math': False})  # titles are text: '$' is no formula
+        'text.parse_math': False  # titles are text: '$' is no formula
+    })
     figure = Figure((width, height), layout='constrained')
     yield figure
     with whole(path) as part:
@@ -151,7 +152,8 @@ def draw_attention(path, maps, packed, words, sasrec=None):
                         interpolation='nearest')
             axis.set_title(title, loc='left')
             layers = np.arange(len(weights))
-            axis.set_yticks(layers * weights.shape[1] - 0.5, layers)
+            heads = weights.shape[1]
+            axis.set_yticks(layers * heads - 0.5, layers)
             axis.grid(axis='y', color='white')
             axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')  # an item begins
         axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
@@ -170,10 +172,11 @@ def draw_bars(path, cells):
     width = 6 + 0.08 * max(map(len, names))
     with picture(path, width, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(AGAINST), sharey=True)
-        for axis, (ranking, candidates) in zip(axes, AGAINST.items()):
-            means, spreads = zip(*(cell.value(ranking) for cell in cells))
+        for axis, ranking in zip(axes, AGAINST):
+            values = [cell.value(ranking) for cell in cells]
+            means, spreads = zip(*values)
             axis.barh(names, means, xerr=spreads, color=colours)
-            title = f'{SHOWN} in percent, {candidates}'
+            title = f'{SHOWN} in percent, {AGAINST[ranking]}'
             best = best_of(cells)[ranking]
             lines = filter(None, (best, *popularity))
             for style, cell in zip(('dashed', 'dotted'), lines):
@@ -189,7 +192,7 @@ def draw_lines(path, panels, below, log=False):
     """panels {title: {name: {x: (y, spread)}}}: a line per name, of one colour in all panels.
     below: what x is; log: drawn wide apart where it is small."""
     names = dict.fromkeys(name for lines in panels.values() for name in lines)
-    rows = -(-len(panels) // 3)
+    rows = -(-len(panels) // 3)  # of three panels
     height = 1 + 2.2 * rows + 0.1 * len(names)
     with picture(path, 10, height) as figure:
         for number, (title, lines) in enumerate(panels.items(), 1):
@@ -217,6 +220,7 @@ def learning(cells):
             log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
             if log.exists():
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
-                line = {epoch['epoch']: (100 * epoch['valid'], 0) for epoch in epochs}
-                panels.setdefault(panel, {})[shown.init] = line
+                lines = panels.setdefault(panel, {})
+                lines[shown.init] = {epoch['epoch']: (100 * epoch['valid'], 0)
+                                     for epoch in epochs}
     return panels

@@ -347,7 +347,8 @@ def test_any_embedding_has_its_rows_called_as_its_file(runs, init):
     rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
             for kind in ('text-knn', 'item+text-knn')]
     rows += [saved(runs, 3, made('sasrec', init, mode, seed=seed, lr=lr, valid=lr))
-             for mode in ('trainable', 'further-emb') for seed, lr in ((0, .01), (0, 1e-5), (1, .01))]
+             for mode in ('trainable', 'further-emb')
+             for seed, lr in ((0, .01), (0, 1e-5), (1, .01))]
     cells = report.cells_of(rows)
     assert [(cell.label, cell.variant, len(cell.rows)) for cell in cells] == [
         (f'item+text-knn-{init}', 'item+text-knn', 1), (f'text-knn-{init}', 'text-knn', 1),
