@@ -190,17 +190,17 @@ def footer(rows):
             f'({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
-            'width (paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is less '
-            f'than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. The '
-            "last number of a name is the width; below the embeddings' own: their principal\n"
+            'width (paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is '
+            f'less than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. '
+            "The last number of a name is the width; below the embeddings' own: their principal\n"
             'components, of centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
         files = ', '.join(sorted(set().union(*stale)))
-        text += (f"\n**{len(stale)} of these runs were made by other code than today's** ({files}); "
-                 'the same commands make them again.\n')
+        text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
+                 f'({files}); the same commands make them again.\n')
     return text
 
 

@@ -336,7 +336,8 @@ def test_own_data_without_a_source(tmp_path, fast):
     assert {r['seed'] for r in rows if r['model'] == 'sasrec'} == {0}
     tuned = {r['tune_layers'] for r in rows if r.get('mode') == 'ft1'}
     assert tuned == {'all', '0,1,2', '0', '1', '2'}
-    assert '| lf-id+text-raw-16 |' in out and '| ft-id+text-raw-16 |' in out and '| lf |' in out
+    for label in ('lf-id+text-raw-16', 'ft-id+text-raw-16', 'ft0-lf'):
+        assert f'| {label} |' in out
     head = load_pt(run / 'embeddings' / 'ft.pt', 'embeddings')['head']
     assert head['stage'] == 'ft1'
 

@@ -58,7 +58,8 @@ def run_of(row):
     """What the scripts call a run."""
     if row['model'] == 'recformer':
         layers = '' if row['tune_layers'] == 'all' else f'-layers{row["tune_layers"]}'
-        return f'{row["mode"]}{layers}{"-items" if row["items"] else ""}-seed{row["seed"]}'
+        stage = 'ft0-lf' if row['mode'] == 'lf' else row['mode']
+        return f'{stage}{layers}{"-items" if row["items"] else ""}-seed{row["seed"]}'
     what = row['init']
     if what != 'random':
         what += f'-{row["mode"]}-{row["scale"]}'
@@ -291,9 +292,9 @@ def test_what_needs_no_training_and_recformer(table):
         f'| text-knn-lf | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - '
         '| 8.50 / 0.67 |']
     assert section(text, 'RecFormer').splitlines()[4:] == [
+        f'| ft0-lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |',
         f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
-        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  |',
-        f'| lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |']
+        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  |']
 
 
 def labels(text, title):
