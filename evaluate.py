@@ -82,7 +82,7 @@ def show_tables(args, data, folder):
     rows = current_rows(data)
     if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', rows)
+    save_json(folder / 'results.json', load_rows(data.name))
     finish(folder / 'results.md', render(data, rows))
     cells = cells_of(rows)
     draw_bars(folder / 'results.png', cells)
