@@ -112,9 +112,11 @@ class Cell:
 
 def order_of(cell):
     """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
-    what has no embeddings first."""
-    model, embedded = cell.first['model'], cell.init not in (None, 'random')
-    return [*TITLES, *MODELS, model].index(model), cell.title, embedded, cell.variant, cell.label
+    what has no embeddings first, then wide before narrow."""
+    model, width = cell.first['model'], cell.first.get('hidden', 0)
+    place = [*TITLES, *MODELS, model].index(model)
+    embedded = cell.init not in (None, 'random')
+    return place, cell.title, embedded, -width, cell.variant, cell.label
 
 
 def cells_of(rows):
@@ -169,11 +171,10 @@ def paper_table(table, dataset, cells):
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [cell for cell in cells if wanted.items() <= cell.first.items()]
-        widest = max(found, key=lambda cell: cell.first['hidden'], default=None)
         line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            text = widest.text(table['ranking'], metric, digits=2) if widest else '-'
+            text = found[0].text(table['ranking'], metric, digits=2) if found else '-'
             line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
     return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
