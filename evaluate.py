@@ -1,16 +1,18 @@
 """Runs -> the tables and figures; what needs no training; comparisons; recommendations.
 
     python evaluate.py untrained drugstore              # popularity, nearest neighbours: a run each
-    python evaluate.py table drugstore                  # prints, writes runs/drugstore/results.md
+    python evaluate.py table drugstore                  # prints and writes results.md, two pictures
     python evaluate.py compare drugstore RUN_A RUN_B    # names of folders in runs/drugstore/
     python evaluate.py inspect drugstore RUN ...        # size, time, cold items of saved ID models
     python evaluate.py recommend drugstore RUN --users 1 2 --k 10
     python evaluate.py attention drugstore --seq RUN    # figure 1: figure1.png, figure1.md
-    python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2
+    python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2;
+                                                        # over the steps of a tuning: pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.md, results.json, inspect.md, figure1.*, figure2.*
+Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2.*, steps.*
 """
+import re
 import timeit
 from statistics import median
 
@@ -22,21 +24,22 @@ from common.arrays import take
 from common.backbone import load_recformer, start_model, untouched
 from common.baselines import untrained
 from common.data import draw_evaluation_negatives, load
-from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
-                            findings, numbers)
+from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
+                            draw_lines, findings, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings, starting_tables
 from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
 from common.options import POSITIVE, add_machine_options, option, options_parser
 from common.progress import progress
-from common.report import cells_of, markdown, render
+from common.report import AGAINST, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import tokenize
 from common.training import start
 
-# (initialisation, scale) of figure 2 that know no share of the source users -> their names
-BANDS = {('random', 'raw'): 'random', ('lf', 'raw'): 'LF raw', ('lf', 'centred'): 'LF centred'}
+# In the names of embeddings that `curve` compares: its files, and what the number says
+MOMENTS = {'share': ('figure2', 'share of the source users in stage-PT, percent'),
+           'step': ('steps', 'steps of stage-PT')}
 
 
 # ------------------------------------------------------------------------ no training
@@ -65,13 +68,28 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def show_tables(args, data, folder):
-    """Print results.md, made of whatever rows there are."""
+def current_rows(data):
+    """The rows of this version of the data."""
     rows = load_rows(data.name)
+    current = [row for row in rows if row['data'] == data.fingerprint]
+    if len(current) < len(rows):
+        print(f'{len(rows) - len(current)} runs of another version of the data are left out')
+    return current
+
+
+def show_tables(args, data, folder):
+    """Print results.md, made of whatever rows there are; draw bars and learning curves."""
+    rows = current_rows(data)
     if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', rows)
+    save_json(folder / 'results.json', load_rows(data.name))
     finish(folder / 'results.md', render(data, rows))
+    cells = cells_of(rows)
+    draw_bars(folder / 'results.png', cells)
+    panels = learning(cells)
+    if panels:
+        draw_lines(folder / 'curves.png', panels,
+                   'epoch (upwards: NDCG@10 on validation, 100 negatives, percent)')
 
 
 def show_comparison(args, data, folder):
@@ -218,36 +236,39 @@ def sasrec_weights(args, data, folder, histories):
     return [model.attention_weights(items[-model.max_items:])[:, ::-1] for items in histories]
 
 
+def over_tuning(cells, word):
+    """{(method, number): Cell} of embeddings called pt-<word><number>, LF as number 0, beside
+    random rows; {} where there are none."""
+    found = {}
+    for cell in cells:
+        name = re.fullmatch(f'pt-{word}([0-9.]+)|lf', cell.init or '')
+        if name and not cell.mixed:
+            for shown in filter(None, (cell.random, cell)):
+                found[f'{shown.title}, {shown.variant}', float(name[1] or 0)] = shown
+    more = {method for method, number in found if number}  # than LF
+    return {key: found[key] for key in sorted(found) if key[0] in more}
+
+
 def show_curve(args, data, folder):
-    """Figure 2: SASRec from PT of a share of the source users (embeddings pt-share<percent>),
-    beside LF and random."""
-    rows = [row for row in load_rows(data.name)
-            if row['data'] == data.fingerprint and row['model'] == 'sasrec'
-            and row['loss'] == 'bce' and row['mode'] in ('random', 'trainable')]
-    widths = [row['hidden'] for row in rows if row['init'].startswith('pt-share')]
-    bands, curves = {}, {}
-    for cell in cells_of(rows).values():
-        init, scale = cell.first['init'], cell.first['scale']
-        if cell.mixed or cell.first['hidden'] != max(widths, default=None):
-            continue
-        value = cell.value('sampled')
-        if (init, scale) in BANDS:
-            bands[BANDS[init, scale]] = value
-        if init.startswith('pt-share'):
-            share = float(init.removeprefix('pt-share'))
-            curves.setdefault(scale, []).append((share, *value))
-    if not curves:
+    """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
+    pt-share<percent of the source users> or pt-step<number>."""
+    cells = cells_of(current_rows(data))
+    found = {word: over_tuning(cells, word) for word in MOMENTS}
+    if not any(found.values()):
         raise UserError(f'{folder}: no runs from a share of the source users; '
                         f'bash run_all.sh {data.name} --figure2 makes them')
-    curves = {scale: sorted(points) for scale, points in sorted(curves.items())}
-    body = [[name, f'{m:.2f} ± {s:.2f}'] for name, (m, s) in bands.items()]
-    for scale, points in curves.items():
-        body += [[f'PT {scale}, {share:g} % of the source users', f'{m:.2f} ± {s:.2f}']
-                 for share, m, s in points]
-    finish(folder / 'figure2.md', markdown(['SASRec from', 'NDCG@10'], body))
-    draw_curve(folder / 'figure2.png', curves, bands)
-
-
+    for word in filter(found.get, MOMENTS):
+        file, below = MOMENTS[word]
+        panels, body = {}, []
+        for (method, number), cell in found[word].items():
+            values = {f'{SHOWN}, {AGAINST[ranking]}': cell.value(ranking) for ranking in AGAINST}
+            values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
+            body.append([method, f'{number:g}', *(f'{value:.2f} ± {spread:.2f}'
+                                                  for value, spread in values.values())])
+            for measure, value in values.items():
+                panels.setdefault(measure, {}).setdefault(method, {})[number] = value
+        finish(folder / f'{file}.md', markdown(['', below, *values], body))
+        draw_lines(folder / f'{file}.png', panels, below, log=word == 'share')
 
 
 # ------------------------------------------------------------------------ main

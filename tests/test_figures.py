@@ -1,23 +1,27 @@
 """Figures, cold items, size, recommendations: by hand, and as commands on made-up data.
 Run: python -m pytest tests/test_figures.py
 """
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import evaluate
 import export_embeddings
 import finetune
 import train_seq
-from common import data
+from common import data, figures, report
 from common.arrays import offsets_of
 from common.backbone import load_recformer
-from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
-                            findings, first_tokens, numbers)
-from common.files import UserError, load_json, load_pt, save_json
+from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
+                            draw_lines, findings, first_tokens, learning, numbers)
+from common.files import UserError, load_json, load_pt, save_json, save_npz
 from common.layers import Machine
 from common.models import load_seq
+from common.runs import load_rows
 from common.sasrec import SASRec
 from common.sequence import ItemTable, Layout
 from common.text import Packed, tokenize
@@ -130,7 +134,7 @@ def test_dollars_in_titles_and_words_are_text(tmp_path):
     maps = {'tuned $^{$': weights, r'vanilla $\x$': weights}
     draw_attention(tmp_path / 'a.png', maps, p, words, np.array([[.3, .7]]))
     draw_attention(tmp_path / 'b.png', maps, p, words)
-    draw_curve(tmp_path / 'c.png', {'$_$': [(1.0, 2.0, .1)]}, {'$^{$': (1.0, .1)})
+    draw_lines(tmp_path / 'c.png', {'$_$': {'$^{$': {1.0: (2.0, .1)}}}, '$x_$', log=True)
     for name in 'abc':
         assert (tmp_path / f'{name}.png').read_bytes()[:4] == PNG
     assert sorted(file.name for file in tmp_path.iterdir()) == ['a.png', 'b.png', 'c.png']
@@ -351,53 +355,172 @@ def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
         np.testing.assert_allclose(weights, others, atol=1e-5)
 
 
-# ------------------------------------------------------------------------ figure 2
+# ------------------------------------------------------------------------ runs as pictures
 
-def made_up(folder, init, mode, scale, value, loss='bce', lr=0.001, seed=0, valid=0.5, **more):
-    """The row of a SASRec run, with this NDCG@10."""
-    run = f'sasrec-{loss}-{init}-{mode}-{scale}-lr{lr}-seed{seed}{"".join(map(str, more.values()))}'
-    metrics = {'sampled': {'NDCG@10': value}, 'full': {'NDCG@10': value}}
+def made_up(folder, init, mode, scale, value, loss='bce', hidden=16, lr=0.001, seed=0, epochs=0,
+            **more):
+    """The row of a SASRec run, with this NDCG@10 against 100 negatives and half of it among all
+    items, and a log of so many epochs."""
+    what = init if init == 'random' else f'{init}-{mode}-{scale}'
+    run = more.get('run', f'sasrec-{loss}-{what}-{hidden}-lr{lr}-seed{seed}')
+    metrics = {ranking: {'NDCG@10': value * share}
+               for ranking, share in (('sampled', 1), ('full', .5), ('new', .1))}
     row = {'run': run, 'dataset': 'one', 'model': 'sasrec', 'loss': loss, 'init': init,
-           'mode': mode, 'scale': scale, 'hidden': 16, 'lr': lr, 'seed': seed, 'valid': valid,
+           'mode': mode, 'scale': scale, 'hidden': hidden, 'lr': lr, 'seed': seed, 'valid': .5,
            'seconds': 1, 'data': data.load('one').fingerprint, 'metrics': metrics, 'code': {},
+           'cosine': None if init == 'random' else value / 2,
            'identity': {'options': {'lr': lr, 'seed': seed}}, **more}
-    save_json(folder / run / 'row.json', row)
+    save_json(folder / f'{run}{more.get("data", "")}' / 'row.json', row)
+    if epochs:
+        lines = [f'{epoch},1.5,2.5,{epoch / 100},' for epoch in range(1, epochs + 1)]
+        (folder / run / 'log.csv').write_text('\n'.join(['epoch,seconds,loss,valid,full', *lines]))
 
 
 @pytest.fixture
-def shares(world, tmp_path, monkeypatch):
-    """A folder of runs from two shares of the source users, beside random and LF."""
+def folder(world, tmp_path, monkeypatch):
+    """A folder of made-up runs: random, twice, and LF."""
     monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path))
     folder = tmp_path / 'one'
     for seed, value in enumerate((.10, .12)):
-        made_up(folder, 'random', 'random', 'raw', value, seed=seed)
-    made_up(folder, 'lf', 'trainable', 'raw', .2)
+        made_up(folder, 'random', 'random', 'raw', value, seed=seed, epochs=3)
+    made_up(folder, 'lf', 'trainable', 'raw', .2, epochs=1)
     made_up(folder, 'lf', 'trainable', 'centred', .3)
+    return folder
+
+
+def drawn(monkeypatch, function, *args):
+    """The figure that a function of common/figures.py draws."""
+    kept = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, part, **_: kept.append(figure))
+    monkeypatch.setattr(figures, 'whole', lambda path: contextlib.nullcontext(path))
+    function('nowhere.png', *args)
+    return kept[0]
+
+
+def test_bars(folder, monkeypatch):
+    """One for each cell, its spread over seeds; lines across for what needs no training."""
+    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=0)
+    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, code={'x.py': 'y'})
+    for run, value in (('popularity', .05), ('item-knn', .07)):
+        made_up(folder, None, run, '', value, loss=None, run=run, model='untrained')
+    figure = drawn(monkeypatch, draw_bars, report.cells_of(load_rows('one')))
+    names = ['No training: item-knn', 'No training: popularity', 'SASRec, one negative: random-16',
+             'SASRec, one negative: lf-trainable-centred-16',
+             'SASRec, one negative: lf-trainable-raw-16']
+    assert figure.axes[0].yaxis.get_major_formatter().format_ticks(range(5)) == names, 'PT is mixed'
+    for axis, share in zip(figure.axes, (100, 50)):
+        assert [bar.get_width() for bar in axis.patches] == \
+            pytest.approx([share * value for value in (.07, .05, .11, .3, .2)])
+        spreads = [np.ptp(segment[:, 0]) for segment in axis.collections[0].get_segments()]
+        assert spreads == pytest.approx([0, 0, 2 * share * np.std([.1, .12], ddof=1), 0, 0])
+        assert [line.get_xdata()[0] for line in axis.lines[-2:]] == \
+            pytest.approx([share * .07, share * .05])
+        assert axis.get_title().endswith('dashed: item-knn\ndotted: popularity')
+    assert 'all items' in figure.axes[1].get_title()
+    low, high = figure.axes[0].get_ylim()
+    assert low > high, 'the first on top'
+
+
+def test_without_anything_to_show_there_are_no_bars(tmp_path):
+    draw_bars(tmp_path / 'a.png', [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_curves(folder, monkeypatch):
+    """A panel per variant with random rows in it; of the lowest seed; a run without a log has
+    none, one of a single epoch has a point."""
+    panels = learning(report.cells_of(load_rows('one')))
+    random = {1: (1, 0), 2: (2, 0), 3: (3, 0)}
+    assert panels == {
+        'SASRec, one negative\nrandom-16': {'random': random},
+        'SASRec, one negative\ntrainable-centred-16': {'random': random},
+        'SASRec, one negative\ntrainable-raw-16': {'random': random, 'lf': {1: (1, 0)}}}
+    figure = drawn(monkeypatch, draw_lines, panels, 'epoch')
+    first, _, last = figure.axes
+    assert last.get_title().endswith('\ntrainable-raw-16')
+    line, point = (container[0] for container in last.containers)
+    assert line.get_xydata().tolist() == [[1, 1], [2, 2], [3, 3]]
+    assert point.get_xydata().tolist() == [[1, 1]]
+    assert line.get_color() == first.containers[0][0].get_color() != point.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['random', 'lf']
+
+
+def test_table_writes_both_pictures(folder, capsys):
+    for run in folder.iterdir():
+        ranks = np.zeros((len(data.load('one').evaluated), 2), np.int32)
+        save_npz(run / 'ranks.npz', {name: ranks for name in ('users', 'sampled', 'full', 'new')})
+    rows = load_rows('one')
+    for row in rows:
+        save_json(folder / row['run'] / 'row.json', {**row, 'users': 9, 'tie_share': {'full': 0}})
+    call('table', 'one')
+    out = capsys.readouterr().out.splitlines()
+    for name in ('results', 'curves'):
+        assert (folder / f'{name}.png').read_bytes()[:4] == PNG
+        assert f'drawn: {folder / name}.png' in out
+
+
+# ------------------------------------------------------------------------ figure 2
+
+def curve(capsys, folder, file='figure2'):
+    """The curve's table: {what: [cells of a line]}."""
+    capsys.readouterr()
+    call('curve', 'one')
+    text = (folder / f'{file}.md').read_text()
+    assert text in capsys.readouterr().out
+    found = {}
+    for line in text.splitlines():
+        method, *cells = cells_of(line)
+        found.setdefault(method, []).append(cells)
+    return found
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """The names of what would be drawn: it takes a second each."""
+    names = []
+    monkeypatch.setattr(evaluate, 'draw_lines', lambda path, *_, **more: names.append(path.name))
+    return names
+
+
+@pytest.fixture
+def shares(folder, pictures):
+    """Runs from two shares of the source users, beside those of `folder`."""
     for share, value in (('10', .40), ('0.5', .35)):
         made_up(folder, f'pt-share{share}', 'trainable', 'centred', value)
     return folder
 
 
-def curve(capsys, folder):
-    """Lines of the curve's table: {what: number}."""
-    capsys.readouterr()
+HEAD = ['share of the source users in stage-PT, percent', 'NDCG@10, 100 negatives',
+        'NDCG@10, all items', 'mean cosine']
+EXPECTED = {
+    '': [HEAD],
+    '---': [['---'] * 4],
+    'SASRec, one negative, random-16': [[number, '11.00 ± 1.41', '5.50 ± 0.71', '0.00 ± 0.00']
+                                        for number in ('0', '0.5', '10')],
+    'SASRec, one negative, trainable-centred-16': [
+        ['0', '30.00 ± 0.00', '15.00 ± 0.00', '0.15 ± 0.00'],
+        ['0.5', '35.00 ± 0.00', '17.50 ± 0.00', '0.17 ± 0.00'],
+        ['10', '40.00 ± 0.00', '20.00 ± 0.00', '0.20 ± 0.00']]}
+
+
+def test_curve(shares, capsys, monkeypatch, pictures):
+    found = curve(capsys, shares)
+    assert found == EXPECTED, 'raw rows are of LF alone'
+    assert not (shares / 'steps.md').exists() and pictures == ['figure2.png']
+    monkeypatch.setattr(evaluate, 'draw_lines', draw_lines)
     call('curve', 'one')
-    out = capsys.readouterr().out
-    assert (folder / 'figure2.md').read_text() in out
-    assert (folder / 'figure2.png').read_bytes()[:4] == PNG
-    return dict(cells_of(line) for line in out.splitlines() if line.startswith('|'))
+    assert (shares / 'figure2.png').read_bytes()[:4] == PNG
 
 
-EXPECTED = {'SASRec from': 'NDCG@10', '---': '---',
-            'random': '11.00 ± 1.41',
-            'LF raw': '20.00 ± 0.00',
-            'LF centred': '30.00 ± 0.00',
-            'PT centred, 0.5 % of the source users': '35.00 ± 0.00',
-            'PT centred, 10 % of the source users': '40.00 ± 0.00'}
-
-
-def test_curve(shares, capsys):
-    assert curve(capsys, shares) == EXPECTED
+def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
+    """A formula's markup would be printed as it is; steps keep their distances."""
+    lines = {'a': {0: (1, 0), .01: (2, .1), 50: (3, 0)}}
+    for log, name in ((True, 'symlog'), (False, 'linear')):
+        axis = drawn(monkeypatch, draw_lines, {'t': lines}, 'x', log).axes[0]
+        axis.figure.canvas.draw()
+        assert axis.get_xscale() == name
+        shown = [text.get_text().replace('\N{MINUS SIGN}', '-') for text in axis.get_xticklabels()]
+        assert [float(text) for text in shown] == pytest.approx(axis.get_xticks())
 
 
 def test_curve_without_shares_says_what_makes_them(world):
@@ -405,10 +528,37 @@ def test_curve_without_shares_says_what_makes_them(world):
         call('curve', 'one')
 
 
-@pytest.mark.parametrize('other', [dict(loss='ce'), dict(lr=0.01, valid=0.1), dict(data='older'),
+@pytest.mark.parametrize('other', [dict(lr=0.01, valid=0.1), dict(data='older'),
                                    dict(hidden=8, mode='random', init='random', scale='raw')])
 def test_curve_averages_over_seeds_alone(shares, capsys, other):
-    """Not over losses, rates that were tried, widths, and versions of the data."""
+    """Not over rates that were tried, widths, and versions of the data."""
     given = {'init': 'pt-share10', 'mode': 'trainable', 'scale': 'centred', **other}
     made_up(shares, value=.9, **given)
+    assert curve(capsys, shares) == EXPECTED
+
+
+def test_losses_and_models_have_lines_of_their_own(shares, capsys):
+    made_up(shares, 'pt-share10', 'trainable', 'centred', .9, loss='ce')
+    made_up(shares, 'pt-share10', '', '', .6, model='untrained', run='text-knn-pt-share10')
+    made_up(shares, 'lf', '', '', .6, model='recformer', run='lf', cosine=None)
+    found = curve(capsys, shares)
+    assert found.pop('SASRec, cross-entropy, trainable-centred-16') == \
+        [['10', '90.00 ± 0.00', '45.00 ± 0.00', '0.45 ± 0.00']]
+    assert found.pop('No training, text-knn') == \
+        [['10', '60.00 ± 0.00', '30.00 ± 0.00', '0.30 ± 0.00']]
+    assert found == EXPECTED
+
+
+def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
+    """Beside the shares, in files of its own, in the order of the numbers."""
+    for step in (240, 48, 1000):
+        made_up(shares, f'pt-step{step}', 'trainable', 'raw', step / 10000)
+    found = curve(capsys, shares, 'steps')
+    assert found[''][0][0] == 'steps of stage-PT'
+    assert found['SASRec, one negative, trainable-raw-16'] == [
+        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '0.10 ± 0.00'],
+        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.00 ± 0.00'],
+        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.01 ± 0.00'],
+        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '0.05 ± 0.00']]
+    assert pictures == ['figure2.png', 'steps.png']
     assert curve(capsys, shares) == EXPECTED
