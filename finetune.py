@@ -47,8 +47,6 @@ def parse_args(argv=None):
            'encoder layers that train: 3,7,11 (paper table 1); all: everything')
     g.add_argument('--trainable-items', action='store_true',
                    help='stage 2: the item table trains too (paper table 5)')
-    g.add_argument('--freeze-words', action='store_true',
-                   help='word embeddings stay (published code trains them)')
     # RecFormer: 16 users x 8 accumulated
     g = add_optimizer_options(p, epochs=128, patience=5, batch=128)
     option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
@@ -81,8 +79,6 @@ def load_start(args, data, start_from, seed):
     if args.max_tokens:
         model.config.max_tokens = args.max_tokens
     choose_layers(model, args.tune_layers)
-    if args.freeze_words:
-        model.word_table.requires_grad_(False)
     model.lm_head.requires_grad_(False)
     return model, tokenize(data.attributes, model.words)
 

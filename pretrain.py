@@ -97,18 +97,17 @@ class Sources:
 
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
-        each batch what `draw` gives and what `mask_words` gives of histories and of targets."""
-        def masked(packed):
-            return mask_words(packed, rng, model.words.mask, model.config.vocab_size)
+        each batch (histories, targets), ids and what `mask_words` gives of the two."""
         order = np.random.default_rng([args.seed, 3, training.epoch]).permutation(self.train)
         shares = np.array_split(order, training.per_epoch)  # of equal size: none of a single user
         for step in training.steps():
             rng = np.random.default_rng([args.seed, 4, training.epoch, step])
-            seed, batches = rng.integers(2 ** 62), []
-            for users in np.array_split(shares[step], -(-len(shares[step]) // args.batch)):
-                *pair, ids = self.draw(users, rng, model)
-                masks = [masked(packed) for packed in pair if args.mlm_weight]
-                batches.append((*pair, ids, masks))
+            seed, users, batches = rng.integers(2 ** 62), shares[step], []
+            for batch in np.array_split(users, -(-len(users) // args.batch)):
+                *pair, ids = self.draw(batch, rng, model)
+                masks = [mask_words(packed, rng, model.words.mask, model.config.vocab_size)
+                         for packed in pair if args.mlm_weight]
+                batches.append((pair, ids, masks))
             yield seed, batches
 
 
@@ -153,11 +152,11 @@ def step_gradients(model, batches, args):
     """Add the gradients of one optimizer step over these batches; returns {loss or accuracy: mean
     over the batches}."""
     share, losses = 1 / len(batches), torch.zeros(3, device=model.machine.device)
-    for histories, targets, ids, masks in batches:
-        loss, right = contrastive(model, histories, targets, ids)
+    for pair, ids, masks in batches:
+        loss, right = contrastive(model, *pair, ids)
         (share * loss).backward()
         of_words = torch.zeros_like(right)
-        for packed, masked in zip((histories, targets), masks):
+        for packed, masked in zip(pair, masks):
             of_words += masked_gradients(model, packed, masked, share * args.mlm_weight)
         losses += share * torch.stack([loss.detach(), of_words, right])
     model.machine.sum_gradients(model)

@@ -23,6 +23,7 @@ from common.text import RECTANGLE, micro_batches, pack
 
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 TEMPERATURE = 0.05  # RecFormer
+KEPT = 4  # passes whose worth of CLS is encoded at once: time against memory
 
 
 @dataclass
@@ -247,21 +248,21 @@ class RecFormer(Model):
         groups = micro_batches(packed.lengths[mine], self.machine.micro_tokens)
         return [mine[group] for group in groups]
 
-    def encode(self, packed, label=None):
+    def encode(self, packed, label=None, kept=KEPT):
         """CLS states: float32 [B, H] on the device. The machine's processes encode a share each,
         and a gradient flows into a process's own rows alone.
 
-        Gradient caching: of a share too large for one pass only the last part is kept. The others
-        are encoded again for the gradient, with the dropout that they had: memory is that of two
-        parts at most. label: of a progress bar.
+        Gradient caching: a share of at most `kept` passes is one pass; of a larger one nothing is
+        kept, and each pass is made again for the gradient, with the dropout that it had: memory is
+        that of one pass. label: of a progress bar.
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)
-        if len(groups) == 1:
-            groups[0].sort()  # nothing is gained by another order
+        if 0 < len(groups) <= kept:
+            groups = [self.machine.share(len(packed.lengths))]
         for group in progress(groups, desc=label, unit='batch', disable=not label):
             part = packed.rows(group)
-            if group is groups[-1]:
+            if len(groups) == 1:
                 x = self(part)
             else:  # the word table says whose random numbers
                 x = remade(lambda part, _: self(part), part, self.word_table, draws=True)
@@ -272,18 +273,16 @@ class RecFormer(Model):
     def infer(self, packed, label):
         """`encode` without dropout and gradient."""
         training = self.training
-        out = self.eval().encode(packed, label)
+        out = self.eval().encode(packed, label, kept=0)
         self.train(training)
         return out
 
     def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
         users = np.arange(len(offsets) - 1)
-        found = []
-        for part in np.array_split(users, -(-len(users) // at_once)):
-            packed = self.pack(*take(items, offsets, part), tokens)
-            found.append(self.infer(packed, label))
-        return torch.cat(found)
+        parts = np.array_split(users, -(-len(users) // at_once))
+        return torch.cat([self.infer(self.pack(*take(items, offsets, part), tokens), label)
+                          for part in parts])
 
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""

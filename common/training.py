@@ -100,10 +100,12 @@ def prefetch(things, machine):
 def adamw(model, args):
     """AdamW over the parameters that train; no decay on biases and LayerNorm, the
     vectors (RecFormer's)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decay = {'params': [p for p in trained if p.dim() > 1], 'weight_decay': args.weight_decay}
-    plain = {'params': [p for p in trained if p.dim() == 1], 'weight_decay': 0.0}
-    return torch.optim.AdamW([decay, plain], args.lr, fused=True)
+    decay, plain = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decay if p.dim() > 1 else plain).append(p)
+    groups = {'params': decay, 'weight_decay': args.weight_decay}, {'params': plain}
+    return torch.optim.AdamW(groups, args.lr, weight_decay=0.0, fused=True)
 
 
 def linear_schedule(optimizer, warmup, total):

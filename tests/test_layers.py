@@ -141,6 +141,30 @@ def test_a_machine_puts_any_array_and_a_model_knows_its_machine():
     assert model.machine is machine and Model().machine == Machine(), 'of this model alone'
 
 
+def test_every_process_has_its_share_and_all_have_all():
+    shares = [Machine(rank=rank, world=3).share(8).tolist() for rank in range(3)]
+    assert shares == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    x = torch.ones(3, requires_grad=True)
+    assert Machine().share(3).tolist() == [0, 1, 2] and Machine().sum(x) is x
+
+
+def test_a_sum_over_processes_has_the_gradient_of_ones_own_part(monkeypatch):
+    """The other process has 10 times as much of everything."""
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda x: x.mul_(11))
+    machine, model = Machine(world=2), nn.Linear(2, 1)
+    model.bias.requires_grad_(False)
+    x = torch.tensor([0.1, 0.2], requires_grad=True)
+    total = machine.sum(x)
+    total.square().sum().backward()
+    torch.testing.assert_close(total, 11 * x)
+    torch.testing.assert_close(x.grad, 2 * 11 * x)
+    machine.sum_gradients(model)
+    assert not model.weight.grad.any() and model.bias.grad is None, 'it had none: zeros'
+    model.weight.grad += 1
+    machine.sum_gradients(model)
+    assert (model.weight.grad == 11).all()
+
+
 def test_rows_are_those_of_indexing_with_their_gradient():
     index = torch.tensor([[2, 0], [2, 1]])
     found = []

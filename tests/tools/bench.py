@@ -184,7 +184,7 @@ def finetune_step(ours, shape, users, tokens, most, items=8249):
 
     def run():
         if ours:
-            finetune.add_gradients(s.model, table, s.model.pack(*rows, s.tokens), labels)
+            finetune.add_gradients(s.model, table, packed, labels)
         else:
             logits = s.published.cosine(s.published.cls(s.model, packed), table)
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
@@ -404,6 +404,8 @@ ROWS = {
     'MiniLM size, pre-train step, 16 users':
         Row(partial(pretrain_step, shape=MINILM, users=16, tokens=4600),
             share=0.6, memory=1 / 10),
+    'MiniLM size, pre-train step, 64 users, gradient caching':
+        Row(partial(pretrain_step, shape=MINILM, users=64, tokens=18400), mb=2048, alone=True),
     'Longformer size, encode 64 items':
         Row(partial(encode, shape=BASE, items=64, tokens=2573), share=0.7),
     'Longformer size, fine-tune step, 4 users':
