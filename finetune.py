@@ -131,6 +131,8 @@ def tune(args, data, model, tokens, run, seed):
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     training = Training(run, tuned, adamw(tuned, args), -(-len(users) // args.batch), args.warmup)
+    if machine.rank:  # the first goes on with the generator as it is
+        torch.manual_seed(seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
             rng = np.random.default_rng([seed, 5, epoch])

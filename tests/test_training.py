@@ -23,6 +23,7 @@ from common.backbone import load_recformer, start_model
 from common.data import prepare
 from common.files import load_json, load_npz
 from common.layers import Machine
+from common.recformer import RecFormer
 from common.sasrec import SASRec
 from common.training import Training, join, prefetch
 from tests.toy import canonical, tiny_bert
@@ -118,13 +119,12 @@ def test_batches_of_a_thread_give_the_same_bits_also_when_killed(place, tmp_path
                                                                  script):
     script.main(options(script, place, tmp_path / 'plain'))
     monkeypatch.setattr(training, 'AHEAD', ('cpu',))
-    makers = set()
-    pack = script.start_model(None, str(place / 'plm')).__class__.pack
+    makers, pack = set(), RecFormer.pack
 
     def noticed(*args):
         makers.add(threading.current_thread())
         return pack(*args)
-    monkeypatch.setattr('common.recformer.RecFormer.pack', noticed)
+    monkeypatch.setattr(RecFormer, 'pack', noticed)
     script.main(options(script, place, tmp_path / 'ahead'))
     assert len(makers - {threading.main_thread()}) == 2, 'one each epoch'
     update, left = Training.update, [4]
@@ -140,7 +140,8 @@ def test_batches_of_a_thread_give_the_same_bits_also_when_killed(place, tmp_path
     assert not left[0] and (tmp_path / 'killed' / 'resume.pt').exists()
     torch.manual_seed(99)
     script.main(options(script, place, tmp_path / 'killed'))
-    a, b, c = (load_recformer(tmp_path / name).state_dict() for name in ('plain', 'ahead', 'killed'))
+    names = 'plain', 'ahead', 'killed'
+    a, b, c = (load_recformer(tmp_path / name).state_dict() for name in names)
     begun = start_model(None, str(place / 'plm')).state_dict()
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
     assert sum(not torch.equal(a[name], begun[name]) for name in a) > 30
@@ -179,23 +180,22 @@ def watched(request, monkeypatch):
 
     def watch(self, **losses):
         update(self, **losses)
-        if device.type == 'cuda':
-            torch.cuda.set_sync_debug_mode('error')
+        torch.cuda.set_sync_debug_mode('error')  # from the second step on
 
-    def relax(self, *_):
-        torch.cuda.set_sync_debug_mode('default')
+    def relax(self, *_, **__):
+        if device.type == 'cuda':
+            torch.cuda.set_sync_debug_mode('default')
         self.epoch, self.step = self.epoch + 1, 0
         self.best_weights = self.model.state_dict()
+
+    def unfused(kind):
+        return lambda p, lr, fused, **more: kind(p, lr, foreach=False, **more)
     if device.type == 'cuda':
         update = Training.update
         monkeypatch.setattr(Training, 'update', watch)
-    else:
-        fused = torch.optim.Adam, torch.optim.AdamW
-        for kind in fused:  # no fused kernel for 'meta'
-            plain = lambda p, lr, fused, kind=kind, **more: kind(p, lr, foreach=False, **more)
-            monkeypatch.setattr(torch.optim, kind.__name__, plain)
-        relax = lambda self, *_, **__: (vars(self).update(epoch=self.epoch + 1, step=0,
-                                                          best_weights=self.model.state_dict()))
+    else:  # which has no fused kernel
+        for kind in (torch.optim.Adam, torch.optim.AdamW):
+            monkeypatch.setattr(torch.optim, kind.__name__, unfused(kind))
     monkeypatch.setattr(torch, 'is_autocast_enabled', lambda *_: False)
     monkeypatch.setattr(torch.Tensor, 'tolist', tolist)
     monkeypatch.setattr(Training, 'end_epoch', relax)
@@ -308,7 +308,7 @@ def together(folder, world, work, *args):
                                        args=(environment, said[rank], work, args)))
         running[-1].start()
     for one in running:
-        one.join(240)
+        one.join(600)
     assert [one.exitcode for one in running] == [0] * world
     return [file.read_text() for file in said]
 
