@@ -141,8 +141,9 @@ def test_negatives_are_uniform_and_the_same_on_every_run():
 
 def test_sample_of_users_is_seeded(root):
     ten_users(root)
-    (_, a, _), (_, b, _) = (data.build(root / 'toy', (4, 1, 7)) for _ in range(2))
-    assert len(a['user_ids']) == 7 and a == b, 'users, fingerprint and all counts'
+    a, b = (data.build(root / 'toy', (4, 1, 7), {}) for _ in range(2))
+    assert len(json.loads(a['head'].tobytes())['user_ids']) == 7
+    assert all((a[name] == b[name]).all() for name in a), 'users, fingerprint, counts and the rest'
 
 
 # ------------------------------------------------------------------------ files as they occur
@@ -233,12 +234,12 @@ def test_a_changed_file_is_noticed(root):
     data.prepare('toy', data.DEFAULT)
     with open(folder / 'interactions.csv', 'a') as f:
         f.write('u0,a,99\n')
-    with pytest.raises(UserError, match='its files have changed since.*python -m common.data toy'):
+    with pytest.raises(UserError, match='its files, or .* have changed since.*python -m common.data toy'):
         data.load('toy')
     assert data.prepare('toy', data.DEFAULT).counts['interactions'] == 41
     items = folder / 'items.jsonl'
     items.write_text(items.read_text().replace('item a', 'item A'))
-    with pytest.raises(UserError, match='its files have changed since'):
+    with pytest.raises(UserError, match='its files, or .* have changed since'):
         data.load('toy')
     assert data.prepare('toy', data.DEFAULT).title(1) == 'item A'
 
@@ -264,7 +265,7 @@ def test_a_change_within_the_same_size_is_noticed(root):
     data.prepare('toy', data.DEFAULT)
     path = folder / 'interactions.csv'
     path.write_text(path.read_text().replace('u9,d,4', 'u9,e,4'))
-    with pytest.raises(UserError, match='its files have changed since'):
+    with pytest.raises(UserError, match='its files, or .* have changed since'):
         data.load('toy')
 
 
@@ -275,7 +276,7 @@ def test_changed_code_asks_for_preparation(root, monkeypatch, file):
     real = data.code_digest
     changed = lambda name: 'changed' if name == file else real(name)
     monkeypatch.setattr(data, 'code_digest', changed)
-    with pytest.raises(UserError, match='common/data.py has changed since.*-m common.data toy'):
+    with pytest.raises(UserError, match='the code that prepares them, have changed since.*-m common.data toy'):
         data.load('toy')
     time = (folder / 'prepared.npz').stat().st_mtime_ns
     assert data.prepare('toy', data.DEFAULT).fingerprint == made.fingerprint
@@ -456,15 +457,21 @@ def test_report_counts_and_warns(root, capsys):
     d = data.prepare('toy', data.DEFAULT)
     data.report(d)
     out = capsys.readouterr().out
-    assert 'dropped: 2 rows whose item has no text, 1 repeated rows' in out
-    assert f'warning: {len(d.evaluated)} users have fewer than 100 negatives' in out
+    assert 'rows dropped, as their item has no text: 2\n' in out
+    assert 'rows dropped, as they repeat another: 1\n' in out
+    assert 'warning: users with fewer than 100 negatives, as the catalogue is small: ' \
+           f'{len(d.evaluated)}\n' in out
+    assert 'nobody has' not in out
     assert 'items whose text another item has too: 5' in out
     assert 'warning: all items have the same text' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'
     data.report(d)
     out = capsys.readouterr().out
-    assert 'paper 21,300' in out and 'users, items, interactions, avg_len, evaluated differ' in out
+    assert 'paper 21,300   warning: differs\n' in out and out.count('warning: differs') == 5
+    d.counts['users'] = 22601
+    data.report(d)
+    assert 'users              22,601   paper 22,601\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])
