@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from common.files import (UserError, content_sha256, data_root, load_json, lock, paper, save_json,
+from common.files import (UserError, data_root, file_stamp, load_json, lock, paper, save_json,
                           unpacked, whole)
 from common.progress import progress
 from common.runs import code_digest
@@ -34,7 +34,8 @@ HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
          'https://jmcauley.ucsd.edu/data/amazon_v2/')
 MOST_MALFORMED = 0.01  # share of lines; above it the file is not what it should be
 LONGEST_TEXT = 2000    # characters kept of an attribute: far more than its 32 tokens need
-SLOTS = 2 ** 24        # of the tables that count users and items in bounded memory
+SLOTS = 2 ** 26        # of the tables, a byte each, that count users and items
+MOST_COUNTED = 255     # what a byte holds
 HEADER = 'user,item,timestamp'
 SAFE = 'https://', 'http://127.0.0.1:'
 
@@ -97,7 +98,7 @@ def read_items(path):
             key = item.pop('id')
             if not isinstance(key, (str, int)) or not str(key).strip():
                 raise KeyError
-            key = str(key).strip(' \t')
+            key = storable(str(key).strip(' \t'))
             pairs = [(as_text(name), as_text(value)) for name, value in item.items()]
         except (KeyError, AttributeError, TypeError):
             raise UserError(f'{where} is not an object with an "id" and texts, numbers or lists of '
@@ -220,9 +221,9 @@ def download_any(name, remote, path):
                     f'{path.parent}, or run drugstore, which needs neither')
 
 
-def raw_file(name, remote, expected=None):
+def raw_file(name, remote, expected=None, known=None):
     """data/raw/<file name> (or .gz), downloaded where it is not there. UserError: its content has
-    another sha256 than expected."""
+    another sha256 than expected. known: an earlier stamp of it, see file_stamp."""
     path = data_root() / 'raw' / os.path.basename(remote)
     packed = path.with_name(f'{path.name}.gz')
     path = packed if packed.exists() else path
@@ -231,7 +232,8 @@ def raw_file(name, remote, expected=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.with_name(f'part-{path.name}')
         download_any(name, remote, found)
-    if expected and 'ELEPHANT_ANY_VERSION' not in os.environ and content_sha256(found) != expected:
+    any_version = not expected or 'ELEPHANT_ANY_VERSION' in os.environ
+    if not any_version and file_stamp(found, known)['sha256'] != expected:
         raise UserError(f'{found}: its sha256 is not that of the version the paper used; remove it '
                         'to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
     if found != path:
@@ -284,12 +286,14 @@ def canonical_from_amazon(name, folder, min_user, min_item):
     if any(path not in made_here for path in folder.glob('i*s.*')):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
-    ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected)
+    then = load_json(source) if made_here else {}
+    known = then.get('files', [None, None])
+    ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected, known[0])
     metadata = raw_file(name, f'metaFiles2/meta_{category}.json.gz')
-    identity = {'ratings': content_sha256(ratings), 'metadata': content_sha256(metadata),
+    identity = {'files': list(map(file_stamp, (ratings, metadata), known)),
                 'min_user': min_user, 'min_item': min_item,
                 'code': code_digest('common/sources.py')}
-    if interactions.exists() and items.exists() and load_json(source) == identity:
+    if interactions.exists() and items.exists() and then == identity:
         return
     with lock(folder):
         save_json(source, {'unfinished': identity})  # what lies here was made here, if killed now
@@ -301,15 +305,17 @@ def canonical_from_amazon(name, folder, min_user, min_item):
 def write_interactions(path, target, min_user, min_item):
     """interactions.csv.gz of the ratings; returns the set of its items. Rows are dropped only where
     they can never pass the filters: users and items are counted in tables whose slots several may
-    share, so a count is never too low."""
-    users, items, wanted = np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32), set()
+    share, so a count up to MOST_COUNTED is never too low."""
+    users, items, wanted = bytearray(SLOTS), bytearray(SLOTS), set()
     for user, item, _ in records(path, rating):
-        users[slot(user)] += 1
-        items[slot(item)] += 1
+        user, item = slot(user), slot(item)
+        users[user] += users[user] < MOST_COUNTED
+        items[item] += items[item] < MOST_COUNTED
+    many = min(min_user, MOST_COUNTED), min(min_item, MOST_COUNTED)
     with gzip_writer(target) as f:
         f.write(f'{HEADER}\n')
         for user, item, stamp in records(path, rating, quiet=True):
-            if users[slot(user)] >= min_user and items[slot(item)] >= min_item:
+            if users[slot(user)] >= many[0] and items[slot(item)] >= many[1]:
                 wanted.add(item)
                 f.write(f'{user},{item},{stamp}\n')
         if not wanted:
