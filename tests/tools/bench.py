@@ -144,10 +144,11 @@ def amazon_files(raw, ratings):
             rows = zip(*(column.tolist() for column in columns))
             f.writelines(f'{item:010X},A{user:013X},5.0,{time}\n' for item, user, time in rows)
     words = [f'word{word}' for word in range(5000)]
+    texts = [' '.join(words[word] for word in rng.integers(0, 5000, 50)) for _ in range(5000)]
     with gzip.open(raw / 'meta_Books.json.gz', 'wt', 1) as f:
         for item in range(products):
-            text = ' '.join(words[word] for word in rng.integers(0, 5000, 50))
-            about = {'asin': f'{item:010X}', 'title': text[:60], 'brand': text[60:75],
+            text = texts[item % 5000]
+            about = {'asin': f'{item:010X}', 'title': f'{text[:60]} {item}', 'brand': text[60:75],
                      'category': ['Books', text[75:90], text[90:110]], 'description': [text]}
             f.write(f'{json.dumps(about)}\n')
 
