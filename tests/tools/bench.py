@@ -69,8 +69,9 @@ class Work:
 
 @dataclass
 class Row:
-    """work(ours) -> Work; alone: no baseline; once: neither warmed up nor repeated. Targets: `share` of the machine's product rate at
-    least; at most `memory` of the baseline's memory; at most so many MB, ms, MB sent."""
+    """work(ours) -> Work; alone: no baseline; once: neither warmed up nor repeated. Targets: `share`
+    of the machine's product rate at least; at most `memory` of the baseline's memory; at most so
+    many MB, ms, MB sent."""
     work: Callable
     share: float | None = None
     memory: float | None = None
