@@ -175,8 +175,9 @@ def preparation(ours, ratings):
     return Work(run)
 
 
-def opening(ours, items=930000, users=403000):
-    """load() of a dataset that another process prepared."""
+def opening(ours, items=937000, users=530600):
+    """load() of a dataset that another process prepared; so many items and users that 930,000 and
+    403,000 pass the filters."""
     folder = temporary_data()
     place = Path(folder.name, 'mine')
     place.mkdir()
