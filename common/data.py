@@ -58,6 +58,10 @@ class Dataset:
         text = prepared(self.folder, 'attributes')['attributes'].tobytes()
         return [list(map(tuple, item)) for item in json.loads(text)]
 
+    def each_attributes(self):
+        """Yield what `attributes` lists."""
+        yield from self.attributes
+
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
         targets [users]. 'valid': training part -> validation item; 'test': training part and
