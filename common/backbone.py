@@ -89,7 +89,7 @@ def from_backbone(path, layers=None):
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
     model = RecFormer(c)
     if re.search('lm_head|cls.predictions.transform', str(lacking)):
-        given |= part_of(model, 'lm_head')
+        given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
     load_named(model, given, path)
     return model
 
@@ -102,11 +102,6 @@ def renamed(state, rules):
             name = re.sub(f'^{old}', new, name)
         given[name] = tensor
     return given
-
-
-def part_of(model, prefix):
-    """A model's tensors whose names begin so."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefix)}
 
 
 def load_named(model, state, source):
@@ -168,10 +163,11 @@ def load_recformer(path, plm=None):
             raise UserError(f'{path}: a published state dict does not name its backbone: '
                             'add --plm longformer (or yours)')
         model = start_model(None, plm)
+        own = model.state_dict()
         for part in OPTIONAL:
-            if not any(name.startswith(part) for name in state):
+            if part not in str(list(state)):
                 print(f'no {part} in {path}: that of {plm} is used')
-                state |= part_of(model, part)
+                state |= {name: own[name] for name in own if name.startswith(part)}
         load_named(model, state, path)
         model.stage = 'published'
         return model

@@ -78,10 +78,6 @@ class Words:
         self.backend.enable_truncation(MOST_TOKENS)
         self.backend.no_padding()
 
-    def encode(self, texts):
-        """tokenizers.Encoding of each text, without special tokens, cut to 32 tokens."""
-        return self.backend.encode_batch(texts, add_special_tokens=False)
-
 
 def load_words(path, config=None):
     """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
@@ -124,11 +120,12 @@ def tokenize(attributes, words):
 
 
 def encoded(attributes, words):
-    """Each item's attributes, (name, value) as Encodings; equal texts are tokenized once."""
+    """Each item's attributes, (name, value) as tokenizers.Encoding without special tokens; equal
+    texts are tokenized once."""
     items = iter(attributes)
     while some := list(islice(items, AT_ONCE)):
         texts = list({text for pairs in some for pair in pairs for text in pair})
-        known = dict(zip(texts, words.encode(texts)))
+        known = dict(zip(texts, words.backend.encode_batch(texts, add_special_tokens=False)))
         for pairs in some:
             yield [(known[name], known[value]) for name, value in pairs[:MOST_ATTRIBUTES]]
 
@@ -139,7 +136,7 @@ def word_starts(word_ids):
 
 
 def item_tokens(data, words):
-    """ItemTokens of a Dataset. They are kept beside prepared.npz, one file for each tokenizer, until
+    """ItemTokens of a Dataset. They are kept beside prepared.npz, a file for each tokenizer, until
     the texts or this code are others; not where the folder cannot be written."""
     path = data.folder / f'tokens-{digest(words.text)[:8]}.npz'
     made_from = digest(data.fingerprint, words.text, code_digest('common/text.py'),

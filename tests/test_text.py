@@ -43,12 +43,12 @@ def test_truncation_and_padding_of_the_tokenizer_are_off(words):
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
     again = Words(backend.to_str(), words.cls, words.mask)
-    one, two = again.encode(['red green blue', 'tea'])
-    assert spelled(again, one.ids) == ['red', 'green', 'blue'] and len(two.ids) == 1
+    tokens = tokenize([[('red green blue', 'tea')]], again)
+    assert spelled(again, tokens.ids) == ['red', 'green', 'blue', 'tea']
 
 
 def test_no_special_tokens_are_added(words):
-    assert spelled(words, words.encode(['red tea'])[0].ids) == ['red', 'tea']
+    assert spelled(words, tokenize([[('red', 'tea')]], words).ids) == ['red', 'tea']
 
 
 def test_a_bos_token_serves_where_there_is_no_cls(tmp_path):
