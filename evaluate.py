@@ -181,6 +181,8 @@ def show_attention(args, data, folder):
         raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
                         'need three')
     vanilla = untouched(start_model(None, args.plm or tuned.plm, layers))
+    if vanilla.word_table.shape != tuned.word_table.shape:
+        raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     vanilla.config = tuned.config  # its limits of items and tokens
     shown = data.evaluated[data.lengths[data.evaluated].argmin()]  # on the maps
     if args.user is not None:

@@ -360,5 +360,10 @@ def test_attention_of_a_model_whose_origin_moved(world, monkeypatch):
     line = ['attention', 'one', '--users', '2']
     with pytest.raises(UserError, match=f'--plm {world / "plm"}: no such folder'):
         evaluate.main(evaluate.parse_args(line))
+    model_of('bert', num_hidden_layers=3, vocab_size=200).save_pretrained(world / 'other')
+    shutil.copy(world / 'moved' / 'tokenizer.json', world / 'other')
+    shutil.copy(world / 'moved' / 'tokenizer_config.json', world / 'other')
+    with pytest.raises(UserError, match='not what the checkpoint was tuned from'):
+        evaluate.main(evaluate.parse_args([*line, '--plm', str(world / 'other')]))
     evaluate.main(evaluate.parse_args([*line, '--plm', str(world / 'moved')]))
     assert 'vanilla' in (world / 'runs' / 'one' / 'figure1.md').read_text()
