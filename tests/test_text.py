@@ -169,10 +169,13 @@ def test_damaged_or_unwritable_tokens_are_made_again_in_silence(words, tmp_path,
     data = dataset(tmp_path / 'data')
     item_tokens(data, words)
     [file] = (tmp_path / 'data').iterdir()
-    file.write_bytes(file.read_bytes()[:-60])
+    cut, pickled = file.read_bytes()[:-60], {**np.load(file), 'ids': np.array([print], object)}
+    file.write_bytes(cut)
     assert item_tokens(data, words).n == 3 and data.read == 2
     item_tokens(data, words)
     assert data.read == 2, 'the damaged file was replaced'
+    np.savez(file, **pickled)
+    assert item_tokens(data, words).ids.dtype == np.int32 and data.read == 3
     (tmp_path / 'blocked').write_text('a file where a folder should be')
     unwritable = dataset(tmp_path / 'blocked' / 'data')
     assert item_tokens(unwritable, words).n == item_tokens(unwritable, words).n == 3
