@@ -27,7 +27,7 @@ from common.sources import (AMAZON, canonical_file, canonical_from_amazon, read_
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
 # not said, ours is a seeded sample of that size.
 FILTERS = paper()['filters']
-DEFAULT = (4, 1, 0)
+DEFAULT = 4, 1, 0
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
@@ -188,13 +188,13 @@ def build(folder, filters, identity):
     tied = np.delete(np.diff(time, prepend=-1) == 0, offsets[:-1])
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     cold = sorted(texts)
-    values = {tuple(value for _, value in json.loads(text) if value) for text in attributes}
+    # hashes, as the values of a million items would take much memory
+    different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
     counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(items),
               'avg_len': lengths.mean(), 'evaluated': len(evaluated),
               'tied_neighbours': tied.mean(), 'rows_unknown_item': unknown,
-              'rows_repeated': len(repeated), 'distinct_texts': len(values), 'cold': len(cold)}
+              'rows_repeated': len(repeated), 'distinct_texts': len(different), 'cold': len(cold)}
     names = [user_ids[u] for u in users]
-    dropped = np.delete(np.array(user_ids, object), users)
     fingerprint = digest(catalogue, f'[{", ".join(attributes)}]'.encode(), names, items, offsets,
                          evaluated, negatives)
     head = {'identity': identity, 'item_ids': catalogue, 'user_ids': names, 'counts': counts,
@@ -202,9 +202,10 @@ def build(folder, filters, identity):
     return {
         'head': as_lines([json.dumps(head)]),
         'items': items, 'offsets': offsets, 'evaluated': evaluated, 'negatives': negatives,
-        'attributes': as_lines(attributes), 'dropped_users': as_lines(map(json.dumps, dropped)),
+        'attributes': as_lines(attributes),
         'cold_ids': as_lines(map(json.dumps, cold)),
-        'cold_attributes': as_lines(map(texts.get, cold))}
+        'cold_attributes': as_lines(map(texts.get, cold)),
+        'dropped_users': as_lines(map(json.dumps, np.delete(np.array(user_ids, object), users)))}
 
 
 # ------------------------------------------------------------------------ prepared.npz
@@ -253,7 +254,7 @@ def prepared(folder, *names):
 
 def as_lines(texts):
     """Texts of JSON, one a line, as the bytes of one member."""
-    return np.array(bytearray('\n'.join(texts).encode()))
+    return np.frombuffer('\n'.join(texts).encode(), np.uint8)
 
 
 def head_of(folder):
