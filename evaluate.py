@@ -34,7 +34,7 @@ from common.options import POSITIVE, add_machine_options, option, options_parser
 from common.progress import progress
 from common.report import AGAINST, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
-from common.text import tokenize
+from common.text import item_tokens
 from common.training import start
 
 # In the names of embeddings that `curve` compares: its files, and what the number says
@@ -198,7 +198,9 @@ def show_attention(args, data, folder):
     if layers < 3:
         raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
                         'need three')
-    vanilla = untouched(start_model(None, tuned.plm, layers))
+    vanilla = untouched(start_model(None, args.plm or tuned.plm, layers))
+    if vanilla.word_table.shape != tuned.word_table.shape:
+        raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     vanilla.config = tuned.config  # its limits of items and tokens
     shown = data.evaluated[data.lengths[data.evaluated].argmin()]  # on the maps
     if args.user is not None:
@@ -206,7 +208,7 @@ def show_attention(args, data, folder):
     users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
     items, offsets, _ = data.split('test', np.append(users, shown))
     likes = sasrec_weights(args, data, folder, np.split(items, offsets[1:-1]))
-    tokens, machine = tokenize(data.attributes, tuned.words), start(args)
+    tokens, machine = item_tokens(data, tuned.words), start(args)
     maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         each = cls_attention(model.on(machine).eval(), items, offsets, tokens)
@@ -295,6 +297,7 @@ def parse_args(argv=None):
     option(g, '--k', POSITIVE, 10, 'items for each')
     g = of['attention']
     option(g, '--checkpoint', str, None, 'tuned language model (default: runs/<dataset>/ft1-seed0)')
+    option(g, '--plm', str, None, 'what it was tuned from (default: where that lay then)')
     option(g, '--seq', str, None, 'SASRec to compare with', metavar='RUN')
     option(g, '--user', str, None, 'of the maps (default: one with a short history)')
     option(g, '--users', POSITIVE, 200, 'of the numbers')

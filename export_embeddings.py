@@ -21,7 +21,7 @@ from common.files import UserError, command, load_pt, lock, save_pt
 from common.initial import geometry
 from common.options import add_machine_options, add_plm_options, option, options_parser
 from common.runs import Run, code_of
-from common.text import tokenize
+from common.text import item_tokens
 from common.training import start
 
 
@@ -48,7 +48,7 @@ def main(args):
     model = start_model(args.checkpoint, args.plm, args.layers)
     if model.stage == 'lf':
         untouched(model)
-    tokens = tokenize(data.attributes, model.words)
+    tokens = item_tokens(data, model.words)
     identity = {'data': data.fingerprint, 'model': weights_digest(model),
                 'tokens': tokens.fingerprint, 'precision': args.precision}
     run = Run(args, out, identity, code_of('export_embeddings.py'))

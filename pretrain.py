@@ -26,7 +26,7 @@ from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_op
                             add_plm_options, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
-from common.text import mask_words, micro_batches, tokenize
+from common.text import item_tokens, joined, mask_words, micro_batches
 from common.training import Processes, Training, adamw, start
 
 
@@ -63,17 +63,18 @@ class Sources:
     to the next. `train`, `valid`: users with two items at least, seeded."""
 
     def __init__(self, args, words):
-        items, lengths, attributes, self.fingerprints = [], [], [], []
+        items, lengths, tokens, self.fingerprints, before = [], [], [], [], 0
         for name in args.sources:
             data = load(name)
             part, offsets = data.training(leave=2 if args.leave_out else 0)
-            items.append(part + len(attributes))
+            items.append(part + before)
             lengths.append(np.diff(offsets))
-            attributes += data.attributes
+            tokens.append(item_tokens(data, words))
+            before += data.n_items
             self.fingerprints.append([name, data.fingerprint])
         self.items, self.lengths = np.concatenate(items), np.concatenate(lengths)
         self.begin = np.cumsum(self.lengths) - self.lengths
-        self.tokens = tokenize(attributes, words)
+        self.tokens = joined(tokens)
         users = np.flatnonzero(self.lengths >= 2)
         users = np.random.default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))

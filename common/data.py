@@ -78,6 +78,10 @@ class Dataset:
         self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
         self.lengths = np.diff(self.offsets)
 
+    def each_attributes(self):
+        """Yield what `attributes` lists, and keep none of it."""
+        return stored(self.folder, 'attributes')
+
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
         targets [users]. 'valid': training part -> validation item; 'test': training part and

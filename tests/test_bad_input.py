@@ -125,9 +125,9 @@ def refused(script, capsys, *options):
 
 
 def contents(world):
-    """{path: bytes} of all files, but for locks."""
+    """{path: bytes} of all files, but for locks and kept tokens."""
     return {path: path.read_bytes() for path in world.rglob('*')
-            if path.is_file() and path.name != '.lock'}
+            if path.is_file() and path.name != '.lock' and not path.name.startswith('tokens-')}
 
 
 EXPORT = ['export_embeddings', 'one', '--out', 'out.pt']
