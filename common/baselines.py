@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common.arrays import ragged, row_numbers, take
-from common.metrics import rank_counts, summarise
+from common.metrics import counts, per_user, rank_counts
 
 DECAYS = 1.0, 0.9, 0.8, 0.6, 0.4
 WEIGHTS = 0.1, 0.3, 1.0, 3.0  # of the text beside the items
@@ -49,18 +49,23 @@ def item_knn(data):
     """score(j) = sum over the history's items i other than j of weight(i) cos(i, j), the cosine of
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
-    had = sparse(items, offsets, np.ones(len(items)), data.n_items)
-    had.values().fill_(1)  # however often
-    of_items = had.t().coalesce()
-    counts = torch.sparse.sum(had, 0).to_dense()
-    norm = counts.clamp_min(1).sqrt()
+    had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
+    users = had.t().coalesce()
+    counts = users.indices()[0].bincount(minlength=len(users)).float()
+    norm = counts.clamp_min(1).sqrt()[:, None]
 
     def score(weights):
-        weights = weights.to_dense()
-        met = torch.sparse.mm(had, (weights / norm).t())  # [users, B]
-        scores = torch.sparse.mm(of_items, met).t() / norm
-        return without(scores, weights * (counts > 0))  # cos(i, i) = 1
+        met = sums(had, weights.t().to_dense() / norm)  # [users, B]
+        scores = (sums(users, met) / norm).t().contiguous()
+        return without(scores, weights, counts > 0)  # cos(i, i) = 1
     return score
+
+
+def sums(members, table):
+    """For each row of a sparse matrix the sum of the rows of the table that its columns name."""
+    rows, columns = members.indices()
+    offsets = F.pad(rows.bincount(minlength=len(members)).cumsum(0), (1, 0))
+    return F.embedding_bag(columns, table, offsets, mode='sum', include_last_offset=True)
 
 
 def text_knn(matrix):
@@ -70,14 +75,18 @@ def text_knn(matrix):
     own = unit.square().sum(1)
 
     def score(weights):
-        return without(torch.sparse.mm(weights, unit) @ unit.t(), weights.to_dense() * own)
+        return without(torch.sparse.mm(weights, unit) @ unit.t(), weights, own)
     return score
 
 
-def without(scores, own):
-    """Scores less what each item says of itself; exactly 0 where only rounding is left."""
-    left = scores - own
-    return left * (left.abs() > 1e-5 * own)
+def without(scores, weights, own):
+    """Scores less what each item of the history says of itself, weight x own [n + 1]; exactly 0
+    where only rounding is left."""
+    place = tuple(weights.indices())
+    itself = weights.values() * own[place[1]]
+    left = scores[place] - itself
+    scores[place] = left * (left.abs() > 1e-5 * itself)
+    return scores
 
 
 def weighted_sum(first, second, weight):
@@ -92,8 +101,16 @@ def weighted_sum(first, second, weight):
 
 # ------------------------------------------------------------------------ choice on validation
 
+def some_of(data, scores=2 ** 29):
+    """The dataset with a seeded sample of its evaluated users: so many scores of all items, a
+    minute's (ours). All users below 20,000 users times 25,000 items."""
+    users = np.random.default_rng(0).permutation(len(data.evaluated))[:scores // data.n_items]
+    users.sort()
+    return replace(data, evaluated=data.evaluated[users], negatives=data.negatives[users])
+
+
 def ranks_of(data, which, scorer, decay=1.0):
-    """Ranks of the evaluated users' targets under a scorer."""
+    """Ranks of the evaluated users' targets under a scorer; on 'valid' the sampled ones alone."""
     items, offsets, targets = data.split(which)
 
     def score(users):
@@ -101,23 +118,29 @@ def ranks_of(data, which, scorer, decay=1.0):
         lengths = np.diff(begin)
         age = -1 - ragged(-lengths, lengths)
         return scorer(sparse(own, begin, decay ** age, data.n_items))
+    history = None if which == 'valid' else (items, offsets)
     # a scorer makes several matrices of a chunk's size
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets), 2 ** 22)
+    return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
 
 
 def value_of(ranks):
     """NDCG@10 against 100 negatives."""
-    return summarise(ranks)['sampled']['NDCG@10']
+    return float(per_user(ranks['sampled'], 'NDCG', 10).mean())
 
 
 def popularity_value(data):
-    """Validation NDCG@10 (100 negatives) of popularity."""
-    return value_of(ranks_of(data, 'valid', popularity(data)))
+    """Validation NDCG@10 (100 negatives) of popularity, from the candidates' counts alone."""
+    items, _ = data.training()
+    often = torch.from_numpy(np.bincount(items, minlength=data.n_items + 1))
+    often[0] = -1  # padding
+    *_, targets = data.split('valid')
+    candidates = often[np.column_stack([targets, data.negatives])]
+    return value_of({'sampled': counts(candidates, candidates[:, :1]).numpy()})
 
 
 def untrained(data, embeddings):
     """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
-    items = item_knn(data)
+    items, part = item_knn(data), some_of(data)
     tried = [('popularity', None, {None: popularity(data)}),
              ('item-knn', None, {None: items})]
     for init, matrix in embeddings.items():
@@ -129,7 +152,7 @@ def untrained(data, embeddings):
         began = time.monotonic()
         valid = {}
         for weight, decay in product(scorers, DECAYS[:1] if name == 'popularity' else DECAYS):
-            ranks = ranks_of(data, 'valid', scorers[weight], decay)
+            ranks = ranks_of(part, 'valid', scorers[weight], decay)
             valid[weight, decay] = value_of(ranks)
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
@@ -138,14 +161,10 @@ def untrained(data, embeddings):
         yield name, fields, ranks
 
 
-def untrained_lines(data, most=5000):
-    """What popularity and item-kNN reach, on at most so many users, a line each: is there anything
-    to learn?"""
-    chosen = np.random.default_rng(0).permutation(len(data.evaluated))[:most]
-    chosen.sort()
-    part = replace(data, evaluated=data.evaluated[chosen], negatives=data.negatives[chosen])
+def untrained_lines(data):
+    """What popularity and item-kNN reach, a line each: is there anything to learn?"""
+    part = some_of(data)
     for name, fields, ranks in untrained(part, {}):
-        found = summarise(ranks)
-        yield (f'{name:12}NDCG@10 {100 * found["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
-               f'{100 * found["full"]["NDCG@10"]:6.2f} (all items), recency weight '
-               f'{fields["decay"]:g} a step; {len(chosen):,} users')
+        sampled, full = (100 * per_user(ranks[key], 'NDCG', 10).mean() for key in ('sampled', 'full'))
+        yield (f'{name:12}NDCG@10 {sampled:6.2f} (100 negatives) {full:6.2f} (all items), '
+               f'recency weight {fields["decay"]:g} a step; {len(part.evaluated):,} users')

@@ -13,6 +13,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = platform.node() or 'here'
-STOPPED = 143  # exit code after SIGTERM: 128 + 15, what a shell would report
 
 
 class UserError(Exception):
@@ -39,6 +39,7 @@ def command(main, *args):
     """Run a script's main: what a user can mend ends in one line on standard error, exit code 2."""
     try:
         signal.signal(signal.SIGTERM, stop)
+        sys.stdout.reconfigure(errors='replace')  # a terminal without UTF-8 shows a ? in a title
         main(*args)
         sys.stdout.flush()
     except UserError as error:
@@ -57,9 +58,11 @@ def command(main, *args):
         sys.exit(130)
 
 
-def stop(*_):
-    """SIGTERM: leave at once; whatever is open cleans up on its way out."""
-    sys.exit(STOPPED)
+def stop(number, _):
+    """SIGTERM: leave at once, as a shell would say it (143); whatever is open cleans up on its way
+    out. Until `command` is entered the system ends the process, which a shell says in the same way.
+    """
+    sys.exit(128 + number)
 
 
 def fail(error):
@@ -95,7 +98,7 @@ def digest(*parts):
             part = part.numpy(force=True)
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
-            h.update(part.tobytes())
+            h.update(part.ravel().view('u1'))  # no copy where it is in order
         else:
             h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
     return h.hexdigest()[:16]
@@ -110,6 +113,13 @@ def file_stamp(path, known=None):
         return known
     stamp['sha256'] = content_sha256(path)
     return known if stamp['sha256'] == known.get('sha256') else stamp
+
+
+def tensors_digest(path):
+    """16 hex digits of what the tensors of a `.pt` hold, whatever else it says: torch stores a
+    checksum of each, so none of them is read again."""
+    with zipfile.ZipFile(path) as f:
+        return digest([(x.file_size, x.CRC) for x in f.infolist() if '/data/' in x.filename])
 
 
 def provenance():
@@ -202,16 +212,16 @@ def save_pt(path, kind, **content):
 
 def load_pt(path, kind, device='cpu'):
     """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
-    if not Path(path).exists():
-        raise UserError(f'{path}: no such file')
-    with open(path, 'rb') as f:
-        try:
-            content = torch.load(f, map_location=device, weights_only=True)
-            found = content['kind']
-        except Exception as error:  # half a dozen kinds for a damaged or foreign file
-            said = str(error).splitlines() or ['']
-            raise UserError(f'{path}: not a readable {kind} file ({type(error).__name__}: '
-                            f'{said[0][:120]})') from None
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        found = content['kind']
+    except FileNotFoundError:
+        raise UserError(f'{path}: no such file') from None
+    except OSError:  # it may not be read, which is no damage
+        raise
+    except Exception as error:  # half a dozen kinds for a damaged or foreign file
+        said = f'{type(error).__name__}: {error}'.splitlines()[0]
+        raise UserError(f'{path}: not a readable {kind} file ({said[:150]})') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content
@@ -222,10 +232,11 @@ def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
     path = Path(folder, '.lock')
-    if not wait and int(os.environ.get('RANK', 0)):  # of torchrun's processes the first holds it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    follower = int(os.environ.get('RANK', 0)) and not wait  # of torchrun's the first holds it
+    if follower or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -5,8 +5,8 @@ equal. E = evaluated users, n = items; ids 1..n, column 0 is padding and never a
 Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the user's history
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
-import itertools
 import math
+from itertools import product
 
 import numpy as np
 import torch
@@ -35,15 +35,16 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     """(g, t) of every target in the three rankings, from one pass over the scores.
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
-    (items, offsets) of the same users; chunk: scores held at a time. Returns {'sampled', 'full',
-    'new': int32 [E, 2]}. Errors: Diverged where a score is not finite. Never one row alone: it
-    rounds differently, and breaks ties.
+    (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
+    a time, but those of 16 users at least: few rows wait for the table, and one alone rounds
+    differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
+    Diverged where a score is not finite.
     """
     every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
-    parts = max(1, min(len(every) // 2, -(-len(every) * (n + 1) // chunk)))
+    parts = min(len(every) // 16, -(-len(every) * (n + 1) // chunk))
     found = []
-    for users in np.array_split(every, parts):
+    for users in np.array_split(every, max(1, parts)):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -52,24 +53,22 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         candidate = scores.new_tensor(candidates[users], dtype=torch.int64)
         of_candidates = scores.gather(1, candidate)
         own = of_candidates[:, :1]
-        sampled = counts(of_candidates, own)
-        full = counts(scores, own)
-        items, offsets = take(*history, users)
-        scores[row_numbers(np.diff(offsets)), items] = -torch.inf
-        scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
-        new = counts(scores, own)
-        found.append(torch.stack([sampled, full, new]).cpu())
-    ranks = torch.cat(found, 1).numpy()
-    ranks[:, :, 1] -= 1  # the target itself
-    return dict(zip(CUTOFFS, ranks))
+        ranks = [counts(of_candidates, own)]
+        if history:
+            ranks.append(counts(scores, own))
+            items, offsets = take(*history, users)
+            scores[row_numbers(np.diff(offsets)), items] = -torch.inf
+            scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
+            ranks.append(counts(scores, own))
+        found.append(torch.stack(ranks).cpu())
+    return dict(zip(CUTOFFS, torch.cat(found, 1).numpy()))
 
 
 def counts(scores, own):
-    """[users, 2]: how many of the scores are above the target's, how many equal it, its own one
-    included."""
+    """int32 [users, 2]: how many of the scores are above the target's, how many others equal it."""
     higher = (scores > own).sum(1, dtype=torch.int32)
     equal = (scores == own).sum(1, dtype=torch.int32)
-    return torch.stack([higher, equal], 1)
+    return torch.stack([higher, equal - 1], 1)
 
 
 def per_user(ranks, metric, k):
@@ -88,11 +87,10 @@ def per_user(ranks, metric, k):
 
 def summarise(ranks):
     """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}: fractions, sums over users divided once."""
-    found = {}
-    for name, cutoffs in CUTOFFS.items():
-        found[name] = {}
-        for metric, k in itertools.product(('HR', 'NDCG'), cutoffs):
-            found[name][f'{metric}@{k}'] = float(per_user(ranks[name], metric, k).mean())
+    found = {name: {} for name in CUTOFFS}
+    for name, metrics in found.items():
+        for metric, k in product(('HR', 'NDCG'), CUTOFFS[name]):
+            metrics[f'{metric}@{k}'] = float(per_user(ranks[name], metric, k).mean())
     return found
 
 

@@ -27,14 +27,15 @@ NO_NUMBERS = {'common/files.py', 'common/models.py', 'common/options.py', 'commo
 
 @functools.cache
 def parsed(file):
-    """A source file's syntax tree without comments and docstrings (and without a body where that
-    was one), and 16 hex digits of it. Read once: a table asks for every run."""
+    """A source file's text without comments and docstrings (and without a body where that was one),
+    a statement a line, and 16 hex digits of it. Read once: a table asks for every run."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
                 del node.body[0]
-    return tree, digest(ast.unparse(tree))
+    text = ast.unparse(tree)
+    return text, digest(text)
 
 
 def code_digest(file):
@@ -45,13 +46,8 @@ def code_digest(file):
 def imports(file):
     """The files of common/ that a source file imports at its top (an import inside a function is
     for reading, printing or drawing)."""
-    names = []
-    for node in parsed(file)[0].body:
-        if isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f'{node.module}.{name.name}' for name in node.names)]
-        elif isinstance(node, ast.Import):
-            names += [name.name for name in node.names]
-    files = [f'{name.replace(".", "/")}.py' for name in names if name.startswith('common.')]
+    lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file)[0], re.MULTILINE)
+    files = [f'common/{word}.py' for word in re.findall(r'\w+', ' '.join(lines))]
     return [file for file in files if (ROOT / file).exists()]
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from common import files, training
-from common.files import (HOST, ROOT, STOPPED, Diverged, UserError, command, content_sha256, digest,
+from common.files import (HOST, ROOT, Diverged, UserError, command, content_sha256, digest,
                           file_stamp, load_json, load_pt, lock, save_json, save_pt,
                           save_text, whole)
 from common.runs import Run
@@ -251,7 +251,7 @@ def test_other_errors_keep_their_traceback(error, handler):
 def test_sigterm_outside_training_leaves_with_143(handler):
     with pytest.raises(SystemExit) as leave:
         command(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert leave.value.code == STOPPED == 143
+    assert leave.value.code == 143
 
 
 # ------------------------------------------------------------------------ optimiser
