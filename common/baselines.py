@@ -50,21 +50,25 @@ def item_knn(data):
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
     had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
-    users = had.t().coalesce()
-    counts = users.indices()[0].bincount(minlength=len(users)).float()
+    items_of, users_of = members(had), members(had.t().coalesce())
+    counts = users_of[1].diff()
     norm = counts.clamp_min(1).sqrt()[:, None]
 
     def score(weights):
-        met = sums(had, weights.t().to_dense() / norm)  # [users, B]
-        scores = (sums(users, met) / norm).t().contiguous()
+        met = sums(weights.t().to_dense() / norm, *items_of)  # [users, B]
+        scores = sums(met, *users_of).div_(norm).t().contiguous()
         return without(scores, weights, counts > 0)  # cos(i, i) = 1
     return score
 
 
-def sums(members, table):
-    """For each row of a sparse matrix the sum of the rows of the table that its columns name."""
-    rows, columns = members.indices()
-    offsets = F.pad(rows.bincount(minlength=len(members)).cumsum(0), (1, 0))
+def members(matrix):
+    """Ragged rows of a sparse matrix: (columns of its entries, offsets)."""
+    rows, columns = matrix.indices()
+    return columns, F.pad(rows.bincount(minlength=len(matrix)).cumsum(0), (1, 0))
+
+
+def sums(table, columns, offsets):
+    """For each ragged row the sum of the table's rows that it names."""
     return F.embedding_bag(columns, table, offsets, mode='sum', include_last_offset=True)
 
 

@@ -36,13 +36,13 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
     (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
-    a time, but those of 16 users at least: few rows wait for the table, and one alone rounds
+    a time, but those of 32 users at least: few rows wait for the table, and one alone rounds
     differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
     Diverged where a score is not finite.
     """
     every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
-    parts = min(len(every) // 16, -(-len(every) * (n + 1) // chunk))
+    parts = min(len(every) // 32, -(-len(every) * (n + 1) // chunk))
     found = []
     for users in np.array_split(every, max(1, parts)):
         scores = score(users)
