@@ -8,12 +8,10 @@ import gzip
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
 import sys
-import zipfile
 import zlib
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +20,6 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = platform.node() or 'here'
 
 
 class UserError(Exception):
@@ -42,20 +39,23 @@ def command(main, *args):
         sys.stdout.reconfigure(errors='replace')  # a terminal without UTF-8 shows a ? in a title
         main(*args)
         sys.stdout.flush()
+        return
     except UserError as error:
-        fail(error)
+        said = str(error)
     except BrokenPipeError:  # `| head` has read enough; what is left cannot be written
         os._exit(0)
     except OSError as error:  # a full disk, a folder without permission
-        fail(f'{error.filename or "writing"}: {error.strerror or error}')
+        said = f'{error.filename or "writing"}: {error.strerror or error}'
     except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
         if not re.search('out of memory|allocate memory|MemoryError', repr(error)):
             raise
-        fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
-             'script has it; what was saved is kept')
+        said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
+                'script has it; what was saved is kept')
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
+    print(f'error: {" ".join(said.split())}', file=sys.stderr)
+    sys.exit(2)
 
 
 def stop(number, _):
@@ -63,12 +63,6 @@ def stop(number, _):
     out. Until `command` is entered the system ends the process, which a shell says in the same way.
     """
     sys.exit(128 + number)
-
-
-def fail(error):
-    """One line on standard error, exit code 2."""
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-    sys.exit(2)
 
 
 # ------------------------------------------------------------------------ identities
@@ -115,13 +109,6 @@ def file_stamp(path, known=None):
     return known if stamp['sha256'] == known.get('sha256') else stamp
 
 
-def tensors_digest(path):
-    """16 hex digits of what the tensors of a `.pt` hold, whatever else it says: torch stores a
-    checksum of each, so none of them is read again."""
-    with zipfile.ZipFile(path) as f:
-        return digest([(x.file_size, x.CRC) for x in f.infolist() if '/data/' in x.filename])
-
-
 def provenance():
     """What travels with every result: commit ('+': the tree was changed), versions, command."""
     git = 'git describe --always --exclude=* --abbrev=12 --dirty=+'.split()
@@ -140,8 +127,9 @@ def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    part = path.with_name(f'.{path.name}.{HOST}.{os.getpid()}.part')
+    for left in path.parent.glob(f'.{path.name}.*.part'):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
     try:
         yield part
         with open(part, 'rb+') as f:
@@ -152,16 +140,6 @@ def whole(path):
         raise
     finally:
         part.unlink(missing_ok=True)
-
-
-def sweep(folder):
-    """Remove what a process of this machine left half-written when it was killed."""
-    if not Path('/proc/self').exists():
-        return
-    for stale in folder.glob(f'.*.{HOST}.*.part'):
-        process = stale.name.split('.')[-2]
-        if not Path('/proc', process).exists():
-            stale.unlink(missing_ok=True)
 
 
 def save_text(path, text):
@@ -212,16 +190,15 @@ def save_pt(path, kind, **content):
 
 def load_pt(path, kind, device='cpu'):
     """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        found = content['kind']
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
-    except OSError:  # it may not be read, which is no damage
-        raise
-    except Exception as error:  # half a dozen kinds for a damaged or foreign file
-        said = f'{type(error).__name__}: {error}'.splitlines()[0]
-        raise UserError(f'{path}: not a readable {kind} file ({said[:150]})') from None
+    if not Path(path).exists():
+        raise UserError(f'{path}: no such file')
+    with open(path, 'rb') as f:
+        try:
+            content = torch.load(f, map_location=device, weights_only=True)
+            found = content['kind']
+        except Exception as error:  # half a dozen kinds for a damaged or foreign file
+            said = f'{type(error).__name__}: {error}'.splitlines()[0]
+            raise UserError(f'{path}: not a readable {kind} file ({said[:150]})') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content

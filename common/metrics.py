@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from common.arrays import row_numbers, take
 from common.files import Diverged
 
-CUTOFFS = {'sampled': (5, 10), 'full': (5, 10, 50), 'new': (5, 10, 50)}  # paper sec. 4.2, table 4
+CUTOFFS = {'sampled': (5, 10),  # paper sec. 4.2
+           'full': (5, 10, 50),  # paper table 4
+           'new': (5, 10, 50)}
 
 
 def product_scorer(states, table, bias=None):
@@ -36,15 +38,15 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
     (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
-    a time, but those of 32 users at least: few rows wait for the table, and one alone rounds
+    a time, but those of 32 users at least: each time the table is read, and a user alone rounds
     differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
     Diverged where a score is not finite.
     """
     every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
-    parts = min(len(every) // 32, -(-len(every) * (n + 1) // chunk))
+    users_at_once = max(32, chunk // (n + 1))
     found = []
-    for users in np.array_split(every, max(1, parts)):
+    for users in np.array_split(every, -(-len(every) // users_at_once)):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -57,11 +59,13 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         if history:
             ranks.append(counts(scores, own))
             items, offsets = take(*history, users)
-            scores[row_numbers(np.diff(offsets)), items] = -torch.inf
+            rows = row_numbers(np.diff(offsets))
+            scores[rows, items] = -torch.inf
             scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
             ranks.append(counts(scores, own))
         found.append(torch.stack(ranks).cpu())
-    return dict(zip(CUTOFFS, torch.cat(found, 1).numpy()))
+    ranks = torch.cat(found, 1)
+    return dict(zip(CUTOFFS, ranks.numpy()))
 
 
 def counts(scores, own):
@@ -82,15 +86,18 @@ def per_user(ranks, metric, k):
     if metric == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
-    return (total[np.minimum(g + t + 1, k)] - total[np.minimum(g, k)]) / (t + 1)
+    first, last = np.minimum([g, g + t + 1], k)
+    return (total[last] - total[first]) / (t + 1)
 
 
 def summarise(ranks):
-    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}: fractions, sums over users divided once."""
-    found = {name: {} for name in CUTOFFS}
+    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
+    sums over users divided once."""
+    found = {name: {} for name in ranks}
     for name, metrics in found.items():
         for metric, k in product(('HR', 'NDCG'), CUTOFFS[name]):
-            metrics[f'{metric}@{k}'] = float(per_user(ranks[name], metric, k).mean())
+            value = per_user(ranks[name], metric, k).mean()
+            metrics[f'{metric}@{k}'] = float(value)
     return found
 
 
@@ -98,7 +105,10 @@ def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
-    ties = {name: float((ranks[name][:, 1] > 0).mean()) for name in CUTOFFS}
+    ties = {}
+    for name in CUTOFFS:
+        tied = ranks[name][:, 1] > 0
+        ties[name] = float(tied.mean())
     return {'dataset': data.name,
             'data': data.fingerprint,
             'users': len(data.evaluated),
