@@ -127,9 +127,9 @@ def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f'.{path.name}.*.part'):  # by a process that was killed
+    for left in path.parent.glob(f'.{path.name}.of-*.part'):  # by a process that was killed
         left.unlink(missing_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    part = path.with_name(f'.{path.name}.of-{os.getpid()}.part')
     try:
         yield part
         with open(part, 'rb+') as f:

@@ -38,7 +38,7 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
     (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
-    a time, but those of 32 users at least: each time the table is read, and a user alone rounds
+    a time, but those of some 32 users: each time the table is read, and a user alone rounds
     differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
     Diverged where a score is not finite.
     """
