@@ -1,5 +1,5 @@
-"""What every script passes before the rest is read: a machine on which nothing here runs is told so
-in one line. Older Pythons get this far too, so this file and the scripts keep to 3.8's syntax."""
+"""What every script passes first: a machine on which nothing here runs is told so in one line.
+Older Pythons get this far too, so this file and the scripts keep to the syntax of 3.8."""
 import sys
 
 missing = ''
@@ -10,3 +10,5 @@ if sys.platform == 'win32':
 if missing:
     print('error: ' + missing, file=sys.stderr)
     sys.exit(2)
+if hasattr(sys.stdout, 'reconfigure'):  # a terminal without UTF-8 shows a ? in a title
+    sys.stdout.reconfigure(errors='replace')

@@ -36,7 +36,6 @@ def command(main, *args):
     """Run a script's main: what a user can mend ends in one line on standard error, exit code 2."""
     try:
         signal.signal(signal.SIGTERM, stop)
-        sys.stdout.reconfigure(errors='replace')  # a terminal without UTF-8 shows a ? in a title
         main(*args)
         sys.stdout.flush()
         return
