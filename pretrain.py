@@ -43,9 +43,9 @@ def parse_args(argv=None):
     g = p.add_argument_group('data')
     g.add_argument('--leave-out', action='store_true', help="leave out each user's last two items "
                    '(for sources that are targets too; paper silent)')
-    option(g, '--share', number(float, 0, 100, True), 100.0,
+    option(g, '--share', number(float, 1e-6, 100), 100.0,
            'percent of the source users (paper sec. 4.6)')
-    option(g, '--valid-share', number(float, 0, 50, True), 5.0, 'percent of users held out (ours)')
+    option(g, '--valid-share', number(float, 1e-6, 50), 5.0, 'percent of users held out (ours)')
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
     g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
     option(g, '--accumulate', POSITIVE, 8, 'batches per optimizer step (RecFormer)')

@@ -647,7 +647,7 @@ WRONG = [
     (['evaluate.py', 'table', 'mine'], 'no results yet'),
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'inspect', 'mine', 'nosuch'], 'no such run'),
-    (['evaluate.py', 'inspect', 'mine', '../x'], 'not the name of a run'),
+    (['evaluate.py', 'inspect', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such file'),
     (['evaluate.py', 'attention', 'mine'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from a share'),
