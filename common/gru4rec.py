@@ -26,8 +26,8 @@ class GRU4Rec(SequenceModel):
         """Rows of the item table [T, H], sequences one after the other -> states [T, H], or of the
         rows `wanted` [R] alone."""
         numbers = torch.arange(len(x)).split(lengths.tolist())
-        # the rows' numbers step after step, of the longest sequences first
-        packed = pack_sequence(sorted(numbers, key=len, reverse=True))
+        longest_first = sorted(numbers, key=len, reverse=True)
+        packed = pack_sequence(longest_first)  # the rows' numbers step after step
         order = packed.data.to(x.device)
         x = rows(x, order).float()
         x = self.drop(x)

@@ -178,6 +178,7 @@ class AttentionModel(SequenceModel):
 class AttentionBlock(nn.Module):
     """The layers of a block; subclasses say in `forward` how they are joined, and name `eps` of the
     norms and how many times as wide as a state the inner layer is (`widening`)."""
+    drop = SequenceModel.drop
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -187,10 +188,6 @@ class AttentionBlock(nn.Module):
         self.inner = nn.Linear(hidden, self.widening * hidden)
         self.outer = nn.Linear(self.widening * hidden, hidden)
         self.dropout = dropout
-
-    def drop(self, x):
-        """Dropout."""
-        return dropout(x, self.dropout, self.training)
 
 
 class Layout:
