@@ -15,10 +15,11 @@ import json
 import re
 import zlib
 from html import unescape
+from operator import itemgetter
 
 import numpy as np
 
-from common.files import UserError, file_stamp, load_json, lock, save_json, whole
+from common.files import UserError, file_stamp, load_json, save_json, whole
 from common.progress import progress
 from common.runs import code_digest
 from common.sources import (AMAZON, HEADER, as_text, csv_rows, event, item_of, lines, objects,
@@ -31,10 +32,9 @@ PAIRS = ('X.inter X.item, u.data u.item, ratings.dat movies.dat, ratings.csv mov
          'X.csv meta_X.jsonl, X.jsonl meta_X.jsonl, interactions.csv items.csv, '
          'interactions.tsv items.tsv, interactions.csv items.jsonl, interactions.tsv items.jsonl')
 # What a column is called, the first that is there counts; `id` is an item's in the file of texts.
-COLUMNS = {'user': 'user user_id userid reviewerid customer_id',
-           'item': 'item item_id itemid movieid movie_id parent_asin asin product_id',
-           'time': 'timestamp time unixreviewtime datetime date',
-           'id': 'item item_id itemid movieid movie_id parent_asin asin product_id id'}
+ITEM = 'item item_id itemId movieId movie_id parent_asin asin product_id'
+COLUMNS = {'user': 'user user_id userId reviewerID customer_id', 'item': ITEM, 'id': f'{ITEM} id',
+           'time': 'timestamp time unixReviewTime datetime date'}
 GENRES = ('unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy '
           'Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western')
 # The first line of files without a header -> their columns: MovieLens, Amazon 2018.
@@ -42,6 +42,7 @@ HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
             r'\d+::.*::.*': 'item title genres',
             r'\d+\|.*(\|[01]){19}': f'item title released video IMDb {GENRES}',
             r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
+PRODUCT = {'title': 'title', 'brand': 'store', 'category': 'categories'}  # Amazon 2018's: 2023's
 MOST_MALFORMED = 0.01  # share of rows; above it the file is not what it should be
 SLOTS = 2 ** 24        # of the table that counts users and items in bounded memory
 
@@ -77,33 +78,34 @@ codecs.register_error('latin', latin)
 
 
 def table(path):
-    """(names of columns, (line number, {column: value}) of each row); None for a row that has more
-    or fewer cells, or is no object of JSON."""
+    """({column: its place in a row}, (line number, row) of each). A row is a list of cells, None
+    where they are too many or too few; or of JSON an object, whose places are its names."""
     name = path.name.removesuffix('.gz')
     if name.endswith(('.json', '.jsonl')):
         some = itertools.islice(objects(path, 'latin'), 100)
-        return dict.fromkeys(key for _, row in some for key in row or ()), objects(path, 'latin')
-    head = next(lines(path, 'latin'), (0, ''))[1].strip()
+        names = [key for _, row in some if isinstance(row, dict) for key in row]
+        return dict(zip(names, names)), objects(path, 'latin')
+    _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
     if name.endswith(('.csv', '.tsv')):
-        rows = csv_rows(path, (line for _, line in lines(path, 'latin')), delimiter=mark)
+        rows = csv_rows(path, map(itemgetter(1), lines(path, 'latin')), delimiter=mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
-    known = [names.split() for first, names in HEADLESS.items() if re.fullmatch(first, head)]
+    known = [names.split() for first, names in HEADLESS.items() if re.fullmatch(first, head.strip())]
     header = known[0] if known else next(rows, (0, []))[1]
-    columns = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
-    return columns, ((n, dict(zip(columns, row)) if len(row) == len(columns) else None)
-                     for n, row in rows)
+    names = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
+    width = len(names)
+    rows = ((n, row if len(row) == width else None) for n, row in rows)
+    return {name: place for place, name in enumerate(names)}, rows
 
 
-def column(path, columns, role, named):
+def column(path, places, role, named):
     """The name of the column that holds `role`. UserError: there is none."""
     wanted = [named[role]] if role in named else COLUMNS[role].split()
-    known = {name.lower(): name for name in columns}
     for name in wanted:
-        if name.lower() in known:
-            return known[name.lower()]
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(columns)}; say '
+        if name in places:
+            return name
+    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places)}; say '
                     f'--columns {role}=NAME')
 
 
@@ -115,12 +117,14 @@ def records(path, rows, parse):
 
 def interactions(path, named):
     """(user, item, time), as texts, of each row of a file of interactions."""
-    columns, rows = table(path)
-    names = [column(path, columns, role, named) for role in ('user', 'item', 'time')]
+    places, rows = table(path)
+    names = [column(path, places, role, named) for role in ('user', 'item', 'time')]
+    pick = itemgetter(*map(places.get, names))
 
     def parse(row):
-        cells = [row[name] for name in names]
-        cells = [cell if isinstance(cell, str) else as_text(cell) for cell in cells]
+        cells = pick(row)
+        if isinstance(row, dict):
+            cells = list(map(as_text, cells))
         user, item, _ = event(cells)
         return user, item, cells[2]
 
@@ -129,37 +133,39 @@ def interactions(path, named):
 
 def items(path, named):
     """(id, [(name, text)], number of objects left out) of each row of a file of texts."""
-    columns, rows = table(path)
-    key = column(path, columns, 'id', named)
-    amazon = key.endswith('asin') and '.json' in path.name
+    places, rows = table(path)
+    key = column(path, places, 'id', named)
 
     def parse(row):
-        if amazon:
+        if isinstance(row, list):
+            row = movie(dict(zip(places, row)))
+        elif key.endswith('asin'):
             row = {key: row[key], **product(row)}
-        elif 'IMDb' in row:
-            genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
-            row = {key: row[key], 'title': row['title'], 'genres': genres}
-        elif isinstance(row.get('genres'), str):
-            row['genres'] = row['genres'].replace('|', ' ')
         return item_of(row, key)
 
     return records(path, rows, parse)
 
 
-# ------------------------------------------------------------------------ Amazon's texts
+def movie(row):
+    """MovieLens's genres, flags or parted by bars, as words; any other row as it is."""
+    if 'IMDb' in row:
+        genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
+        return {'item': row['item'], 'title': row['title'], 'genres': genres}
+    if 'genres' in row:
+        row['genres'] = row['genres'].replace('|', ' ')
+    return row
+
 
 def product(row):
-    """Title, brand and category of Amazon's metadata of 2018 or 2023. A title that is JavaScript is
-    blanked (a fault of the source)."""
+    """Title, brand and category of Amazon's metadata, without HTML entities and tags. A title that
+    is JavaScript is blanked (a fault of the source)."""
     if re.search('getTime|<span id', str(row.get('title'))):
         row['title'] = ''
-    return {'title': clean(row.get('title')), 'brand': clean(row.get('brand') or row.get('store')),
-            'category': clean(row.get('category') or row.get('categories'))}
-
-
-def clean(value):
-    """One line of text without HTML entities and tags."""
-    return ' '.join(re.sub('<[^<>]*>', ' ', unescape(as_text(value))).split())
+    texts = {}
+    for name, other in PRODUCT.items():
+        text = unescape(as_text(row.get(name) or row.get(other)))
+        texts[name] = ' '.join(re.sub('<[^<>]*>', ' ', text).split())
+    return texts
 
 
 # ------------------------------------------------------------------------ writing
@@ -169,90 +175,89 @@ def slot(text):
     return zlib.crc32(text.encode()) % SLOTS
 
 
-def write_interactions(f, path, named, min_user, min_item):
-    """All rows but those that can never pass the filters; returns the set of their items. Several
-    ids may share a count, so a count is never too low."""
-    counts, found = np.zeros(SLOTS, np.int32), set()
-    if min_user:
-        for user, item, _ in interactions(path, named):
-            counts[slot(user)] += 1
-            counts[slot(item)] += 1
-    writer = csv.writer(f, lineterminator='\n')
-    writer.writerow(HEADER.split(','))
-    for user, item, stamp in interactions(path, named):
-        if counts[slot(user)] >= min_user and counts[slot(item)] >= min_item:
-            writer.writerow((user, item, stamp))
-            found.add(item)
-    if not found:
-        raise UserError(f'{path}: no user has {min_user} ratings of items with {min_item}; '
-                        'is it the right file?')
-    return found
+def passing(path, named, min_user, min_item):
+    """The interactions but those that can never pass the filters. Several ids may share a count, so
+    a count is never too low."""
+    counts = np.zeros(SLOTS, np.int32)
+    for user, item, _ in interactions(path, named):
+        counts[slot(user)] += 1
+        counts[slot(item)] += 1
+    for row in interactions(path, named):
+        if counts[slot(row[0])] >= min_user and counts[slot(row[1])] >= min_item:
+            yield row
 
 
-def write_items(f, path, named, used, every):
-    """The items that are used, or `every` one: the first of each id counts."""
-    seen, repeats, left_out = set(), 0, 0
-    for key, pairs, skipped in items(path, named):
+@contextlib.contextmanager
+def writer(path):
+    """Text writer to a whole .gz."""
+    with whole(path) as part, gzip.open(part, 'wt', 4, 'utf-8', 'replace') as f:
+        yield f
+
+
+def write(rows_file, texts_file, pair, named, filters):
+    """The canonical rows and texts of a pair of files. With filters only what may pass them; the
+    first line of each id counts."""
+    used, seen, repeats, left_out = set(), set(), 0, 0
+    out = csv.writer(rows_file, lineterminator='\n')
+    out.writerow(HEADER.split(','))
+    read = passing if filters else interactions
+    for row in read(pair[0], named, *filters):
+        out.writerow(row)
+        used.add(row[1])
+    for key, pairs, skipped in items(pair[1], named):
         if key in seen:
             repeats += 1
-        elif every or key in used:
+        elif key in used or not filters:
             seen.add(key)
             left_out += skipped
-            f.write(json.dumps({'id': key, **dict(pairs), 'id': key}, ensure_ascii=False) + '\n')
-    tell_objects(path, left_out)
-    print(f'  {len(seen):,} items')
+            item = {'id': key, **dict(pairs), 'id': key}
+            texts_file.write(json.dumps(item, ensure_ascii=False) + '\n')
+    tell_objects(pair[1], left_out)
+    print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
+          f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
-def canonical_from(folder, pair, named, filters=(0, 0)):
+def canonical_from(folder, pair, named, *filters):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
     these two files, options and code."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
     then = load_json(source) if source.exists() else {}
     now = {path.name: file_stamp(path, then.get(path.name)) for path in pair}
-    now |= {'columns': named, 'filters': list(filters), 'code': code_digest('common/formats.py')}
-    if all(path.exists() for path in made) and now == then:
+    now |= {'columns': named, 'filters': filters, 'code': code_digest('common/formats.py')}
+    now = json.loads(json.dumps(now))  # tuples are lists there
+    if now == then and all(path.exists() for path in made):
+        print(f'{folder}: the canonical files are up to date')
         return
-    with lock(folder):
-        with writer(made[0]) as rows, writer(made[1]) as texts:
-            used = write_interactions(rows, pair[0], named, *filters)
-            write_items(texts, pair[1], named, used, every=not filters[0])
-            save_json(source, {'unfinished': now})  # what lies here was made here, if killed now
-        save_json(source, now)
-
-
-@contextlib.contextmanager
-def writer(path):
-    """Text writer to a whole .gz."""
-    with whole(path) as part, gzip.open(part, 'wt', 6, 'utf-8', 'replace') as f:
-        yield f
+    with writer(made[0]) as rows, writer(made[1]) as texts:
+        write(rows, texts, pair, named, filters)
+        save_json(source, {'unfinished': now})  # what lies here was made here, if killed now
+    save_json(source, now)
 
 
 def users_own(folder):
-    """Canonical files that were not made here."""
-    ours = ['interactions.csv.gz', 'items.jsonl.gz'] if (folder / 'source.json').exists() else []
-    return [path for path in folder.glob('i*s.*') if path.name not in ours]
+    """Whether there are canonical files that were not made here."""
+    return any(folder.glob('i*s.*')) and not (folder / 'source.json').exists()
 
 
 def canonical_from_amazon(name, folder, min_user, min_item):
-    """The canonical files of one of the paper's datasets, from its raw files. Their rows are fewer
-    than common/data.py's filters ask for, and items are those of the rows: memory."""
+    """The canonical files of one of the paper's datasets, from its raw files."""
     if users_own(folder):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
     category, expected = AMAZON[name]
     pair = (raw_file(name, f'categoryFilesSmall/{category}.csv', expected),
             raw_file(name, f'metaFiles2/meta_{category}.json.gz'))
-    canonical_from(folder, pair, {}, (min_user, min_item))
+    canonical_from(folder, pair, {}, min_user, min_item)
 
 
-def convert(folder, path, items=None, named={}):
+def convert(folder, path, texts=None, named={}):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
-    for file in users_own(folder):
-        raise UserError(f'{file}: was not made by --from, and is never overwritten: choose another '
-                        'name, or move it away')
-    pair = (path, items) if items else find_pair(path)
+    if users_own(folder) or folder.name in AMAZON:
+        raise UserError(f'{folder}: its files were not made by --from, which never overwrites them: '
+                        'choose another name')
+    pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named)
 

@@ -60,31 +60,28 @@ def csv_rows(path, text, **dialect):
 
 
 def objects(path, errors='strict'):
-    """(line number, object) of each line of JSON that is not blank; None where it is no object."""
+    """(line number, value) of each line of JSON that is not blank; None where it is not JSON."""
     for number, line in lines(path, errors):
-        if line.isspace():
-            continue
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
             found = None
-        yield number, found if isinstance(found, dict) else None
+        if not line.isspace():
+            yield number, found
 
 
 def readable(path, rows, parse, most=0.0):
-    """parse(row) of each of the numbered rows. One that cannot be read is left out, counted and
-    told; UserError: their share is above `most`, or there is one and `most` is 0."""
+    """parse(row) of each of the numbered rows. What cannot be read is left out, counted and told;
+    UserError where its share is above `most`."""
     number = bad = 0
     for number, row in rows:
         try:
             yield parse(row)
         except UNREADABLE as error:
-            bad += 1
-            if bad == 1:
+            if not bad:
                 why = error if isinstance(error, ValueError) else ' is no record with all it needs'
                 first = f'{path}: line {number}{why}'
-            if not most:
-                raise UserError(first) from None
+            bad += 1
     if bad:
         told = f'{first}; in all {bad:,} of {number:,} lines cannot be read'
         if bad > most * number:
@@ -130,11 +127,11 @@ def tell_objects(path, count):
 
 
 def item_of(given, name='id'):
-    """(id, [(name, text) of each other attribute], how many more there are that are objects) of an
-    object; its id goes. ValueError: it has none."""
-    key = (given or {}).pop(name, None)
+    """(id, [(name, text) of each other attribute], how many more are objects) of an object; its id
+    goes. An error of UNREADABLE: it has none."""
+    key = given.pop(name)
     if not isinstance(key, (str, int)) or not str(key).strip():
-        raise ValueError(f' is no record with an "{name}"')
+        raise TypeError
     pairs = []
     for attribute, value in given.items():
         with contextlib.suppress(TypeError):
@@ -180,11 +177,12 @@ def read_interactions(path, known):
     return np.array(found).reshape(-1, 3), list(users), list(items), unknown
 
 
-def event(row):
-    """(user, item, microseconds) of three cells. ValueError: its text goes on after "line 7"."""
-    if len(row) != 3:
-        raise ValueError(f' has {len(row)} columns, not 3 ({HEADER})')
-    user, item, stamp = (cell.strip(' \t') for cell in row)
+def event(cells):
+    """(user, item, microseconds) of three texts. ValueError: its text goes on after "line 7"."""
+    if len(cells) != 3:
+        raise ValueError(f' has {len(cells)} columns, not 3 ({HEADER})')
+    user, item, stamp = cells
+    user, item = user.strip(' \t'), item.strip(' \t')
     if not user or not item:
         raise ValueError(' has an empty user or item')
     try:
@@ -206,7 +204,7 @@ def microseconds(stamp):
         return since // timedelta(microseconds=1)
     for factor in (1e6, 1e3, 1, 1e-3):
         if abs(value * factor) < 1e17:
-            return round(value * factor)
+            return int(value * factor)
     raise ValueError
 
 
@@ -219,12 +217,9 @@ def download(url, path):
     answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
     if not answer.url.startswith(SAFE):
         raise UserError(f'{url}: leads to {answer.url}; only https')
-    if answer.status != 206:  # the server sends everything again
-        have = 0
-    total = have + answer.length if answer.length else None
-    bar = progress(total=total, initial=have, unit='B', unit_scale=True, desc=path.name)
+    bar = progress(total=answer.length, unit='B', unit_scale=True, desc=path.name)
     with answer, bar, open(path, 'ab') as f:
-        f.truncate(have)
+        f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
         while chunk := answer.read(2 ** 20):
             bar.update(f.write(chunk))
     if answer.length:
@@ -235,6 +230,7 @@ def download(url, path):
 def download_any(name, remote, path):
     """Fetch a file to `path` from the first host that has it. Errors: UserError, which says what to
     put where."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'
         if not url.startswith(SAFE):
@@ -255,17 +251,13 @@ def raw_file(name, remote, expected=None):
     """data/raw/<file name> (or .gz), downloaded where it is not there. UserError: its content has
     another sha256 than expected."""
     path = data_root() / 'raw' / os.path.basename(remote)
-    packed = path.with_name(f'{path.name}.gz')
-    path = packed if packed.exists() else path
-    found = path
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = path.with_name(f'part-{path.name}')
-        download_any(name, remote, found)
+    part = path.with_name(f'part-{path.name}')
+    there = [file for file in (path.with_name(f'{path.name}.gz'), path) if file.exists()]
+    if not there:
+        download_any(name, remote, part)
+    found = there[0] if there else part
     if expected and 'ELEPHANT_ANY_VERSION' not in os.environ and content_sha256(found) != expected:
         raise UserError(f'{found}: its sha256 is not that of the version the paper used; remove it '
                         'to download that one, or go on with this one: --any-version, or '
                         'ELEPHANT_ANY_VERSION=1 for a whole chain')
-    if found != path:
-        found.replace(path)
-    return path
+    return found if there else part.replace(path)
