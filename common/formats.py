@@ -7,20 +7,17 @@ streams. Bytes that are not UTF-8 are read as Latin-1 (MovieLens). Every interac
 whatever its rating.
 """
 import codecs
-import contextlib
 import csv
 import gzip
 import itertools
 import json
+import os
 import re
 import zlib
 from html import unescape
 from operator import itemgetter
 
-import numpy as np
-
 from common.files import UserError, file_stamp, load_json, save_json, whole
-from common.progress import progress
 from common.runs import code_digest
 from common.sources import (AMAZON, HEADER, as_text, csv_rows, event, item_of, lines, objects,
                             raw_file, readable, tell_objects)
@@ -44,7 +41,8 @@ HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
             r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
 PRODUCT = {'title': 'title', 'brand': 'store', 'category': 'categories'}  # Amazon 2018's: 2023's
 MOST_MALFORMED = 0.01  # share of rows; above it the file is not what it should be
-SLOTS = 2 ** 24        # of the table that counts users and items in bounded memory
+SLOTS = 2 ** 26        # of the table, a byte each, that counts users and items
+MOST_COUNTED = 255     # what a byte holds
 
 
 # ------------------------------------------------------------------------ rows of any such file
@@ -52,15 +50,15 @@ SLOTS = 2 ** 24        # of the table that counts users and items in bounded mem
 def find_pair(path):
     """(file of interactions, file of texts) in a folder, or of a stem or a file of interactions.
     UserError: none, or several."""
-    folder, start = (path, '') if path.is_dir() else (path.parent, path.name.removesuffix('.gz'))
+    folder = path if path.is_dir() else path.parent
     there = {file.name.removesuffix('.gz'): file for file in sorted(folder.iterdir())}
     found = {}
-    for name, pair in itertools.product(there, PAIRS.split(', ')):
+    for (name, file), pair in itertools.product(there.items(), PAIRS.split(', ')):
         ending, mate = pair.split()
         stem = name.removesuffix(ending.removeprefix('X'))
         texts = there.get(mate.replace('X', stem))
-        if texts and stem != name and name.startswith(start):
-            found[there[name]] = texts
+        if texts and stem != name and (folder == path or file.name.startswith(path.name)):
+            found[file] = texts
     if len(found) != 1:
         names = ', '.join(file.name for file in found or there.values())
         raise UserError(f'{path}: holds not one pair of files that is known ({PAIRS}; each also '
@@ -82,37 +80,35 @@ def table(path):
     where they are too many or too few; or of JSON an object, whose places are its names."""
     name = path.name.removesuffix('.gz')
     if name.endswith(('.json', '.jsonl')):
-        some = itertools.islice(objects(path, 'latin'), 100)
-        names = [key for _, row in some if isinstance(row, dict) for key in row]
-        return dict(zip(names, names)), objects(path, 'latin')
+        first = next((row for _, row in objects(path, 'latin') if isinstance(row, dict)), {})
+        return dict(zip(first, first)), objects(path, 'latin')
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
     if name.endswith(('.csv', '.tsv')):
         rows = csv_rows(path, map(itemgetter(1), lines(path, 'latin')), delimiter=mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
-    known = [names.split() for first, names in HEADLESS.items() if re.fullmatch(first, head.strip())]
+    known = [names.split() for first, names in HEADLESS.items()
+             if re.fullmatch(first, head.strip())]
     header = known[0] if known else next(rows, (0, []))[1]
     names = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
+    places = {name: place for place, name in enumerate(names)}
     width = len(names)
-    rows = ((n, row if len(row) == width else None) for n, row in rows)
-    return {name: place for place, name in enumerate(names)}, rows
+    if len(places) < width:
+        raise UserError(f'{path}: two columns have one name: {", ".join(names)}')
+    return places, ((n, row if len(row) == width else None) for n, row in rows)
 
 
 def column(path, places, role, named):
     """The name of the column that holds `role`. UserError: there is none."""
+    if role == 'id' and 'item' in named:  # the same in both files, unless it is said
+        named = {'id': named['item'], **named}
     wanted = [named[role]] if role in named else COLUMNS[role].split()
     for name in wanted:
         if name in places:
             return name
     raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places)}; say '
                     f'--columns {role}=NAME')
-
-
-def records(path, rows, parse):
-    """parse(row) of the rows that it can be made of."""
-    return readable(path, progress(rows, unit='line', unit_scale=True, desc=path.name), parse,
-                    MOST_MALFORMED)
 
 
 def interactions(path, named):
@@ -128,7 +124,7 @@ def interactions(path, named):
         user, item, _ = event(cells)
         return user, item, cells[2]
 
-    return records(path, rows, parse)
+    return readable(path, rows, parse, MOST_MALFORMED)
 
 
 def items(path, named):
@@ -138,21 +134,23 @@ def items(path, named):
 
     def parse(row):
         if isinstance(row, list):
-            row = movie(dict(zip(places, row)))
+            row = tidy(dict(zip(places, row)))
         elif key.endswith('asin'):
             row = {key: row[key], **product(row)}
         return item_of(row, key)
 
-    return records(path, rows, parse)
+    return readable(path, rows, parse, MOST_MALFORMED)
 
 
-def movie(row):
-    """MovieLens's genres, flags or parted by bars, as words; any other row as it is."""
+def tidy(row):
+    """A table's row with MovieLens's genres, flags or parted by bars, as words, and without what
+    has no name (the row's number, as pandas writes it)."""
+    row.pop('', None)
     if 'IMDb' in row:
         genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
         return {'item': row['item'], 'title': row['title'], 'genres': genres}
     if 'genres' in row:
-        row['genres'] = row['genres'].replace('|', ' ')
+        row['genres'] = row['genres'].replace('(no genres listed)', '').replace('|', ' ')
     return row
 
 
@@ -177,21 +175,15 @@ def slot(text):
 
 def passing(path, named, min_user, min_item):
     """The interactions but those that can never pass the filters. Several ids may share a count, so
-    a count is never too low."""
-    counts = np.zeros(SLOTS, np.int32)
+    a count up to MOST_COUNTED is never too low."""
+    counts = bytearray(SLOTS)
     for user, item, _ in interactions(path, named):
-        counts[slot(user)] += 1
-        counts[slot(item)] += 1
+        for place in (slot(user), slot(item)):
+            counts[place] += counts[place] < MOST_COUNTED
+    least_user, least_item = min(min_user, MOST_COUNTED), min(min_item, MOST_COUNTED)
     for row in interactions(path, named):
-        if counts[slot(row[0])] >= min_user and counts[slot(row[1])] >= min_item:
+        if counts[slot(row[0])] >= least_user and counts[slot(row[1])] >= least_item:
             yield row
-
-
-@contextlib.contextmanager
-def writer(path):
-    """Text writer to a whole .gz."""
-    with whole(path) as part, gzip.open(part, 'wt', 4, 'utf-8', 'replace') as f:
-        yield f
 
 
 def write(rows_file, texts_file, pair, named, filters):
@@ -217,21 +209,26 @@ def write(rows_file, texts_file, pair, named, filters):
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
-def canonical_from(folder, pair, named, *filters):
+def canonical_from(folder, pair, named, filters=(), expected=None):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
-    these two files, options and code."""
+    these two files, options and code. `expected`: the sha256 that the first must have."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
     then = load_json(source) if source.exists() else {}
-    now = {path.name: file_stamp(path, then.get(path.name)) for path in pair}
-    now |= {'columns': named, 'filters': filters, 'code': code_digest('common/formats.py')}
-    now = json.loads(json.dumps(now))  # tuples are lists there
+    stamps = list(map(file_stamp, pair, then.get('files', [None, None])))
+    if expected and stamps[0]['sha256'] != expected:
+        raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
+                        'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
+    now = {'files': stamps, 'columns': named, 'filters': list(filters),
+           'code': code_digest('common/formats.py')}
     if now == then and all(path.exists() for path in made):
         print(f'{folder}: the canonical files are up to date')
         return
-    with writer(made[0]) as rows, writer(made[1]) as texts:
+    with (whole(made[0]) as part, whole(made[1]) as other,
+          gzip.open(part, 'wt', 4, 'utf-8', 'replace') as rows,
+          gzip.open(other, 'wt', 4, 'utf-8', 'replace') as texts):
         write(rows, texts, pair, named, filters)
-        save_json(source, {'unfinished': now})  # what lies here was made here, if killed now
+        save_json(source, {})  # what lies here was made here, should this be killed now
     save_json(source, now)
 
 
@@ -246,12 +243,14 @@ def canonical_from_amazon(name, folder, min_user, min_item):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
     category, expected = AMAZON[name]
-    pair = (raw_file(name, f'categoryFilesSmall/{category}.csv', expected),
+    pair = (raw_file(name, f'categoryFilesSmall/{category}.csv'),
             raw_file(name, f'metaFiles2/meta_{category}.json.gz'))
-    canonical_from(folder, pair, {}, min_user, min_item)
+    if 'ELEPHANT_ANY_VERSION' in os.environ:
+        expected = None
+    canonical_from(folder, pair, {}, (min_user, min_item), expected)
 
 
-def convert(folder, path, texts=None, named={}):
+def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:

@@ -17,7 +17,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from common.files import UserError, content_sha256, data_root, paper, unpacked
+from common.files import UserError, data_root, paper, unpacked
 from common.progress import progress
 
 AMAZON = paper()['amazon']  # dataset -> (category, sha256 of its ratings file where known)
@@ -74,7 +74,7 @@ def readable(path, rows, parse, most=0.0):
     """parse(row) of each of the numbered rows. What cannot be read is left out, counted and told;
     UserError where its share is above `most`."""
     number = bad = 0
-    for number, row in rows:
+    for number, row in progress(rows, unit='line', unit_scale=True, desc=path.name):
         try:
             yield parse(row)
         except UNREADABLE as error:
@@ -103,15 +103,16 @@ def canonical_file(folder, stem):
 
 
 def read_items(path):
-    """{id: [(name, value), ...]} from items.jsonl: one object a line, `id` and text attributes in
-    reading order. Attributes that are objects are left out and counted."""
+    """{id: JSON of [[name, value], ...]} from items.jsonl: one object a line, `id` and text
+    attributes in reading order. As text they take half of the memory. Attributes that are objects
+    are left out and counted."""
     found = {}
 
     def add(given):
         key, pairs, skipped = item_of(given)
         if key in found:
             raise ValueError(f' repeats the id {key}')
-        found[key] = pairs
+        found[key] = json.dumps(pairs, ensure_ascii=False)
         return skipped
 
     tell_objects(path, sum(readable(path, objects(path), add)))
@@ -153,28 +154,31 @@ def as_text(value):
 
 
 def read_interactions(path, known):
-    """int64 [N, 3], the user, item and time (microseconds) of each row whose item is known; the ids
-    of users and of items (lists; numbers are their places); how many rows have an unknown item."""
+    """The columns user, item (int32 [N]) and time (int64 [N], microseconds) of the rows whose item
+    is known; the ids of users and of items (lists; numbers are their places); how many rows have an
+    unknown item."""
     rows = csv_rows(path, (line for _, line in lines(path)))
     _, header = next(rows, (0, ['nothing']))
     if [cell.strip().lower() for cell in header] != HEADER.split(','):
         raise UserError(f'{path}: line 1 must be {HEADER}; it is {",".join(header)[:80]}')
-    users, items, found = {}, {}, array('q')  # 24 bytes a row
+    users, items = {}, {}
+    columns = array('i'), array('i'), array('q')  # 16 bytes a row
 
     def add(row):
         user, item, time = event(row)
         if item not in known:
             return 1
-        found.append(users.setdefault(user, len(users)))
-        found.append(items.setdefault(item, len(items)))
-        found.append(time)
+        columns[0].append(users.setdefault(user, len(users)))
+        columns[1].append(items.setdefault(item, len(items)))
+        columns[2].append(time)
         return 0
 
     unknown = sum(readable(path, rows, add))
-    if not found:
+    if not items:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
                         f'({unknown} rows with unknown items)')
-    return np.array(found).reshape(-1, 3), list(users), list(items), unknown
+    columns = [np.frombuffer(column, column.typecode) for column in columns]
+    return columns, list(users), list(items), unknown
 
 
 def event(cells):
@@ -199,7 +203,7 @@ def microseconds(stamp):
     try:
         value = float(stamp)
     except ValueError:
-        moment = datetime.fromisoformat(stamp)
+        moment = datetime.fromisoformat(stamp.strip())
         since = moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH
         return since // timedelta(microseconds=1)
     for factor in (1e6, 1e3, 1, 1e-3):
@@ -227,37 +231,27 @@ def download(url, path):
                         f'from {path}')
 
 
-def download_any(name, remote, path):
-    """Fetch a file to `path` from the first host that has it. Errors: UserError, which says what to
-    put where."""
+def raw_file(name, remote):
+    """data/raw/<file name> (or .gz), downloaded from the first host that has it where it is not
+    there. Errors: UserError, which says what to put where."""
+    path = data_root() / 'raw' / os.path.basename(remote)
+    for file in (path.with_name(f'{path.name}.gz'), path):
+        if file.exists():
+            return file
     path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'part-{path.name}')
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'
         if not url.startswith(SAFE):
             raise UserError(f'ELEPHANT_AMAZON_URL {host}: only https')
         try:
-            return download(url, path)
+            download(url, part)
+            return part.replace(path)
         except NETWORK as error:
             if getattr(error, 'code', None) == 416:  # the part is longer than the file
-                path.unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
             print(f'{url}: {error}', file=sys.stderr)
     category = AMAZON[name][0]
     raise UserError(f'{name} could not be downloaded: put {category}.csv and '
                     f'meta_{category}.json.gz (Amazon 2018, ratings only and metadata) into '
                     f'{path.parent}, or run drugstore, which needs neither')
-
-
-def raw_file(name, remote, expected=None):
-    """data/raw/<file name> (or .gz), downloaded where it is not there. UserError: its content has
-    another sha256 than expected."""
-    path = data_root() / 'raw' / os.path.basename(remote)
-    part = path.with_name(f'part-{path.name}')
-    there = [file for file in (path.with_name(f'{path.name}.gz'), path) if file.exists()]
-    if not there:
-        download_any(name, remote, part)
-    found = there[0] if there else part
-    if expected and 'ELEPHANT_ANY_VERSION' not in os.environ and content_sha256(found) != expected:
-        raise UserError(f'{found}: its sha256 is not that of the version the paper used; remove it '
-                        'to download that one, or go on with this one: --any-version, or '
-                        'ELEPHANT_ANY_VERSION=1 for a whole chain')
-    return found if there else part.replace(path)
