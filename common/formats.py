@@ -107,7 +107,7 @@ def column(path, places, role, named):
     for name in wanted:
         if name in places:
             return name
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places)}; say '
+    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places) or "nothing"}; say '
                     f'--columns {role}=NAME')
 
 

@@ -129,10 +129,10 @@ def tell_objects(path, count):
 
 def item_of(given, name='id'):
     """(id, [(name, text) of each other attribute], how many more are objects) of an object; its id
-    goes. An error of UNREADABLE: it has none."""
-    key = given.pop(name)
+    goes. ValueError: it has none."""
+    key = given.pop(name, None) if isinstance(given, dict) else None
     if not isinstance(key, (str, int)) or not str(key).strip():
-        raise TypeError
+        raise ValueError(f' is no row or JSON object with an "{name}"')
     pairs = []
     for attribute, value in given.items():
         with contextlib.suppress(TypeError):
