@@ -88,7 +88,8 @@ def content_sha256(path):
 
 
 def digest(*parts):
-    """16 hex digits over arrays, tensors and JSON-able values, in order: what they hold."""
+    """16 hex digits over arrays, tensors, JSON-able values and bytes of JSON, in order: what they
+    hold."""
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
@@ -96,6 +97,8 @@ def digest(*parts):
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
             h.update(part.tobytes())
+        elif isinstance(part, bytes):
+            h.update(part)
         else:
             h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
     return h.hexdigest()[:16]
@@ -176,9 +179,9 @@ def load_json(path):
 
 
 def save_npz(path, arrays):
-    """Write named arrays, compressed, whole or not at all."""
+    """Write named arrays, whole or not at all. Not compressed: zlib takes longer than a disk."""
     with whole(path) as part, open(part, 'wb') as f:
-        np.savez_compressed(f, **arrays)
+        np.savez(f, **arrays)
 
 
 def load_npz(path, names, remedy):

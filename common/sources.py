@@ -22,7 +22,7 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from common.files import (UserError, content_sha256, data_root, load_json, lock, paper, save_json,
+from common.files import (UserError, data_root, file_stamp, load_json, lock, paper, save_json,
                           unpacked, whole)
 from common.progress import progress
 from common.runs import code_digest
@@ -34,7 +34,8 @@ HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
          'https://jmcauley.ucsd.edu/data/amazon_v2/')
 MOST_MALFORMED = 0.01  # share of lines; above it the file is not what it should be
 LONGEST_TEXT = 2000    # characters kept of an attribute: far more than its 32 tokens need
-SLOTS = 2 ** 24        # of the tables that count users and items in bounded memory
+SLOTS = 2 ** 26        # of the tables, a byte each, that count users and items
+MOST_COUNTED = 255     # what a byte holds
 HEADER = 'user,item,timestamp'
 SAFE = 'https://', 'http://127.0.0.1:'
 
@@ -85,8 +86,8 @@ def canonical_file(folder, stem):
 
 
 def read_items(path):
-    """{id: [(name, value), ...]} from items.jsonl: one object a line, `id` and text attributes in
-    reading order."""
+    """{id: JSON of [[name, value], ...]} from items.jsonl: one object a line, `id` and text
+    attributes in reading order. As text they take half of the memory."""
     found = {}
     for number, line in lines(path):
         if not line.strip():
@@ -97,7 +98,7 @@ def read_items(path):
             key = item.pop('id')
             if not isinstance(key, (str, int)) or not str(key).strip():
                 raise KeyError
-            key = str(key).strip(' \t')
+            key = storable(str(key).strip(' \t'))
             pairs = [(as_text(name), as_text(value)) for name, value in item.items()]
         except (KeyError, AttributeError, TypeError):
             raise UserError(f'{where} is not an object with an "id" and texts, numbers or lists of '
@@ -106,7 +107,7 @@ def read_items(path):
             raise UserError(f'{where} is not a JSON object') from None
         if key in found:
             raise UserError(f'{where} repeats the id {key}')
-        found[key] = pairs
+        found[key] = json.dumps(pairs, ensure_ascii=False)
     if not found:
         raise UserError(f'{path}: holds no items')
     return found
@@ -129,10 +130,12 @@ def storable(text):
 
 
 def read_interactions(path, known):
-    """int64 [N, 3], the user, item and time of each row whose item is known; the ids of users and
-    of items (lists; numbers are their places); how many rows have an unknown item."""
+    """The columns user, item (int32 [N]) and time (int64 [N]) of the rows whose item is known; the
+    ids of users and of items (lists; numbers are their places); how many rows have an unknown
+    item."""
     rows = csv.reader((line for _, line in lines(path)), strict=True)
-    users, items, found, unknown = {}, {}, array('q'), 0  # 24 bytes a row
+    users, items, unknown = {}, {}, 0
+    columns = array('i'), array('i'), array('q')  # 16 bytes a row
     try:
         header = [cell.strip().lower() for cell in next(rows, [])]
         if ','.join(header) != HEADER:
@@ -143,15 +146,16 @@ def read_interactions(path, known):
             if item not in known:
                 unknown += 1
                 continue
-            found.append(users.setdefault(user, len(users)))
-            found.append(items.setdefault(item, len(items)))
-            found.append(time)
+            columns[0].append(users.setdefault(user, len(users)))
+            columns[1].append(items.setdefault(item, len(items)))
+            columns[2].append(time)
     except csv.Error as error:
         raise UserError(f'{path}: line {rows.line_num} is not CSV ({error})') from None
-    if not found:
+    if not items:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
                         f'({unknown} rows with unknown items)')
-    return np.array(found).reshape(-1, 3), list(users), list(items), unknown
+    columns = [np.frombuffer(column, column.typecode) for column in columns]
+    return columns, list(users), list(items), unknown
 
 
 def parsed_row(row, where):
@@ -217,9 +221,9 @@ def download_any(name, remote, path):
                     f'{path.parent}, or run drugstore, which needs neither')
 
 
-def raw_file(name, remote, expected=None):
+def raw_file(name, remote, expected=None, known=None):
     """data/raw/<file name> (or .gz), downloaded where it is not there. UserError: its content has
-    another sha256 than expected."""
+    another sha256 than expected. known: an earlier stamp of it, see file_stamp."""
     path = data_root() / 'raw' / os.path.basename(remote)
     packed = path.with_name(f'{path.name}.gz')
     path = packed if packed.exists() else path
@@ -228,10 +232,10 @@ def raw_file(name, remote, expected=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         found = path.with_name(f'part-{path.name}')
         download_any(name, remote, found)
-    if expected and 'ELEPHANT_ANY_VERSION' not in os.environ and content_sha256(found) != expected:
+    any_version = not expected or 'ELEPHANT_ANY_VERSION' in os.environ
+    if not any_version and file_stamp(found, known)['sha256'] != expected:
         raise UserError(f'{found}: its sha256 is not that of the version the paper used; remove it '
-                        'to download that one, or go on with this one: --any-version, or '
-                        'ELEPHANT_ANY_VERSION=1 for a whole chain')
+                        'to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
     if found != path:
         found.replace(path)
     return path
@@ -282,12 +286,14 @@ def canonical_from_amazon(name, folder, min_user, min_item):
     if any(path not in made_here for path in folder.glob('i*s.*')):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
-    ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected)
+    then = load_json(source) if made_here else {}
+    known = then.get('files', [None, None])
+    ratings = raw_file(name, f'categoryFilesSmall/{category}.csv', expected, known[0])
     metadata = raw_file(name, f'metaFiles2/meta_{category}.json.gz')
-    identity = {'ratings': content_sha256(ratings), 'metadata': content_sha256(metadata),
+    identity = {'files': list(map(file_stamp, (ratings, metadata), known)),
                 'min_user': min_user, 'min_item': min_item,
                 'code': code_digest('common/sources.py')}
-    if interactions.exists() and items.exists() and load_json(source) == identity:
+    if interactions.exists() and items.exists() and then == identity:
         return
     with lock(folder):
         save_json(source, {'unfinished': identity})  # what lies here was made here, if killed now
@@ -299,15 +305,17 @@ def canonical_from_amazon(name, folder, min_user, min_item):
 def write_interactions(path, target, min_user, min_item):
     """interactions.csv.gz of the ratings; returns the set of its items. Rows are dropped only where
     they can never pass the filters: users and items are counted in tables whose slots several may
-    share, so a count is never too low."""
-    users, items, wanted = np.zeros(SLOTS, np.int32), np.zeros(SLOTS, np.int32), set()
+    share, so a count up to MOST_COUNTED is never too low."""
+    users, items, wanted = bytearray(SLOTS), bytearray(SLOTS), set()
     for user, item, _ in records(path, rating):
-        users[slot(user)] += 1
-        items[slot(item)] += 1
+        user, item = slot(user), slot(item)
+        users[user] += users[user] < MOST_COUNTED
+        items[item] += items[item] < MOST_COUNTED
+    many = min(min_user, MOST_COUNTED), min(min_item, MOST_COUNTED)
     with gzip_writer(target) as f:
         f.write(f'{HEADER}\n')
         for user, item, stamp in records(path, rating, quiet=True):
-            if users[slot(user)] >= min_user and items[slot(item)] >= min_item:
+            if users[slot(user)] >= many[0] and items[slot(item)] >= many[1]:
                 wanted.add(item)
                 f.write(f'{user},{item},{stamp}\n')
         if not wanted:

@@ -13,13 +13,18 @@ target is missed.
 """
 import argparse
 import contextlib
+import gzip
+import json
 import multiprocessing
+import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -30,6 +35,7 @@ from tqdm import tqdm
 
 import finetune
 import pretrain
+from common import data
 from common.arrays import offsets_of, take
 from common.bert4rec import LAST_ONLY, MASK_SHARE, BERT4Rec
 from common.files import save_json
@@ -113,6 +119,76 @@ def lengths_up_to(longest, total, seed=0):
     drawn[0] = longest
     lengths = np.diff(np.minimum(np.cumsum(drawn), total), prepend=0)
     return lengths[lengths > 0]
+
+
+def skewed(rng, n, size, head, share):
+    """`size` numbers below n: `share` of them, long-tailed, among the first `head` of the numbers,
+    the others evenly among the rest."""
+    first = int(n * head)
+    often = np.floor(first * rng.random(size) ** 2)
+    seldom = rng.integers(first, n, size)
+    return np.where(rng.random(size) < share, often, seldom).astype(int)
+
+
+def amazon_files(raw, ratings):
+    """Books.csv and meta_Books.json.gz in `raw`. Of 51 million ratings as many users, products and
+    5-core rows as the real files have, about; rows in no order."""
+    users, products = int(0.3 * ratings), int(0.057 * ratings)
+    rng = np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    with open(raw / 'Books.csv', 'w') as f:
+        for begin in range(0, ratings, 10 ** 6):
+            size = min(10 ** 6, ratings - begin)
+            columns = (skewed(rng, products, size, 0.25, 0.9), skewed(rng, users, size, 0.12, 0.53),
+                       rng.integers(10000, 17800, size) * 86400)
+            rows = zip(*(column.tolist() for column in columns))
+            f.writelines(f'{item:010X},A{user:013X},5.0,{time}\n' for item, user, time in rows)
+    words = [f'word{word}' for word in range(5000)]
+    texts = [' '.join(words[word] for word in rng.integers(0, 5000, 50)) for _ in range(5000)]
+    with gzip.open(raw / 'meta_Books.json.gz', 'wt', 1) as f:
+        for item in range(products):
+            text = texts[item % 5000]
+            about = {'asin': f'{item:010X}', 'title': f'{text[:60]} {item}', 'brand': text[60:75],
+                     'category': ['Books', text[75:90], text[90:110]], 'description': [text]}
+            f.write(f'{json.dumps(about)}\n')
+
+
+# ------------------------------------------------------------------------ preparation rows
+
+def temporary_data():
+    """An empty data folder for this process, removed when the row is done."""
+    folder = tempfile.TemporaryDirectory(dir=os.environ.get('TMPDIR'))
+    os.environ |= {'ELEPHANT_DATA': folder.name, 'ELEPHANT_ANY_VERSION': '1'}
+    return folder
+
+
+def preparation(ours, ratings):
+    """Raw Amazon files -> prepared.npz of all users with five interactions."""
+    folder = temporary_data()
+    amazon_files(Path(folder.name, 'raw'), ratings)
+
+    def run(folder=folder):  # which keeps it
+        data.prepare('books', [None, None, 0])
+    return Work(run)
+
+
+def opening(ours, items=930000, users=403000):
+    """load() of a prepared dataset."""
+    folder = temporary_data()
+    place = Path(folder.name, 'mine')
+    place.mkdir()
+    rows, offsets = histories(users, 8.8, items)
+    rng = np.random.default_rng(2)
+    with open(place / 'interactions.csv', 'w') as f:
+        f.write('user,item,timestamp\n')
+        for user in range(users):
+            f.writelines(f'A{user:013X},{item:010X},{time}\n' for time, item
+                         in enumerate(rows[offsets[user]:offsets[user + 1]].tolist()))
+    with open(place / 'items.jsonl', 'w') as f:
+        f.writelines(json.dumps({'id': f'{item:010X}', 'title': f'book {item}'}) + '\n'
+                     for item in range(1, items + 1))
+    data.prepare('mine', data.DEFAULT)
+    return Work(lambda folder=folder: data.load('mine'))
 
 
 # ------------------------------------------------------------------------ language model rows
