@@ -112,9 +112,9 @@ def show_comparison(args, data, folder):
             metric, k = name.split('@')
             values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
             difference, (low, high), p = compare(*values)
-            tie = '  tie' if low <= 0 <= high else ''
             print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
-                  f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}{tie}')
+                  f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
+                  f'{"  tie" if low <= 0 <= high else ""}')
 
 
 # ------------------------------------------------------------------------ saved ID models
@@ -142,21 +142,16 @@ def inspect(args, data, folder):
            f'{len(users):,} users whose test item is new to training\n\n{table}')
 
 
-def show_recommendations(args, data, folder):
-    """The k best items for all users, or for those that the options name."""
-    row, _ = read_ranks(data.name, args.run)
-    recommend(args, folder, row, data, start(args))
-
-
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
     """Figure 1: the paper's four findings as numbers over many users, and maps of one as a PNG."""
     tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
-    if tuned.config.layers < 3:
-        raise UserError(f'{data.name}: its language model has {tuned.config.layers} layers; thirds '
-                        'of the depth need three')
-    vanilla = untouched(start_model(None, tuned.plm, tuned.config.layers))
+    layers = tuned.config.layers
+    if layers < 3:
+        raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
+                        'need three')
+    vanilla = untouched(start_model(None, tuned.plm, layers))
     vanilla.config = tuned.config  # its limits of items and tokens
     users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
     items, offsets, _ = data.split('test', users)
@@ -170,8 +165,8 @@ def show_attention(args, data, folder):
                  for history in np.split(items, offsets[1:-1])]
     tokens, maps, averages, body = tokenize(data.attributes, tuned.words), {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
-        each = cls_attention(model.on(machine).eval(), items, offsets, tokens)
-        each = list(progress(each, total=len(users), desc=name, unit='user'))
+        found = cls_attention(model.on(machine).eval(), items, offsets, tokens)
+        each = list(progress(found, total=len(users), desc=name, unit='user'))
         packed, maps[f'{name} ({model.stage})'] = each[shown]
         averages.append(average([numbers(*pair, like) for pair, like in zip(each, likes)]))
         for third, values in zip(STRATA, averages[-1]):
@@ -221,7 +216,7 @@ def show_curve(args, data, folder):
 # ------------------------------------------------------------------------ main
 
 ACTIONS = {'untrained': write_untrained, 'table': show_tables, 'compare': show_comparison,
-           'inspect': inspect, 'recommend': show_recommendations, 'neighbours': show_neighbours,
+           'inspect': inspect, 'recommend': recommend, 'neighbours': show_neighbours,
            'attention': show_attention, 'curve': show_curve}
 
 

@@ -97,14 +97,14 @@ def main(args):
     # ---------------------------------------------------- rows, or a model
     if args.from_npy:
         rows, cold_ids = read_rows(args.from_npy, args.ids, data)
-        stage, plm, identity = 'own', args.from_npy.name, {'rows': digest(*rows)}
+        plm, identity = args.from_npy.name, {'rows': digest(*rows)}
     else:
         model, cold_ids = start_model(args.checkpoint, args.plm, args.layers), data.cold_ids
         if model.stage == 'lf':
             untouched(model)
         tokens = tokenize(data.attributes, model.words)
         cold = tokenize(data.cold_attributes, model.words)
-        stage, plm = model.stage, model.plm
+        plm = model.plm
         identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
                     'cold': cold.fingerprint, 'precision': args.precision}
     identity['data'] = data.fingerprint
@@ -124,7 +124,7 @@ def main(args):
                             'that are not finite; of a language model: try --precision float32')
         shape = geometry(rows[0])
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
-                'dataset': data.name, 'stage': stage, 'plm': plm, **shape}
+                'dataset': data.name, 'plm': plm, **shape}
         save(out, data, rows, cold_ids, head)
         print(f'{data.n_items:,} items and {len(cold_ids):,} cold ones x {rows[0].shape[1]}, mean '
               f'norm {shape["norm"]:.2f}, mean cosine of two items {shape["cosine"]:.2f}, '

@@ -30,7 +30,8 @@ def read_embeddings(path, data, cold=False):
     if len(matrix) != data.n_items + 1 or not torch.isfinite(matrix).all() or matrix[0].any():
         raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
                         f'row 0; export it again for {data.name}')
-    if (matrix[1:] == matrix[1]).all():
+    rows = matrix[1:]
+    if (rows - rows.mean(0)).norm() <= 1e-5 * rows.norm():  # nothing but rounding
         raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
     known = digest(matrix)
     if cold:
@@ -72,17 +73,13 @@ def initial_table(matrix, scale, norm, seed, n):
 
     raw: unchanged (paper). The others are ours; each ends with one factor for all rows, which gives
     them that norm. permuted: centred, in a random order of the items (a control). More rows (of
-    cold items) get what the n items give: their mean, their axes, their factor. UserError: the
-    items' rows are all alike.
+    cold items) get what the n items give: their mean, their axes, their factor.
     """
     if scale == 'raw':
         return matrix
     rows = matrix[1:]
     if scale != 'rescaled':
         rows = rows - rows[:n].mean(0)
-    if rows[:n].norm() <= 1e-5 * matrix.norm():  # nothing but rounding is left
-        raise UserError(f'--init-scale {scale}: the embeddings of all items are alike; their texts '
-                        'tell nothing apart')
     if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
         u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
         least = s[0] * 1e-4

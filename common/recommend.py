@@ -23,9 +23,12 @@ from common.files import UserError, whole
 from common.initial import read_embeddings, starting_tables
 from common.models import load_seq
 from common.progress import progress
+from common.runs import read_ranks
 from common.sequence import ItemTable
+from common.training import start
 
 COLUMNS = 'user', 'rank', 'item', 'score', 'title'
+AT_ONCE = 512  # users; a matter of speed and memory only
 
 
 # ------------------------------------------------------------------------ scores
@@ -135,8 +138,7 @@ def asked(args, data, wide):
         return users[rows], take(data.items, data.offsets, rows)
     if not args.histories and not args.items:
         return users, (data.items, data.offsets)
-    rows = read_histories(args.histories) if args.histories else [('new', item, 0) for item in
-                                                                  args.items]
+    rows = [('new', item, 0) for item in args.items or ()] or read_histories(args.histories)
     users, keys, times = np.array(rows, object).reshape(-1, 3).T
     reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
     items = numbers_of(keys, wide.item_ids, reasons, str(args.histories or '--items'))
@@ -164,8 +166,7 @@ def best(args, score, names, histories, wide):
     """The rows of the columns above: of each user the k best items, best first."""
     ids = ['', *wide.item_ids]
     titles = ['', *map(wide.title, range(1, len(ids)))]
-    size = max(1, min(512, 2 ** 24 // len(ids)))  # of a batch: memory only
-    parts = np.array_split(np.arange(len(names)), -(-len(names) // size))
+    parts = np.array_split(np.arange(len(names)), -(-len(names) // AT_ONCE))
 
     def top(part):
         items, offsets = take(*histories, part)
@@ -176,7 +177,7 @@ def best(args, score, names, histories, wide):
         values, found = scores.topk(min(args.k, len(ids)))
         return names[part], values.double().round(decimals=6).tolist(), found.tolist()
 
-    bar = progress(parts, desc=args.run, unit='user', unit_scale=size, disable=not args.out)
+    bar = progress(parts, desc=args.run, unit='user', unit_scale=AT_ONCE, disable=not args.out)
     for columns in ahead(top, bar):
         for name, *pairs in zip(*columns):
             for rank, (value, item) in enumerate(zip(*pairs), 1):
@@ -184,10 +185,11 @@ def best(args, score, names, histories, wide):
                     yield name, rank, ids[item], value, titles[item]
 
 
-def recommend(args, folder, row, data, machine):
-    """Print the k best items of those that the options ask for, or write them to --out."""
+def recommend(args, data, folder):
+    """The k best items for all users, or for those that the options name."""
+    row, _ = read_ranks(data.name, args.run)
     wide = with_cold(data) if args.cold else data
-    score = scorer_of(folder, row, data, wide, machine)
+    score = scorer_of(folder, row, data, wide, start(args))
     names, histories = asked(args, data, wide)
     if not len(names):
         raise UserError('none of those users or items is known: nobody to recommend to')
