@@ -71,11 +71,12 @@ def show_neighbours(args, data, folder):
         raise UserError(f'--item {args.item}: no such item in {data.name}')
     item, columns = ids.index(args.item) + 1, []
     for name, found in embeddings_of(data, folder, cold).items():
-        rows = F.normalize(found.matrix - found.matrix[1:data.n_items + 1].mean(0), dim=1)
+        mean = found.matrix[1:data.n_items + 1].mean(0)
+        rows = F.normalize(found.matrix - mean, dim=1)
         cosine = rows[:data.n_items + 1] @ rows[item]
         near = [i for i in cosine.argsort(descending=True).tolist() if i not in (0, item)]
-        columns.append([name.upper(), *(f'{cosine[i]:.2f} {data.title(i)} ({ids[i - 1]})'
-                                        for i in near[:args.k])])
+        column = [f'{cosine[i]:.2f} {data.title(i)} ({ids[i - 1]})' for i in near[:args.k]]
+        columns.append([name.upper(), *column])
     if not columns:
         raise UserError(f'{folder / "embeddings"}: no embeddings; export_embeddings.py makes them')
     head, *body = zip(*columns)
@@ -163,16 +164,18 @@ def show_attention(args, data, folder):
             raise UserError(f'--seq {args.seq}: SASRec is needed here')
         likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
                  for history in np.split(items, offsets[1:-1])]
-    tokens, maps, averages, body = tokenize(data.attributes, tuned.words), {}, [], []
+    tokens = tokenize(data.attributes, tuned.words)
+    maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         found = cls_attention(model.on(machine).eval(), items, offsets, tokens)
         each = list(progress(found, total=len(users), desc=name, unit='user'))
-        packed, maps[f'{name} ({model.stage})'] = each[shown]
+        packed, of_one = each[shown]
+        maps[f'{name} ({model.stage})'] = of_one
         averages.append(average([numbers(*pair, like) for pair, like in zip(each, likes)]))
         for third, values in zip(STRATA, averages[-1]):
             body.append([name, third, *(f'{value:.3f}' for value in values)])
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n'
-    text += f'{markdown(["model", "third", *MEASURES], body)}\n'
+    table = markdown(['model', 'third', *MEASURES], body)
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n{table}\n'
     for what, true, how in findings(*averages):
         text += f'- {what}: {"yes" if true else "no"} ({how})\n'
     finish(folder / 'figure1.md', text)
@@ -215,9 +218,16 @@ def show_curve(args, data, folder):
 
 # ------------------------------------------------------------------------ main
 
-ACTIONS = {'untrained': write_untrained, 'table': show_tables, 'compare': show_comparison,
-           'inspect': inspect, 'recommend': recommend, 'neighbours': show_neighbours,
-           'attention': show_attention, 'curve': show_curve}
+ACTIONS = {
+    'untrained': write_untrained,
+    'table': show_tables,
+    'compare': show_comparison,
+    'inspect': inspect,
+    'recommend': recommend,
+    'neighbours': show_neighbours,
+    'attention': show_attention,
+    'curve': show_curve,
+}
 
 
 def parse_args(argv=None):
@@ -232,12 +242,11 @@ def parse_args(argv=None):
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2, metavar='RUN')
     of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
-    g = of['neighbours']
-    option(g, '--item', str, None, 'its id', required=True)
-    option(g, '--k', POSITIVE, 10, 'items')
+    of['recommend'].add_argument('run', metavar='RUN')
+    for name in ('neighbours', 'recommend'):
+        option(of[name], '--k', POSITIVE, 10, 'items')
+    option(of['neighbours'], '--item', str, None, 'its id', required=True)
     g = of['recommend']
-    g.add_argument('run', metavar='RUN')
-    option(g, '--k', POSITIVE, 10, 'items for each')
     option(g, '--out', Path, None, 'file to write: CSV, or JSON lines (.jsonl); default: printed')
     g.add_argument('--cold', action='store_true', help='also items that nobody has')
     g.add_argument('--with-history', action='store_true', help='also what the user has')

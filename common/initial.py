@@ -52,7 +52,8 @@ def geometry(rows):
     rows = rows.double()
     unit = F.normalize(rows, dim=1)
     n = len(unit)
-    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)) if n > 1 else 1.0
+    of_pairs = unit.sum(0).square().sum() - unit.square().sum()
+    cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 

@@ -100,7 +100,7 @@ def numbers_of(keys, known, reasons, source):
     number = {key: i for i, key in enumerate(known, 1)}
     lost = [key for key in keys if key not in number]
     if lost:
-        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "unknown")}'
+        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
@@ -132,7 +132,7 @@ def asked(args, data, wide):
         if len(names) == 1 and Path(names[0]).is_file():
             source = names[0]
             names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
-        reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of common/data.py')
+        reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
         rows = numbers_of(names, data.user_ids, reasons, source)
         rows = rows[rows > 0] - 1
         return users[rows], take(data.items, data.offsets, rows)
@@ -188,6 +188,8 @@ def best(args, score, names, histories, wide):
 def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
+    if args.cold and not data.cold_ids:
+        raise UserError(f'--cold: {data.name} has no items that nobody has')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     names, histories = asked(args, data, wide)

@@ -172,9 +172,9 @@ def test_users_named_or_in_a_file(world, tmp_path, capsys):
     capsys.readouterr()
     assert recommended(tmp_path / 'a.csv', LF, '--users', tmp_path / 'users.txt') == typed
     assert capsys.readouterr().err == (
-        f'note: {tmp_path / "users.txt"}: short: left out by the filters of common/data.py; '
+        f'note: {tmp_path / "users.txt"}: short: left out by the filters of the data; '
         '2 of 4 are left out\n')
-    for user, words in (('nobody', '--users: nobody: unknown'),
+    for user, words in (('nobody', '--users: nobody: not in this dataset'),
                         ('short', '--users: short: left out by the filters')):
         with pytest.raises(UserError, match=words):
             call('recommend', 'one', LF, '--users', 'u7', user)
@@ -192,7 +192,7 @@ def test_a_history_typed_in_is_that_of_the_user_who_has_it(world, found, capsys)
     typed = capsys.readouterr().out
     assert [line.split()[1:] for line in typed.splitlines()] \
         == [line.split()[1:] for line in of_user.splitlines()] and 'new ' in typed
-    for item, words in (('y9', '--items: y9: unknown'), ('x1', '--items: x1: .* --cold knows it')):
+    for item, words in (('y9', '--items: y9: not in this dataset'), ('x1', '--items: x1: .* --cold knows it')):
         with pytest.raises(UserError, match=words):
             call('recommend', 'one', LF, '--items', 'i1', item)
 
@@ -205,7 +205,7 @@ def test_histories_of_new_users(world, tmp_path, capsys):
                                       '{"user": "ann", "items": ["i9"]}\n')
     capsys.readouterr()
     first = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.csv')
-    assert 'h.csv: gone: unknown; 2 of 5 are left out' in capsys.readouterr().err
+    assert 'h.csv: gone: not in this dataset; 2 of 5 are left out' in capsys.readouterr().err
     assert first == recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.jsonl')
     typed = recommended(tmp_path / 'a.csv', LF, '--items', 'i1', 'i2')
     assert [row['item'] for row in first if row['user'] == 'zoe'] == [row['item'] for row in typed]
