@@ -11,13 +11,14 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.arrays import offsets_of, row_numbers, take
+from common.arrays import offsets_of, row_numbers
 from common.baselines import all_scorers, weighted
 from common.files import UserError, whole
 from common.initial import read_embeddings, starting_tables
@@ -94,57 +95,56 @@ def scorer_of(folder, row, data, wide, machine):
 
 # ------------------------------------------------------------------------ for whom
 
-def numbers_of(keys, known, reasons, source):
-    """The number (from 1) of each key in the list `known`, 0 of one that is not there. Those are
-    said, with the reason: UserError where they were typed in, so that `source` is an option."""
-    number = {key: i for i, key in enumerate(known, 1)}
-    lost = [key for key in keys if key not in number]
+def known_of(keys, known, reasons, source):
+    """The keys that are known. The others are said, with the reason: UserError where they were
+    typed in, so that `source` is an option."""
+    lost = [key for key in keys if key not in known]
     if lost:
         text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
-    return np.array([number.get(key, 0) for key in keys], int)
+    return [key for key in keys if key in known]
 
 
 def read_histories(path):
-    """[(user, item id, time)] of a CSV file with the columns user, item and perhaps timestamp, or
-    of JSON lines {"user": .., "items": [..]} (.jsonl)."""
-    rows = []
+    """{user: [item ids, oldest first]} of a CSV file with the columns user, item and perhaps
+    timestamp, or of JSON lines {"user": .., "items": [..]} (.jsonl)."""
+    rows, found = [], {}
     with open(path, encoding='utf-8-sig', newline='') as f:
         try:
             for line in map(json.loads, f) if path.suffix == '.jsonl' else csv.DictReader(f):
                 when = float(line.get('timestamp') or 0)
                 for item in line.get('items') or [line['item']]:
-                    rows.append((str(line['user']), str(item), when))
+                    rows.append((when, str(line['user']), str(item)))
         except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
             raise UserError(f'{path}: after {len(rows):,} items: {error!r}; it must have the '
                             'columns user, item and perhaps timestamp (a number), or, as .jsonl, '
                             'lines such as {"user": "ann", "items": ["a7", "b2"]}') from None
-    return rows
+    for _, user, item in sorted(rows, key=itemgetter(0)):
+        found.setdefault(user, []).append(item)
+    return found
 
 
 def asked(args, data, wide):
-    """(names [B], histories) of those that the options ask for."""
-    users = np.array(data.user_ids, object)
-    if args.users:
-        source, names = '--users', args.users
-        if len(names) == 1 and Path(names[0]).is_file():
-            source = names[0]
-            names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
-        reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
-        rows = numbers_of(names, data.user_ids, reasons, source)
-        rows = rows[rows > 0] - 1
-        return users[rows], take(data.items, data.offsets, rows)
-    if not args.histories and not args.items:
-        return users, (data.items, data.offsets)
-    rows = [('new', item, 0) for item in args.items or ()] or read_histories(args.histories)
-    users, keys, times = np.array(rows, object).reshape(-1, 3).T
-    reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
-    items = numbers_of(keys, wide.item_ids, reasons, str(args.histories or '--items'))
-    names, user = np.unique(users[items > 0], return_inverse=True)
-    order = np.lexsort((times[items > 0].astype(float), user))
-    return names, (items[items > 0][order], offsets_of(np.bincount(user)))
+    """{name: its history, item numbers} of those that the options ask for."""
+    if args.items or args.histories:
+        found = read_histories(args.histories) if args.histories else {'new': args.items}
+        number = {key: i for i, key in enumerate(wide.item_ids, 1)}
+        reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
+        known_of(list(chain(*found.values())), number, reasons, str(args.histories or '--items'))
+        found = {user: [number[key] for key in keys if key in number]
+                 for user, keys in found.items()}
+        return {user: items for user, items in found.items() if items}
+    everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
+    if not args.users:
+        return everybody
+    source, names = '--users', args.users
+    if len(names) == 1 and Path(names[0]).is_file():
+        source = names[0]
+        names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
+    reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
+    return {name: everybody[name] for name in known_of(names, everybody, reasons, source)}
 
 
 # ------------------------------------------------------------------------ rows
@@ -162,20 +162,23 @@ def ahead(function, things, most=4):
             yield waiting.popleft().result()
 
 
-def best(args, score, names, histories, wide):
+def best(args, score, histories, wide):
     """The rows of the columns above: of each user the k best items, best first."""
+    names = list(histories)
     ids = ['', *wide.item_ids]
     titles = ['', *map(wide.title, range(1, len(ids)))]
-    parts = np.array_split(np.arange(len(names)), -(-len(names) // AT_ONCE))
+    parts = [names[i:i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
 
     def top(part):
-        items, offsets = take(*histories, part)
-        scores = score(items, offsets)
+        own = [histories[name] for name in part]
+        lengths = list(map(len, own))
+        items = np.concatenate(own)
+        scores = score(items, offsets_of(lengths))
         scores[:, 0] = -torch.inf
         if not args.with_history:
-            scores[row_numbers(np.diff(offsets)), items] = -torch.inf
+            scores[row_numbers(lengths), items] = -torch.inf
         values, found = scores.topk(min(args.k, len(ids)))
-        return names[part], values.double().round(decimals=6).tolist(), found.tolist()
+        return part, values.double().round(decimals=6).tolist(), found.tolist()
 
     bar = progress(parts, desc=args.run, unit='user', unit_scale=AT_ONCE, disable=not args.out)
     for columns in ahead(top, bar):
@@ -192,10 +195,10 @@ def recommend(args, data, folder):
         raise UserError(f'--cold: {data.name} has no items that nobody has')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
-    names, histories = asked(args, data, wide)
-    if not len(names):
+    histories = asked(args, data, wide)
+    if not histories:
         raise UserError('none of those users or items is known: nobody to recommend to')
-    rows, began = best(args, score, names, histories, wide), time.monotonic()
+    rows, began = best(args, score, histories, wide), time.monotonic()
     if not args.out:
         for line in rows:
             print('{:12} {:3}  {:16} {:8.3f}  {:.80}'.format(*line))
@@ -207,5 +210,6 @@ def recommend(args, data, folder):
         else:
             csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
     seconds = time.monotonic() - began
-    print(f'{len(names):,} users in {seconds:.1f} s ({len(names) / seconds:,.0f} a second), '
-          f'{args.k} items for each at most, written to {args.out}')
+    rate = len(histories) / seconds
+    print(f'{len(histories):,} users in {seconds:.1f} s ({rate:,.0f} a second), {args.k} items for '
+          f'each at most, written to {args.out}')
