@@ -72,10 +72,10 @@ def row_sums(matrix):
     return add_up
 
 
-def text_knn(matrix):
+def text_knn(matrix, end=None):
     """score(j) = sum over the history's items i other than j of weight(i) cos(E_i, E_j), of rows
-    [n + 1, H] from which the mean row is taken away."""
-    centred = matrix[1:] - matrix[1:].mean(0)
+    [n + 1, H] from which the mean row is taken away (of those before `end`: not of cold items)."""
+    centred = matrix[1:] - matrix[1:end].mean(0)
     unit = F.pad(F.normalize(centred, dim=1), (0, 0, 1, 0))
     own = unit.square().sum(1)
 
@@ -104,6 +104,26 @@ def weighted_sum(first, second, weight):
     return score
 
 
+def all_scorers(data, embeddings, end=None):
+    """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
+    [n + 1, H]}, `end` as in text_knn."""
+    items = item_knn(data)
+    found = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
+    for init, matrix in embeddings.items():
+        text = text_knn(matrix, end)
+        both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
+        found[f'text-knn-{init}'] = init, {None: text}
+        found[f'item+text-knn-{init}'] = init, both
+    return found
+
+
+def weighted(items, offsets, decay, n):
+    """Histories (ragged) with their recency weights, as a scorer takes them."""
+    lengths = np.diff(offsets)
+    age = -1 - ragged(-lengths, lengths)
+    return sparse(items, offsets, decay ** age, n)
+
+
 # ------------------------------------------------------------------------ choice on validation
 
 def some_of(data, scores=2 ** 29):
@@ -118,10 +138,7 @@ def ranks_of(data, which, scorer, decay=1.0):
     items, offsets, targets = data.split(which)
 
     def score(users):
-        own, begin = take(items, offsets, users)
-        lengths = np.diff(begin)
-        age = -1 - ragged(-lengths, lengths)
-        return scorer(sparse(own, begin, decay ** age, data.n_items))
+        return scorer(weighted(*take(items, offsets, users), decay, data.n_items))
     history = None if which == 'valid' else (items, offsets)
     # a scorer makes several matrices of a chunk's size
     return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
@@ -139,15 +156,8 @@ def popularity_value(data):
 
 def untrained(data, embeddings):
     """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
-    items, part = item_knn(data), some_of(data)
-    tried = {('popularity', None): {None: popularity(data)},
-             ('item-knn', None): {None: items}}
-    for init, matrix in embeddings.items():
-        text = text_knn(matrix)
-        both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
-        tried[f'text-knn-{init}', init] = {None: text}
-        tried[f'item+text-knn-{init}', init] = both
-    for (name, init), scorers in tried.items():
+    part = some_of(data)
+    for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
         valid = {}
         for weight, decay in product(scorers, DECAYS):

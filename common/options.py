@@ -62,6 +62,11 @@ def add_machine_options(parser, language_model=False, trains=True):
                    'same bits on every run (slower; a CPU always does)')
     if trains:
         option(g, '--save-every', WEIGHT, 10, 'minutes between checkpoints inside an epoch (ours)')
+    add_earlier_options(parser)
+
+
+def add_earlier_options(parser):
+    """--again, --keep: what to do with an earlier result."""
     g = parser.add_argument_group('an earlier result').add_mutually_exclusive_group()
     g.add_argument('--again', action='store_true', help='make it again, whatever is there')
     g.add_argument('--keep', action='store_true',
