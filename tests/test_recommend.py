@@ -405,7 +405,7 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         capsys.readouterr()
         call('table', 'one')
         table = capsys.readouterr().out
-        assert '| text-knn OWN | ' in table and '| freeze OWN, 8 wide | ' in table
+        assert '| text-knn-own | ' in table and '| own-freeze-raw-8 | ' in table
         assert 'Language model: ' in table and 'rows.npy' in table
         call('neighbours', 'one', '--item', 'i4')
         assert '| LF | OWN |' in capsys.readouterr().out

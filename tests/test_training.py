@@ -192,7 +192,7 @@ def watched(request, monkeypatch):
     else:
         fused = torch.optim.Adam, torch.optim.AdamW
         for kind in fused:  # no fused kernel for 'meta'
-            plain = lambda p, lr, fused, kind=kind, **more: kind(p, lr, foreach=False, **more)
+            plain = lambda *args, fused, kind=kind, **more: kind(*args, foreach=False, **more)
             monkeypatch.setattr(torch.optim, kind.__name__, plain)
         relax = lambda self, *_, **__: (vars(self).update(epoch=self.epoch + 1, step=0,
                                                           best_weights=self.model.state_dict()))
@@ -358,7 +358,7 @@ def test_processes_compute_what_one_does(place, tmp_path, world):
     assert len(one) > 100 and one.keys() <= shared.keys()
     for key in shared:
         expected = one.get(key, torch.zeros(()))  # what takes no part has a gradient of zeros
-        most = 1e-6 * max(1, expected.abs().max())
+        most = 5e-6 * max(1, expected.abs().max())  # sums in another order
         assert (shared[key] - expected).abs().max() <= most, key
 
 
