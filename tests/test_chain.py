@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.backbone import load_recformer, weights_digest
 from common.files import ROOT, command, load_json, load_pt, lock
 from tests.toy import amazon, canonical, tiny_bert, tiny_longformer
 
@@ -335,7 +336,7 @@ def test_own_data_without_a_source(tmp_path, fast):
     assert tuned == {'all', '0,1,2', '0', '1', '2'}
     assert 'id+text LF' in out and 'id+text FT' in out and 'RecFormer vanilla' in out
     head = load_pt(run / 'embeddings' / 'ft.pt', 'embeddings')['head']
-    assert head['stage'] == 'ft1'
+    assert head['identity']['model'] == weights_digest(load_recformer(run / 'ft1-seed0'))
 
 
 # ------------------------------------------------------------------------ what run_all.sh runs
