@@ -57,8 +57,8 @@ def read_rows(path, ids, data):
     .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
     try:
         rows = torch.from_numpy(np.load(path)).float()
-    except (ValueError, TypeError, EOFError) as error:
-        raise UserError(f'{path}: is no matrix of numbers in a .npy file ({error})') from None
+    except (ValueError, TypeError, EOFError):
+        raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
     keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     if rows.dim() != 2 or len(rows) != len(keys):
         raise UserError(f'{path}: has the shape {list(rows.shape)}; a row is needed for each of '
@@ -68,7 +68,8 @@ def read_rows(path, ids, data):
     for what, wrong in ('lacks', wanted - found), ('has unknown or repeated', found - wanted):
         if wrong:
             raise UserError(f'{ids}: {what} ids, {len(wrong):,} of them, the first '
-                            f'{next(iter(wrong))!r}; {data.name} has {len(wanted):,} items')
+                            f'{next(iter(wrong))!r}; needed are those of {data.n_items:,} items of '
+                            f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
     place = dict(zip(keys, rows))
     rows = torch.stack([place[key] for key in wanted])
     return rows.tensor_split([data.n_items]), cold

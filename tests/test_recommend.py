@@ -326,7 +326,10 @@ def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatc
         save_pt(path, 'embeddings', **{**content, 'cold_items': ['x1']})
         with pytest.raises(UserError, match="lf.pt: has no rows of today's cold items; export it"):
             call('recommend', 'one', LF, '--cold')
-        save_pt(path, 'embeddings', **{**content, 'matrix': content['matrix'] * 2})
+        head = content['head']
+        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.0001 * head['norm']}})
+        call('recommend', 'one', LF, '--cold', '--users', 'u1')
+        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.01 * head['norm']}})
         with pytest.raises(UserError, match=f'lf.pt: was made again since {LF} was trained'):
             call('recommend', 'one', LF, '--cold')
         call('recommend', 'one', LF, '--users', 'u1')  # needs no embeddings
