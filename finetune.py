@@ -27,7 +27,7 @@ from common.options import (COUNT, add_machine_options, add_optimizer_options, a
                             number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
-from common.text import item_tokens, micro_batches
+from common.text import item_tokens
 from common.training import Training, adamw, join, prefetch, start
 
 

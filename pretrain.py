@@ -26,7 +26,7 @@ from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_op
                             add_plm_options, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
-from common.text import item_tokens, joined, mask_words, micro_batches
+from common.text import item_tokens, joined, mask_words
 from common.training import Training, adamw, join, prefetch, start
 
 

@@ -107,7 +107,8 @@ def column(path, places, role, named):
     for name in wanted:
         if name in places:
             return name
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places) or "nothing"}; say '
+    there = ', '.join(places) or 'nothing'
+    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {there}; say '
                     f'--columns {role}=NAME')
 
 
@@ -202,7 +203,7 @@ def write(rows_file, texts_file, pair, named, filters):
         elif key in used or not filters:
             seen.add(key)
             left_out += skipped
-            item = {'id': key, **dict(pairs), 'id': key}
+            item = {'id': key} | dict(pairs) | {'id': key}  # first, and not another
             texts_file.write(json.dumps(item, ensure_ascii=False) + '\n')
     tell_objects(pair[1], left_out)
     print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
@@ -254,8 +255,8 @@ def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:
-        raise UserError(f'{folder}: its files were not made by --from, which never overwrites them: '
-                        'choose another name')
+        raise UserError(f'{folder}: its files were not made by --from, which never overwrites '
+                        'them: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named)

@@ -2,7 +2,6 @@
 Run: python -m pytest tests/test_recommend.py
 """
 import csv
-import io
 import json
 import threading
 
@@ -16,10 +15,9 @@ import evaluate
 import export_embeddings
 import train_seq
 from common import data, initial
-from common.files import UserError, load_json, load_pt, save_json, save_pt
+from common.files import UserError, load_pt, save_pt
 from common.models import load_seq
 from common.recommend import ahead, read_histories
-from common.runs import load_rows
 from tests.toy import canonical, tiny_bert
 
 LF = 'sasrec-bce-lf-trainable-centred-8-lr0.01-seed0'

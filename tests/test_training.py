@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForMaskedLM  # imported once for the processes that follow
 
 import finetune
 import pretrain
