@@ -13,7 +13,7 @@ def option(group, name, kind, default, text, **more):
     group.add_argument(name, type=kind, default=default, help=text, **more)
 
 
-def number(kind, least, most=1e18):
+def number(kind, least, most=1e99):
     """An argparse type: a finite int or float, at least `least` and at most `most`."""
     def convert(text):
         value = kind(text)

@@ -171,6 +171,6 @@ def read_ranks(dataset, run):
     folder = runs_root() / dataset / run
     row = read_row(folder) if folder.name == run else None
     if not row or 'metrics' not in row:
-        raise UserError(f'{run}: no such run; name a folder of {runs_root() / dataset}')
+        raise UserError(f'{run}: no such run in {runs_root() / dataset}')
     names = 'users', 'sampled', 'full', 'new'
     return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

@@ -383,12 +383,12 @@ def test_missing_and_damaged_ranks_are_named(root):
 def test_names_of_runs_are_plain_words(root, name):
     made(root / 'a')
     made(root.parent / 'a')
-    with pytest.raises(UserError, match='no such run; name a folder of .*toy'):
+    with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
 
 
 @pytest.mark.parametrize('name', ['nothing', 'pt', '.', '..'])
 def test_a_run_that_is_not_there_is_named(root, name):
     run_of(IDENTITY, CODE, args_of(), root / 'pt').write(seconds=1, valid=0)
-    with pytest.raises(UserError, match='no such run; name a folder of .*toy'):
+    with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
