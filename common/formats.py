@@ -85,7 +85,7 @@ def table(path):
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
     if name.endswith(('.csv', '.tsv')):
-        rows = csv_rows(path, map(itemgetter(1), lines(path, 'latin')), delimiter=mark)
+        rows = csv_rows(path, 'latin', mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
     known = [names.split() for first, names in HEADLESS.items()
