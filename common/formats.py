@@ -107,8 +107,8 @@ def column(path, places, role, named):
     for name in wanted:
         if name in places:
             return name
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {", ".join(places) or "nothing"}; say '
-                    f'--columns {role}=NAME')
+    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but '
+                    f'{", ".join(places) or "nothing"}; say --columns {role}=NAME')
 
 
 def interactions(path, named):
@@ -254,8 +254,8 @@ def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:
-        raise UserError(f'{folder}: its files were not made by --from, which never overwrites them: '
-                        'choose another name')
+        raise UserError(f'{folder}: its files were not made by --from, which never overwrites '
+                        'others: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named)
