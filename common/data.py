@@ -314,11 +314,11 @@ def parse_args(argv=None):
     option(p, '--min-item', POSITIVE, None,
            'fewest interactions of an item (paper: source domains 5, else 1)')
     option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
-    option(p, '--from', Path, None, 'files of another form to convert: a folder, a stem or a file '
-           'of interactions (data/README.md)', dest='source')
-    option(p, '--items', Path, None, 'with --from FILE: the file of texts')
-    option(p, '--columns', named_columns, {}, 'with --from: user=..,item=..,time=.. where the '
-           'names are others, id=.. of the file of texts')
+    option(p, '--from', Path, None, 'make its files from others (data/README.md): a folder, a stem '
+           'or a file of interactions', dest='source')
+    option(p, '--items', Path, None, 'the file of texts, where --from names a file')
+    option(p, '--columns', named_columns, {}, 'user=..,item=..,time=..,id=..: columns by name; id '
+           'is that of the texts (default: as item)')
     return p.parse_args(argv)
 
 

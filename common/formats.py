@@ -85,7 +85,7 @@ def table(path):
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
     if name.endswith(('.csv', '.tsv')):
-        rows = csv_rows(path, map(itemgetter(1), lines(path, 'latin')), delimiter=mark)
+        rows = csv_rows(path, 'latin', mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
     known = [names.split() for first, names in HEADLESS.items()
@@ -107,9 +107,8 @@ def column(path, places, role, named):
     for name in wanted:
         if name in places:
             return name
-    there = ', '.join(places) or 'nothing'
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but {there}; say '
-                    f'--columns {role}=NAME')
+    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but '
+                    f'{", ".join(places) or "nothing"}; say --columns {role}=NAME')
 
 
 def interactions(path, named):
@@ -223,7 +222,8 @@ def canonical_from(folder, pair, named, filters=(), expected=None):
     now = {'files': stamps, 'columns': named, 'filters': list(filters),
            'code': code_digest('common/formats.py')}
     if now == then and all(path.exists() for path in made):
-        print(f'{folder}: the canonical files are up to date')
+        if not filters:
+            print(f'{folder}: the canonical files are up to date')
         return
     with (whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8', 'replace') as rows,
@@ -256,7 +256,7 @@ def convert(folder, path, texts, named):
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:
         raise UserError(f'{folder}: its files were not made by --from, which never overwrites '
-                        'them: choose another name')
+                        'others: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named)

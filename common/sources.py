@@ -12,6 +12,7 @@ import os
 import sys
 from array import array
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -47,10 +48,11 @@ def lines(path, errors='strict'):
         raise UserError(f'{path}: line {number + 1} is not UTF-8 text; convert the file') from None
 
 
-def csv_rows(path, text, **dialect):
-    """(line number, cells) of each row of the CSV lines `text` that holds something. UserError: a
-    quote that never ends, or goes on after its end."""
-    rows = csv.reader(text, strict=True, **dialect)
+def csv_rows(path, errors='strict', delimiter=','):
+    """(line number, cells) of each row of a CSV file that holds something. UserError: a quote that
+    never ends, or goes on after its end."""
+    text = map(itemgetter(1), lines(path, errors))
+    rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         for row in rows:
             if row:
@@ -157,7 +159,7 @@ def read_interactions(path, known):
     """The columns user, item (int32 [N]) and time (int64 [N], microseconds) of the rows whose item
     is known; the ids of users and of items (lists; numbers are their places); how many rows have an
     unknown item."""
-    rows = csv_rows(path, (line for _, line in lines(path)))
+    rows = csv_rows(path)
     _, header = next(rows, (0, ['nothing']))
     if [cell.strip().lower() for cell in header] != HEADER.split(','):
         raise UserError(f'{path}: line 1 must be {HEADER}; it is {",".join(header)[:80]}')
@@ -207,8 +209,9 @@ def microseconds(stamp):
         since = moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH
         return since // timedelta(microseconds=1)
     for factor in (1e6, 1e3, 1, 1e-3):
-        if abs(value * factor) < 1e17:
-            return int(value * factor)
+        found = value * factor
+        if -1e17 < found < 1e17:
+            return int(found)
     raise ValueError
 
 

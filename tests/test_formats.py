@@ -243,7 +243,7 @@ def test_files_of_the_user_are_never_overwritten(root, name):
     folder, mine = own(root), root / 'data' / 'toy' / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b'of the user')
-    with pytest.raises(UserError, match='were not made by --from, which never overwrites them: choose another name'):
+    with pytest.raises(UserError, match='were not made by --from, which never overwrites others: choose another name'):
         converted(root, '--from', folder)
     assert [p.name for p in mine.parent.iterdir()] == [name] and mine.read_bytes() == b'of the user'
 
