@@ -30,7 +30,7 @@ from common.models import MODELS
 from common.options import (COUNT, POSITIVE, RATE, add_machine_options, number, option,
                             option_identity, options_parser)
 from common.runs import Run, code_of
-from common.sequence import ItemTable, TouchedRows, draw_training_negatives
+from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
 MODES = 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text'
@@ -151,10 +151,7 @@ def fit(world, model, run, seed, lr):
         raise UserError(f'{data.name}: {args.model} needs users with two training items '
                         '(four interactions)')
     steps = -(-len(users) // args.batch)
-    if args.loss == 'sampled':
-        optimizer = TouchedRows(model, lr)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), lr, model.betas, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr, model.betas, fused=True)
     training = Training(run, model, optimizer, steps)
     with training:
         for epoch in training.epochs():

@@ -29,9 +29,9 @@ class ItemTable(nn.Module):
     def forward(self):
         return self.weight if self.text is None else self.weight + self.text
 
-    def of(self, ids, sparse=False):
-        """Rows of these items alone; sparse: the gradient holds these rows and no others."""
-        found = F.embedding(ids, self.weight, sparse=sparse)
+    def of(self, ids):
+        """Rows of these items."""
+        found = F.embedding(ids, self.weight)
         return found if self.text is None else found + F.embedding(ids, self.text)
 
 
@@ -135,7 +135,7 @@ class SequenceModel(Model):
             wrong = self.ids(1 + rng.choice(n, min(n, negatives), replace=False))
         else:
             wrong = self.ids(negatives[place + 1])
-        found = self.item_embedding.of(torch.cat([given, target, wrong]), sparse=sampled)
+        found = self.item_embedding.of(torch.cat([given, target, wrong]))
         x, right, others = found.split([len(given), len(given), len(wrong)])
         x = self(x, lengths)
         up = (x * right).sum(1).float()
@@ -315,29 +315,6 @@ class SoftmaxLoss(torch.autograd.Function):
         made, ctx.gradients = ctx.gradients, None  # handed over, so that none need be copied
         scaled = [x if x is None else x.mul_(gradient) for x in made]
         return *scaled, None, None
-
-
-class TouchedRows(torch.optim.Adam):
-    """Adam; of the item table, whose gradient is sparse, only the rows that a step used are moved,
-    with moments of their own (torch's SparseAdam): the others' momentum waits."""
-
-    def __init__(self, model, lr):
-        table = model.item_embedding.weight
-        others = [p for p in model.parameters() if p is not table]
-        super().__init__(others, lr, model.betas, fused=True)
-        self.rows = torch.optim.SparseAdam([table], lr, model.betas)
-
-    def step(self):
-        super().step()
-        self.rows.step()
-        self.rows.zero_grad()
-
-    def state_dict(self):
-        return super().state_dict() | {'rows': self.rows.state_dict()}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.rows.load_state_dict(state['rows'])
 
 
 # ------------------------------------------------------------------------ negatives of training

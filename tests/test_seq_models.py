@@ -26,8 +26,8 @@ from common.metrics import product_scorer, rank_counts
 from common.models import MODELS, load_seq
 from common.runs import code_of, load_rows, read_ranks, read_row
 from common.sasrec import SASRec
-from common.sequence import (ItemTable, Layout, SelfAttention, TouchedRows,
-                             draw_training_negatives, softmax_loss)
+from common.sequence import (ItemTable, Layout, SelfAttention, draw_training_negatives,
+                             softmax_loss)
 from common.training import Training
 from tests.toy import canonical
 
@@ -470,10 +470,7 @@ def test_the_sampled_loss_of_all_items_is_the_softmax_over_all(kind, text):
     ours = m.loss(*batch, np.random.default_rng(0), 'sampled', 999)
     plain = m.loss(*batch, None, 'ce')
     close(ours, plain)
-    slopes = [{name: x.to_dense() for name, x in gradients(m, loss).items()}
-              for loss in (ours, plain)]
-    for name, slope in slopes[1].items():
-        close(slopes[0][name], slope)
+    same_gradients(m, ours, plain)
 
 
 class Chosen:
@@ -511,31 +508,6 @@ def test_the_sampled_softmax_is_the_full_one_on_average():
         rng = np.random.default_rng(0)
         found = [m.loss(*batch, rng, 'sampled', 2).item() for _ in range(400)]
         assert np.mean(found) == pytest.approx(m.loss(*batch, None, 'ce').item(), rel=0.01)
-
-
-def test_only_touched_rows_move_and_as_adam_moves_them():
-    """Rows of a small table in every step: Adam's numbers. A row that a step does not touch
-    stays."""
-    m = model(SASRec)
-    dense = torch.nn.Parameter(m.item_embedding.weight.detach().clone())
-    ours, theirs = TouchedRows(m, 0.1), torch.optim.Adam([dense], 0.1, m.betas)
-    for step in range(3):
-        begun = m.item_embedding.weight.detach().clone()
-        ids = torch.tensor([1, 2, 3, 2] if step else [1, 2, 3, 4, 4])
-        for table, made in ((m.item_embedding.weight, m.item_embedding.of(ids, sparse=True)),
-                            (dense, F.embedding(ids, dense))):
-            ((made - 1) ** 2).sum().backward()
-        norm_before = m.norm.weight.detach().clone()
-        m.norm.weight.grad = torch.ones(H)
-        for optimizer in (ours, theirs):
-            optimizer.step()
-            optimizer.zero_grad()
-        assert m.item_embedding.weight.grad is None
-        close(m.item_embedding.weight[1:4], dense[1:4], atol=1e-6)
-        assert torch.equal(m.item_embedding.weight[5:], begun[5:])
-        assert not torch.equal(m.norm.weight, norm_before)
-    assert torch.equal(m.item_embedding.weight[4], begun[4])
-    assert not torch.allclose(dense[4], begun[4], atol=1e-3), "Adam's momentum moves it"
 
 
 @pytest.mark.parametrize('kind', ['sasrec', 'gru4rec'])
