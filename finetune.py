@@ -28,7 +28,7 @@ from common.options import (COUNT, add_machine_options, add_optimizer_options, a
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, micro_batches
-from common.training import Training, adamw, start
+from common.training import Training, adamw, join, prefetch, start
 
 
 # ------------------------------------------------------------------------ options
@@ -54,11 +54,12 @@ def parse_args(argv=None):
     option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
     add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
-    if args.trainable_items and args.stage != 2:
+    if args.stage == 2:
+        if args.plm:
+            p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
+    elif args.trainable_items:
         p.error('--trainable-items belongs to --stage 2')
-    if args.stage == 2 and args.plm:
-        p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
-    if args.stage != 2 and not args.checkpoint and not args.plm:
+    elif not (args.checkpoint or args.plm):
         p.error('name a --checkpoint (pretrain.py makes one) or a --plm to start from')
     if args.out and len(args.seeds) > 1:
         p.error('--out: one folder takes one of the --seeds')
@@ -110,14 +111,16 @@ def prefixes(data, users, rng):
     return (data.items[ragged(begin, size)], offsets_of(size)), data.items[begin + size]
 
 
-def add_gradients(model, table, histories, labels, tokens):
-    """Add the gradients of the softmax loss of histories (ragged) with their labels [B] over the
-    item table [n + 1, H], in passes of bounded size. Returns the mean loss."""
-    packed, total = model.pack(*histories, tokens), 0.0
-    for group in micro_batches(packed.lengths, model.machine.micro_tokens):
+def add_gradients(model, table, packed, labels):
+    """Add the gradients of the softmax loss of histories (Packed) with their labels [B] over the
+    item table [n + 1, H], in passes of bounded size. Returns this process's part of the mean
+    loss."""
+    machine = model.machine
+    total = torch.zeros((), device=machine.device)
+    for group in model.passes(packed):
         logits = cosine_logits(model(packed.rows(group)), table)
         logits[:, 0] = -torch.inf  # padding is no target
-        label = model.machine.put(labels[group].astype(np.int64))
+        label = machine.put(labels[group].astype(np.int64))
         loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
         loss.backward()
         total = total + loss.detach()
@@ -126,21 +129,23 @@ def add_gradients(model, table, histories, labels, tokens):
 
 def tune(args, data, model, tokens, run, seed):
     """Train `model`; returns (what the row says of it, item table [n + 1, H])."""
-    table = model.items.to(model.machine.device) if args.stage == 2 else model.encode_items(tokens)
+    machine = model.machine
+    table = model.items.to(machine.device) if args.stage == 2 else model.encode_items(tokens)
     items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
-    steps = -(-len(users) // args.batch)
-    training = Training(run, tuned, adamw(tuned, args), steps, args.warmup)
+    training = Training(run, tuned, adamw(tuned, args), -(-len(users) // args.batch), args.warmup)
     with training:
         for epoch in training.epochs():
             rng = np.random.default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
-            for step in training.steps():
-                part = np.arange(len(users))[step * args.batch:(step + 1) * args.batch]
-                chosen = take(*histories, part)
-                loss = add_gradients(model, items.weight, chosen, labels[part], tokens)
-                training.update(loss=loss)
+            rows = np.split(np.arange(len(users)), range(args.batch, len(users), args.batch))
+            batches = ((model.pack(*take(*histories, rows[step]), tokens), labels[rows[step]])
+                       for step in training.steps())
+            for packed, label in prefetch(batches, machine):
+                loss = add_gradients(model, items.weight, packed, label)
+                machine.sum_gradients(tuned)
+                training.update(loss=machine.sum(loss))
             if args.stage == 1:
                 items.weight.data.copy_(model.encode_items(tokens))
             ranks = ranks_of(model, items.weight.detach(), tokens, data, 'valid')
@@ -162,15 +167,18 @@ def ranks_of(model, table, tokens, data, which):
 
 
 def one_run(args, data, model, tokens, run, seed):
-    """Tune, write the checkpoint, evaluate, write the row; stage 0 evaluates only."""
+    """Tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
     init, found = model.stage, {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
     if args.stage == 0:
         table = model.encode_items(tokens)
     else:
         found, table = tune(args, data, model, tokens, run, seed)
         model.stage, model.data = f'ft{args.stage}', data.fingerprint
-        save_recformer(run.folder / 'model.pt', model, table.cpu())
     ranks = ranks_of(model, table, tokens, data, 'test')
+    if model.machine.rank:
+        return
+    if args.stage:
+        save_recformer(run.folder / 'model.pt', model, table.cpu())
     run.write(model='recformer', loss='ce', init=init, mode=model.stage,
               items=args.trainable_items, scale='raw', hidden=model.config.hidden,
               tune_layers=args.tune_layers, lr=args.lr, seed=seed, plm=model.plm,
@@ -181,7 +189,7 @@ def one_run(args, data, model, tokens, run, seed):
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    machine, data, code = start(args), load(args.dataset), code_of('finetune.py')
+    machine, data, code = join(start(args)), load(args.dataset), code_of('finetune.py')
     folder = runs_root() / data.name
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
     items = '-items' if args.trainable_items else ''

@@ -27,7 +27,7 @@ from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_op
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words, micro_batches
-from common.training import Processes, Training, adamw, start
+from common.training import Training, adamw, join, prefetch, start
 
 
 # ------------------------------------------------------------------------ options
@@ -43,9 +43,9 @@ def parse_args(argv=None):
     g = p.add_argument_group('data')
     g.add_argument('--leave-out', action='store_true', help="leave out each user's last two items "
                    '(for sources that are targets too; paper silent)')
-    option(g, '--share', number(float, 0, 100, True), 100.0,
+    option(g, '--share', number(float, 1e-6, 100), 100.0,
            'percent of the source users (paper sec. 4.6)')
-    option(g, '--valid-share', number(float, 0, 50, True), 5.0, 'percent of users held out (ours)')
+    option(g, '--valid-share', number(float, 1e-6, 50), 5.0, 'percent of users held out (ours)')
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
     g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
     option(g, '--accumulate', POSITIVE, 8, 'batches per optimizer step (RecFormer)')
@@ -96,18 +96,33 @@ class Sources:
         packed = model.pack(history, offsets_of(point), self.tokens)
         return packed, model.pack_items(ids, self.tokens), ids
 
+    def steps(self, training, model, args):
+        """What each step that is left of this epoch computes with: a seed of its dropout, and for
+        each batch what `draw` gives and what `mask_words` gives of histories and of targets."""
+        def masked(packed):
+            return mask_words(packed, rng, model.words.mask, model.config.vocab_size)
+        order = np.random.default_rng([args.seed, 3, training.epoch]).permutation(self.train)
+        shares = np.array_split(order, training.per_epoch)  # of equal size: none of a single user
+        for step in training.steps():
+            rng = np.random.default_rng([args.seed, 4, training.epoch, step])
+            seed, batches = rng.integers(2 ** 62), []
+            for users in np.array_split(shares[step], -(-len(shares[step]) // args.batch)):
+                *pair, ids = self.draw(users, rng, model)
+                masks = [masked(packed) for packed in pair if args.mlm_weight]
+                batches.append((*pair, ids, masks))
+            yield seed, batches
+
 
 # ------------------------------------------------------------------------ losses
 
-def contrastive(model, histories, targets, ids, processes):
+def contrastive(model, histories, targets, ids):
     """Cosine / 0.05 of each history's CLS with each target's: (loss, accuracy) over B pairs.
 
     histories, targets: Packed; ids [B] of the targets. Another row with the same target is no
-    negative of it (ours; published code counts it). Each process encodes its share, and all compute
-    the same loss over all pairs: their gradients' sum is that of one process.
+    negative of it (ours; published code counts it). Each process computes the same loss over all
+    pairs: their gradients' sum is that of one process.
     """
-    states = processes.encode(model, histories)
-    aims = processes.encode(model, targets)
+    states, aims = model.encode(histories), model.encode(targets)
     with model.machine.autocast():
         logits = cosine_logits(states, aims)
     same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
@@ -116,19 +131,18 @@ def contrastive(model, histories, targets, ids, processes):
     return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
 
 
-def masked_gradients(model, packed, rng, scale, processes):
-    """Masked-language-model loss of Packed sequences, in passes of bounded size; `scale` times its
-    gradients are added as it goes. Returns this process's part of the mean over masked tokens."""
-    tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
-    masked = replace(packed, tokens=tokens)
-    mine, total = processes.share(len(packed.lengths)), 0.0
-    for group in micro_batches(packed.lengths[mine], model.machine.micro_tokens):
-        group = mine[group]
+def masked_gradients(model, packed, masked, scale):
+    """Masked-language-model loss of Packed sequences and what `mask_words` gave of them, in passes
+    of bounded size; `scale` times its gradients are added as it goes. Returns this process's part
+    of the mean over masked tokens."""
+    tokens, chosen = masked
+    shown, total = replace(packed, tokens=tokens), 0.0
+    for group in model.passes(packed):
         index = packed.index(group)
         places = np.flatnonzero(np.isin(index, chosen))
         if not len(places):
             continue
-        logits = model.mlm_logits(model(masked.rows(group), places))
+        logits = model.mlm_logits(model(shown.rows(group), places))
         labels = model.machine.put(packed.tokens[index[places]])
         loss = F.cross_entropy(logits.float(), labels, reduction='sum') / len(chosen)
         (scale * loss).backward()
@@ -136,25 +150,24 @@ def masked_gradients(model, packed, rng, scale, processes):
     return total
 
 
-def step_gradients(model, sources, users, rng, args, processes):
-    """Add the gradients of one optimizer step over these users, in batches of --batch; returns
-    {loss or accuracy: mean over the batches}."""
-    batches = np.array_split(users, -(-len(users) // args.batch))
+def step_gradients(model, batches, args):
+    """Add the gradients of one optimizer step over these batches; returns {loss or accuracy: mean
+    over the batches}."""
     share, losses = 1 / len(batches), torch.zeros(3, device=model.machine.device)
-    for batch in batches:
-        histories, targets, ids = sources.draw(batch, rng, model)
-        loss, right = contrastive(model, histories, targets, ids, processes)
+    for histories, targets, ids, masks in batches:
+        loss, right = contrastive(model, histories, targets, ids)
         (share * loss).backward()
-        masked = torch.zeros_like(right)
-        for packed in (histories, targets) if args.mlm_weight else ():
-            masked += masked_gradients(model, packed, rng, share * args.mlm_weight, processes)
-        losses += share * torch.stack([loss.detach(), masked, right])
-    processes.sum(p.grad for p in model.parameters() if p.grad is not None)
+        of_words = torch.zeros_like(right)
+        for packed, masked in zip((histories, targets), masks):
+            of_words += masked_gradients(model, packed, masked, share * args.mlm_weight)
+        losses += share * torch.stack([loss.detach(), of_words, right])
+    model.machine.sum_gradients(model)
+    losses[1] = model.machine.sum(losses[1])
     return dict(zip(('contrastive', 'mlm', 'accuracy'), losses))
 
 
 @torch.no_grad()
-def held_out_accuracy(model, sources, args, processes):
+def held_out_accuracy(model, sources, args):
     """Share of held-out users whose target scores highest in their group of --batch; the same draws
     each time."""
     model.eval()
@@ -162,7 +175,7 @@ def held_out_accuracy(model, sources, args, processes):
     groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
     for number, users in enumerate(groups):
         rng = np.random.default_rng([args.seed, 2, number])
-        _, share = contrastive(model, *sources.draw(users, rng, model), processes)
+        _, share = contrastive(model, *sources.draw(users, rng, model))
         right += float(share) * len(users)
     model.train()
     return right / len(sources.valid)
@@ -170,7 +183,7 @@ def held_out_accuracy(model, sources, args, processes):
 
 # ------------------------------------------------------------------------ main
 
-def tune(args, model, sources, run, processes):
+def tune(args, model, sources, run):
     """Train `model`; returns what the row says of it."""
     steps = -(-len(sources.train) // (args.batch * args.accumulate))  # per epoch
     training = Training(run, model, adamw(model, args), steps, args.warmup, 1.0, args.max_steps)
@@ -178,28 +191,24 @@ def tune(args, model, sources, run, processes):
           f'at most {training.total:,} steps')
     with training:
         for epoch in training.epochs():
-            order = np.random.default_rng([args.seed, 3, epoch]).permutation(sources.train)
-            shares = np.array_split(order, steps)  # of equal size: none of a single user
-            for step in training.steps():
-                rng = np.random.default_rng([args.seed, 4, epoch, step])
-                torch.manual_seed(rng.integers(2 ** 62) + processes.rank)  # dropout
-                losses = step_gradients(model, sources, shares[step], rng, args, processes)
-                training.update(**losses)
-            value = held_out_accuracy(model, sources, args, processes)
+            made = sources.steps(training, model, args)
+            for seed, batches in prefetch(made, model.machine):
+                torch.manual_seed(seed + model.machine.rank)  # dropout
+                training.update(**step_gradients(model, batches, args))
+            value = held_out_accuracy(model, sources, args)
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: held-out accuracy {value:.4f} (best {training.best:.4f})')
     return training.restore_best()
 
 
 def main(args):
-    machine = start(args)
-    processes = Processes(machine.device)
+    machine = join(start(args))
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
     least = min(args.batch, len(sources.train), 2 * len(sources.valid))
-    if least < 2 * processes.world:
-        raise UserError(f'--batch {args.batch}: {processes.world} processes share it; each needs '
+    if least < 2 * machine.world:
+        raise UserError(f'--batch {args.batch}: {machine.world} processes share it; each needs '
                         'two users, and one that is held out')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
     folder = Path(args.out or runs_root() / 'pretrained' / name)
@@ -211,8 +220,8 @@ def main(args):
             return
         model.on(machine).train()
         model.word_table.requires_grad_(False)  # RecFormer: frozen in pre-training
-        found = tune(args, model, sources, run, processes)
-        if processes.rank:
+        found = tune(args, model, sources, run)
+        if machine.rank:
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)

@@ -18,10 +18,10 @@ import numpy as np
 from common.arrays import offsets_of, ragged
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
+from common.formats import canonical_from_amazon, convert, named_columns
 from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
-from common.sources import (AMAZON, canonical_file, canonical_from_amazon, read_interactions,
-                            read_items)
+from common.sources import AMAZON, canonical_file, read_interactions, read_items
 
 # name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
@@ -314,11 +314,20 @@ def parse_args(argv=None):
     option(p, '--min-item', POSITIVE, None,
            'fewest interactions of an item (paper: source domains 5, else 1)')
     option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
+    option(p, '--from', Path, None, 'files of another form to convert: a folder, a stem or a file of '
+           'interactions (data/README.md)', dest='source')
+    option(p, '--items', Path, None, 'with --from FILE: the file of texts')
+    option(p, '--columns', named_columns, {}, 'with --from: user=..,item=..,time=.. where the names '
+           'are others, id=.. of the file of texts')
     return p.parse_args(argv)
 
 
 def main(args):
     from common.baselines import untrained_lines
+    if args.source:
+        convert(folder_of(args.name), args.source, args.items, args.columns)
+    elif args.items or args.columns:
+        raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     filters = head_of(data.folder)['identity']['filters']
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user '

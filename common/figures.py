@@ -1,13 +1,17 @@
-"""Figure 1 (what CLS attends to, as maps and as numbers), figure 2 (quality over the share of
-source users). A user's sequence: [CLS], then the items newest first. h = heads, L = its tokens.
+"""Figure 1 (what CLS attends to, as maps and as numbers); what runs reached as bars, learning
+curves, and over a tuning (figure 2). A user's sequence: [CLS], then the items newest first. h =
+heads, L = its tokens. Cells: see common/report.py.
 """
 import contextlib
 import itertools
 
 import numpy as np
 
-from common.files import whole
+from common.files import runs_root, whole
+from common.report import AGAINST, SHOWN, best_of
 
+# Okabe and Ito's, which colour-blind readers tell apart
+COLOURS = '#999999 #E69F00 #56B4E9 #009E73 #D55E00 #0072B2 #CC79A7 #F0E442'.split()
 STRATA = ('bottom', 'middle', 'top')  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
 MEASURES = ('heads', 'layers', 'border', 'first', 'sasrec')  # see `numbers`
 SAME = 0.9  # cosine above which two heads or layers count as redundant (ours)
@@ -23,7 +27,8 @@ def cls_attention(model, items, offsets, tokens, at_once=16):
     for part in np.array_split(users, -(-len(users) // at_once)):
         weights = model.cls_attention(packed.rows(part)).cpu().numpy()
         for number, user in enumerate(part):
-            yield packed.rows([user]), weights[:, number, :, :packed.lengths[user]]
+            length = packed.lengths[user]
+            yield packed.rows([user]), weights[:, number, :, :length]
 
 
 def first_tokens(packed):
@@ -55,19 +60,23 @@ def numbers(packed, weights, sasrec=None):
     weights = weights * real
     mean = weights.mean(1)  # [layers, L]
     # how alike a layer is to the one before it
-    before = np.array([np.nan] + [cosine(a, b) for a, b in itertools.pairwise(mean)])
+    alike = [cosine(a, b) for a, b in itertools.pairwise(mean)]
+    before = np.array([np.nan, *alike])
     found = []
     for layers in np.array_split(np.arange(len(weights)), 3):
         part = mean[layers].mean(0)
-        heads = [cosine(a, b) for layer in layers
+        heads = [cosine(a, b)
+                 for layer in layers
                  for a, b in itertools.combinations(weights[layer], 2)]
-        preference = (part[first].sum() / part[real].sum()) / (first.sum() / real.sum())
+        on_first = part[first].sum() / part[real].sum()
+        preference = on_first / (first.sum() / real.sum())
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
-            per_item = np.bincount(packed.item_positions, part, sasrec.shape[1] + 1)
-            likeness = np.corrcoef(per_item[1:sasrec.shape[1] + 1], sasrec.mean(0))[0, 1]
-        found.append([mean_of(heads), mean_of(before[layers[1:]]), before[layers[0]], preference,
-                      likeness])
+            items = sasrec.shape[1]
+            per_item = np.bincount(packed.item_positions, part, items + 1)[1:items + 1]
+            likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
+        inside, border = mean_of(before[layers[1:]]), before[layers[0]]
+        found.append([mean_of(heads), inside, border, preference, likeness])
     return np.array(found)
 
 
@@ -80,11 +89,10 @@ def findings(vanilla, tuned):
     """[(the paper's finding, whether these averages show it, the numbers)] (paper sec. 3.2; the
     thresholds are ours)."""
     heads, layers, border, first, like = tuned.T
-    _, _, _, first_vanilla, like_vanilla = vanilla.T
+    before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
     inside = mean_of(layers)
     across = border[1:].mean()  # nothing lies below the bottom
     alike = max(*heads, *layers)
-    before, other = first_vanilla[1], like_vanilla[2]
     return [
         ('(1) strata: neighbouring layers are more alike inside a third of the depth than across '
          'its border', inside > across, f'{inside:.3f} against {across:.3f}'),
@@ -107,56 +115,112 @@ def picture(path, width, height):
     draw nothing."""
     import matplotlib
     from matplotlib.figure import Figure
-    matplotlib.rcParams['text.parse_math'] = False  # titles are text: '$' is no formula
+    matplotlib.rcParams.update({
+        'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
+        'axes.titlesize': 9,
+        'legend.fontsize': 9,
+        'text.parse_math': False  # titles are text: '$' is no formula
+    })
     figure = Figure((width, height), layout='constrained')
     yield figure
     with whole(path) as part:
         figure.savefig(part, dpi=140, format='png')
+    print(f'drawn: {path}')
 
 
 def draw_attention(path, maps, packed, words, sasrec=None):
-    """Maps of one sequence, a row per layer and head, a red rule where an item begins.
+    """Maps of one sequence, a row per layer and head (over its maximum outside CLS), a red rule
+    where an item begins.
 
     maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None.
     """
-    panels = {}
-    for title, weights in maps.items():
-        panels[f'{title}, heads of layers 0 to {len(weights) - 1} (each row over its maximum '
-               'outside CLS)'] = weights
+    panels = dict(maps)
     if sasrec is not None:
-        known = np.minimum(packed.item_positions, sasrec.shape[1])
-        spread = np.where(packed.item_positions > 0, sasrec[:, known - 1], 0)
+        positions = packed.item_positions
+        known = np.minimum(positions, sasrec.shape[1])
+        spread = np.where(positions > 0, sasrec[:, known - 1], 0)
         panels['SASRec, blocks, the newest position over the same items'] = spread[:, None]
     heights = [3 + weights[:, :, 0].size for weights in panels.values()]
+    begins = np.flatnonzero(first_tokens(packed)) - 0.5
     width = np.clip(0.16 * len(words) + 2, 9, 40)
     with picture(path, width, 1.6 + 0.075 * sum(heights)) as figure:
-        axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights).flat
-        for axis, (title, weights) in zip(axes, panels.items()):
-            rows, heads = np.concatenate(weights), weights.shape[1]
-            begin = np.arange(0, len(rows), heads) - 0.5  # above each layer
-            axis.imshow(np.minimum(1, rows / rows[:, 1:].max(1, keepdims=True)), aspect='auto',
+        axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)
+        for axis, (title, weights) in zip(axes.flat, panels.items()):
+            rows = np.concatenate(weights)
+            highest = rows[:, 1:].max(1, keepdims=True)
+            axis.imshow(rows / highest, vmax=1, aspect='auto',
                         interpolation='nearest')
-            axis.set_title(title, fontsize=9, loc='left')
-            axis.set_yticks(begin + heads / 2, range(len(weights)), fontsize=7)
-            axis.hlines(begin[1:], -0.5, len(words) - 0.5, 'white', lw=0.6)
-            axis.vlines(np.flatnonzero(first_tokens(packed)) - 0.5, -0.5, len(rows) - 0.5, 'red',
-                        lw=1)
-            axis.set_xticks([])
+            axis.set_title(title, loc='left')
+            layers = np.arange(len(weights))
+            heads = weights.shape[1]
+            axis.set_yticks(layers * heads - 0.5, layers)
+            axis.grid(axis='y', color='white')
+            axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')  # an item begins
         axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
 
 
-def draw_curve(path, curves, bands):
-    """curves {scale: [(share in percent, mean, sd)]} of PT, by share; bands {name: (mean, sd)} of
-    initialisations that know no share."""
-    with picture(path, 6, 4) as figure:
-        axis = figure.subplots()
-        for colour, (name, (mean, spread)) in zip(('tab:grey', 'tab:orange', 'tab:red'),
-                                                  bands.items()):
-            axis.axhline(mean, color=colour, label=name)
-            axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.2)
-        for scale, points in curves.items():
-            axis.errorbar(*zip(*points), marker='o', capsize=3, label=f'PT {scale}')
-        axis.set_xscale('log')
-        axis.set_xlabel('share of the source users in stage-PT, percent')
-        axis.set_ylabel('NDCG@10 against 100 negatives, percent')
-        axis.legend()
+def draw_bars(path, cells):
+    """SHOWN of each Cell with its spread over seeds, a panel per ranking, a colour per model and
+    loss; lines across: the best that needs no training, and popularity."""
+    cells = [cell for cell in cells if not cell.mixed]
+    if not cells:
+        return
+    names = [f'{cell.title}: {cell.label}' for cell in cells]
+    titles = list(dict.fromkeys(cell.title for cell in cells))
+    colours = [f'C{titles.index(cell.title)}' for cell in cells]
+    popularity = [cell for cell in cells if cell.label == 'popularity']
+    width = 6 + 0.08 * max(map(len, names))
+    with picture(path, width, 1 + 0.18 * len(cells)) as figure:
+        axes = figure.subplots(1, len(AGAINST), sharey=True)
+        for axis, ranking in zip(axes, AGAINST):
+            values = [cell.value(ranking) for cell in cells]
+            means, spreads = zip(*values)
+            axis.barh(names, means, xerr=spreads, color=colours)
+            title = f'{SHOWN} in percent, {AGAINST[ranking]}'
+            best = best_of(cells)[ranking]
+            lines = filter(None, (best, *popularity))
+            for style, cell in zip(('dashed', 'dotted'), lines):
+                value, _ = cell.value(ranking)
+                axis.axvline(value, color='black', linestyle=style)
+                title += f'\n{style}: {cell.label}'
+            axis.set_title(title)
+        axis.margins(y=0.01)
+        axis.invert_yaxis()
+
+
+def draw_lines(path, panels, below, log=False):
+    """panels {title: {name: {x: (y, spread)}}}: a line per name, of one colour in all panels.
+    below: what x is; log: drawn wide apart where it is small."""
+    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    rows = -(-len(panels) // 3)  # of three panels
+    height = 1 + 2.2 * rows + 0.1 * len(names)
+    with picture(path, 10, height) as figure:
+        for number, (title, lines) in enumerate(panels.items(), 1):
+            axis = figure.add_subplot(rows, 3, number, title=title)
+            for name in names:
+                points = [(x, *y) for x, y in lines.get(name, {}).items()]
+                x, y, spread = np.reshape(points, (-1, 3)).T
+                axis.errorbar(x, y, spread, marker='.', label=name)
+            if log:
+                axis.set_xscale('symlog', linthresh=0.01)
+            axis.xaxis.set_major_formatter('{x:g}')
+        labelled = axis.get_legend_handles_labels()
+        figure.legend(*labelled, loc='outside upper center', ncols=2)
+        figure.supxlabel(below)
+
+
+def learning(cells):
+    """panels for draw_lines: validation of each Cell's first run over the epochs, a panel per
+    model, loss and variant, random rows in each."""
+    panels = {}
+    for cell in cells:
+        panel = f'{cell.title}\n{cell.variant}'
+        for shown in filter(None, (cell.random, cell)):
+            row = shown.first
+            log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
+            if log.exists():
+                epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
+                lines = panels.setdefault(panel, {})
+                lines[shown.init] = {epoch['epoch']: (100 * epoch['valid'], 0)
+                                     for epoch in epochs}
+    return panels

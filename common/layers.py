@@ -10,10 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Machine:
-    """Where a model computes, and in which precision its matrix products run."""
+    """Where a model computes, in which precision its matrix products run, and with how many others:
+    `world` processes (training.join) draw the same numbers, and each computes its share."""
     device: torch.device = torch.device('cpu')
     bfloat16: bool = False
     micro_tokens: int = 2048  # tokens in one pass of a language model: memory only
+    rank: int = 0             # number of this process; the first alone prints and saves
+    world: int = 1
 
     def autocast(self):
         """Context in which matrix products run in the chosen precision."""
@@ -25,6 +28,24 @@ class Machine:
         if self.device.type == 'cuda':
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
+
+    def share(self, n):
+        """This process's part of 0 ... n - 1."""
+        return np.array_split(np.arange(n), self.world)[self.rank]
+
+    def sum(self, x):
+        """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
+        if self.world == 1:
+            return x
+        total = x.detach().clone()
+        torch.distributed.all_reduce(total)
+        return x + (total - x.detach())
+
+    def sum_gradients(self, model):
+        """Replace each gradient by its sum over the processes; one that has none adds zeros."""
+        for p in model.parameters() if self.world > 1 else ():
+            if p.requires_grad:
+                p.grad = self.sum(torch.zeros_like(p) if p.grad is None else p.grad)
 
 
 class Model(nn.Module):
@@ -66,15 +87,13 @@ class Dropout(torch.autograd.Function):
         drawn = words.random_(-2 ** 63, None).view(kind)[:x.numel()].view(x.shape)
         low = round(p * 2 ** bits) - 2 ** (bits - 1) - 1
         # 0 or 1: clamping and shifting integers is faster than comparing to a bool
-        kept = drawn.clamp_(low, low + 1).sub_(low).to(torch.int8)
-        ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - p)
-        return x * kept.to(x.dtype).mul_(ctx.scale)
+        factor = drawn.clamp_(low, low + 1).sub_(low).to(x.dtype).mul_(1 / (1 - p))
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     def backward(ctx, gradient):
-        kept = ctx.saved_tensors[0].to(gradient.dtype)
-        return gradient * kept.mul_(ctx.scale), None
+        return gradient * ctx.saved_tensors[0], None
 
 
 def dropout(x, p, training):
@@ -92,12 +111,12 @@ def additive(seen):
     return half(torch.where(seen, 0.0, -torch.inf))
 
 
-def remade(function, *inputs):
+def remade(function, *inputs, draws=False):
     """function(*inputs), whose intermediate results are made again for the gradient instead of
-    kept: for cheap steps through large tensors, with no random draws."""
+    kept. draws: with the same random numbers, of a device that a tensor of the inputs is on."""
     if not torch.is_grad_enabled():
         return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
 
 def attend(q, k, v, mask, p=0.0, training=False):

@@ -186,10 +186,10 @@ class Embeddings(nn.Module):
         self.offset, self.dropout = c.position_offset, c.dropout
 
     def forward(self, batch):
-        x = self.word_embeddings(batch.tokens)
-        x = x + self.position_embeddings(batch.positions + self.offset)
-        x = x + self.token_type_embeddings(batch.types)
-        x = x + self.item_position_embeddings(batch.item_positions)
+        x = (self.word_embeddings(batch.tokens)
+             + self.position_embeddings(batch.positions + self.offset)
+             + self.token_type_embeddings(batch.types)
+             + self.item_position_embeddings(batch.item_positions))
         return dropout(self.LayerNorm(x), self.dropout, self.training)
 
 
@@ -249,15 +249,38 @@ class RecFormer(Model):
             x = self.lm_head.layer_norm(activation(self.lm_head.dense(states)))
             return F.linear(x, self.word_table, self.lm_head.bias)
 
+    def passes(self, packed):
+        """Numbers of the sequences that this process computes, in groups of bounded size."""
+        mine = self.machine.share(len(packed.lengths))
+        groups = micro_batches(packed.lengths[mine], self.machine.micro_tokens)
+        return [mine[group] for group in groups]
+
+    def encode(self, packed, label=None):
+        """CLS states: float32 [B, H] on the device. The machine's processes encode a share each,
+        and a gradient flows into a process's own rows alone.
+
+        Gradient caching: of a share too large for one pass only the last part is kept. The others
+        are encoded again for the gradient, with the dropout that they had: memory is that of two
+        parts at most. label: of a progress bar.
+        """
+        out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
+        groups = self.passes(packed)
+        if len(groups) == 1:
+            groups[0].sort()  # nothing is gained by another order
+        for group in progress(groups, desc=label, unit='batch', disable=not label):
+            part = packed.rows(group)
+            if group is groups[-1]:
+                x = self(part)
+            else:  # the word table says whose random numbers
+                x = remade(lambda part, _: self(part), part, self.word_table, draws=True)
+            out.index_copy_(0, self.machine.put(group), x.float())
+        return self.machine.sum(out)
+
     @torch.no_grad()
-    def encode(self, packed, label):
-        """CLS states without training, in passes of bounded size: float32 [B, H] on the device."""
+    def infer(self, packed, label):
+        """`encode` without dropout and gradient."""
         training = self.training
-        self.eval()
-        out = torch.empty(len(packed.lengths), self.config.hidden, device=self.machine.device)
-        groups = micro_batches(packed.lengths, self.machine.micro_tokens)
-        for group in progress(groups, desc=label, unit='batch'):
-            out[self.machine.put(group)] = self(packed.rows(group)).float()
+        out = self.eval().encode(packed, label)
         self.train(training)
         return out
 
@@ -267,13 +290,13 @@ class RecFormer(Model):
         found = []
         for part in np.array_split(users, -(-len(users) // at_once)):
             packed = self.pack(*take(items, offsets, part), tokens)
-            found.append(self.encode(packed, label))
+            found.append(self.infer(packed, label))
         return torch.cat(found)
 
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""
         packed = self.pack_items(np.arange(1, tokens.n + 1), tokens)
-        return F.pad(self.encode(packed, 'encode items'), (0, 0, 1, 0))
+        return F.pad(self.infer(packed, 'encode items'), (0, 0, 1, 0))
 
     @torch.no_grad()
     def cls_attention(self, packed):

@@ -1,34 +1,43 @@
-"""Rows of runs -> one flat table, what needs no training first, and the paper's tables.
+"""Rows of runs -> tables: one per model and loss, what needs no training first; the paper's.
 
-A cell is one variant of one model: its runs differ in seed and rate alone. The rate is the one with
-the best validation of the lowest seed; a cell whose runs differ in anything else that made them
-(epochs, batch, embeddings, code ...) shows 'mixed' and no number.
+A cell is one variant of one model: its runs differ in seed and rate alone, and it is called as they
+are. The rate is the one with the best validation of the lowest seed; a cell whose runs differ in
+anything else that made them (epochs, batch, embeddings, code ...) shows 'mixed' and no number.
 """
 import functools
+import itertools
+import re
 from statistics import mean, stdev
 
 import numpy as np
 
-from common.data import published_counts
 from common.files import paper
-from common.initial import SCALES
 from common.metrics import compare, per_user
+from common.models import MODELS
 from common.runs import changed_code, differences, read_ranks
 
-COLUMNS = {('sasrec', 'bce'): 'SASRec, one negative', ('sasrec', 'ce'): 'SASRec, cross-entropy',
-           ('bert4rec', 'masked'): 'BERT4Rec'}
-MODES = ('random', 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text')
-UNTRAINED = ('popularity', 'item-knn', 'text-knn', 'item+text-knn')
+TITLES = {'untrained': 'No training', 'recformer': 'RecFormer'}  # of what is no ID model
+LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'masked': 'masked items'}
 RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
+AGAINST = {'sampled': '100 negatives', 'full': 'all items'}  # the rankings that the paper has
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
-MAIN = ('sampled', 'full')  # the rankings that the paper has
-STAGES = {'lf': 'vanilla', 'pt': 'after PT', 'ft1': 'after FT1', 'ft2': 'after FT2'}
 ALPHA = 0.05  # of the paired tests
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
 FREE = {'options.seed', 'options.lr', 'from', 'start', 'items'}
 
 
 # ------------------------------------------------------------------------ cells
+
+def names_of(row):
+    """A row's model and loss, and what its run is called besides, without rate and seed:
+    ('SASRec, cross-entropy', 'lf-trainable-centred-128')."""
+    model, loss = row['model'], row.get('loss')
+    label = re.sub(r'(-lr[\d.e-]+)?-seed\d+$', '', row['run'])
+    if model in TITLES:
+        return TITLES[model], label
+    name = getattr(MODELS.get(model), '__name__', model)  # a run may be of a model that is gone
+    return f'{name}, {LOSSES.get(loss, loss)}', label.removeprefix(f'{model}-{loss}-')
+
 
 def suitability(row):
     """Of the rows of a variant the one with the largest has the rate that its cell shows."""
@@ -43,17 +52,27 @@ def of_users(row, ranking, metric):
 
 
 class Cell:
-    """One variant of one model: its runs, one per seed, all with the chosen rate."""
+    """One variant of one model: its runs, one per seed, all with the chosen rate.
+
+    first: the row of the lowest seed; title: model and loss; label: the run's name without these,
+    rate and seed; variant: without its embeddings too; random: the Cell of random rows of the same
+    title and width, None where there is none.
+    """
+    random = None
 
     def __init__(self, rows):
         self.first = max(rows, key=suitability)
         self.rows = [row for row in rows if row.get('lr') == self.first.get('lr')]
         seeds = {row.get('seed') for row in self.rows}
-        found = set()
-        for row in self.rows:
-            found.update(differences(self.first['identity'], row['identity']))
-            found.update(differences(self.first['code'], row['code']))
+        found = {name for row in self.rows for made in ('identity', 'code')
+                 for name in differences(self.first[made], row[made])}
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
+        self.init = self.first['init']
+        self.title, self.label = names_of(self.first)
+        self.variant = self.label
+        if self.init != 'random':
+            without = self.label.removeprefix(f'{self.init}-')
+            self.variant = without.removesuffix(f'-{self.init}')
 
     @functools.cache
     def users(self, ranking):
@@ -62,66 +81,61 @@ class Cell:
 
     def value(self, ranking, metric=SHOWN):
         """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
-        values = []
-        for row in self.rows:
-            value = row['metrics'][ranking].get(metric)
-            if value is None:  # a cut-off that is younger than the row
-                value = of_users(row, ranking, metric).mean()
-            values.append(100 * value)
+        values = [100 * (row['metrics'][ranking].get(metric)
+                         or of_users(row, ranking, metric).mean())  # a cut-off younger than the row
+                  for row in self.rows]
         return mean(values), stdev(values) if len(values) > 1 else 0.0
 
-    def text(self, ranking, metric=SHOWN):
+    def text(self, ranking, metric=SHOWN, digits=1):
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
         if self.mixed:
             return 'mixed'
-        middle, spread = self.value(ranking, metric)
-        return f'{middle:.2f} ± {spread:.2f}' if len(self.rows) > 1 else f'{middle:.2f}'
+        numbers = [f'{number:.{digits}f}' for number in self.value(ranking, metric)]
+        return ' ± '.join(numbers[:len(self.rows)])  # one seed has no spread
 
     def against(self, other, ranking):
-        """'>', '<', or '=' where a test paired over users sees no difference at 5 %."""
+        """(mark, p) of a test paired over users: '>', '<', or '=' where it sees no difference at
+        5 %. ('', '-') where there is nothing to compare with."""
+        if other in (None, self) or self.mixed or other.mixed:
+            return '', '-'
         difference, _, p = compare(self.users(ranking), other.users(ranking))
-        return '=' if p >= ALPHA else '>' if difference > 0 else '<'
+        mark = '=' if p >= ALPHA else '>' if difference > 0 else '<'
+        return mark, f'{p:.3f}'
 
-    def marked(self, ranking, best, random=None):
-        """text, in bold where it is ahead of `random`, and how it stands to the cell `best`."""
+    def marked(self, ranking, best):
+        """text, in bold where it is ahead of random rows, and how it stands to the cell `best`."""
         text = self.text(ranking)
-        if self.mixed:
-            return text
-        if random and not random.mixed and self.against(random, ranking) == '>':
+        if self.against(self.random, ranking)[0] == '>':
             text = f'**{text}**'
-        return f'{text} {self.against(best, ranking)}' if best else text
+        return f'{text} {self.against(best, ranking)[0]}'.strip()
 
 
-def label_of(row):
-    """What stands in front of a row: everything in which it differs but model, loss, seed, rate."""
-    init = (row['init'] or '').upper()
-    if row['model'] == 'untrained':
-        return f'{row["run"].removesuffix("-" + row["init"])} {init}' if init else row['run']
-    if row['model'] == 'recformer':
-        label = f'RecFormer {STAGES.get(row["mode"], row["mode"])}'
-        label += '' if row['tune_layers'] == 'all' else f', layers {row["tune_layers"]}'
-        return label + (', trainable items' if row['items'] else '')
-    label = 'random' if row['mode'] == 'random' else f'{row["mode"]} {init}'
-    return f'{label}{"" if row["scale"] == "raw" else ", " + row["scale"]}, {row["hidden"]} wide'
-
-
-def order_of(row):
-    """Sort key: what needs no training, RecFormer as it comes, then the ID models, wide first, then
-    by scale, mode, initialisation."""
-    if row['model'] == 'untrained':
-        return 0, UNTRAINED.index(label_of(row).split()[0])
-    if row['model'] == 'recformer':
-        return (1,)
-    return 2, -row['hidden'], SCALES.index(row['scale']), MODES.index(row['mode']), row['init']
+def order_of(cell):
+    """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
+    what has no embeddings first, then wide before narrow."""
+    model, width = cell.first['model'], cell.first.get('hidden', 0)
+    place = [*TITLES, *MODELS, model].index(model)
+    embedded = cell.init not in (None, 'random')
+    return place, cell.title, embedded, -width, cell.variant, cell.label
 
 
 def cells_of(rows):
-    """{(model, loss, label): Cell}, in the tables' order; the loss is None without training."""
+    """The Cells of these rows in the tables' order."""
     groups = {}
-    for row in sorted(rows, key=order_of):
-        key = row['model'], row.get('loss'), label_of(row)
-        groups.setdefault(key, []).append(row)
-    return {key: Cell(members) for key, members in groups.items()}
+    for row in rows:
+        groups.setdefault(names_of(row), []).append(row)
+    cells = [Cell(members) for members in groups.values()]
+    random = {(cell.title, cell.first['hidden']): cell for cell in cells if cell.init == 'random'}
+    for cell in cells:
+        cell.random = random.get((cell.title, cell.first.get('hidden')))
+    return sorted(cells, key=order_of)
+
+
+def best_of(cells):
+    """{ranking: the best Cell that needs no training, None where there is none}."""
+    free = [cell for cell in cells if cell.first['model'] == 'untrained']
+    return {ranking: max(free, key=lambda cell: cell.value(ranking), default=None)
+            for ranking in RANKINGS}
 
 
 # ------------------------------------------------------------------------ tables
@@ -132,50 +146,20 @@ def markdown(head, body):
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def data_table(data):
-    """Table 2: counts, the paper's beside ours."""
-    keys = ('users', 'items', 'interactions', 'avg_len', 'evaluated')
+def group_table(title, cells, best):
+    """What one model reaches with one loss: a row per initialisation, with p of the tests that the
+    marks stand for, and the geometry of the embeddings."""
     body = []
-    for name, counts in (('ours', data.counts), ('paper', published_counts(data.name))):
-        if counts:
-            cells = [f'{round(counts[key], 1):,}' if key in counts else '-' for key in keys]
-            body.append([name, *cells])
-    return f'## Data (table 2)\n\n{markdown(["", *keys], body)}'
-
-
-def untrained_table(cells, best):
-    """What needs no training, with the geometry of the rows it uses; RecFormer itself."""
-    body = []
-    for (model, _, label), cell in cells.items():
-        if model not in ('untrained', 'recformer'):
-            continue
-        rivals = best if model == 'recformer' else {}
-        numbers = [cell.marked(ranking, rivals.get(ranking)) for ranking in RANKINGS]
-        shape = [f'{cell.first[key]:.2f}' if cell.first.get(key) else ''
-                 for key in ('norm', 'cosine')]
-        body.append([label, *numbers, *shape])
-    head = ['', *RANKINGS.values(), "rows' norm", 'cosine']
-    return f'## No training, and RecFormer itself\n\n{markdown(head, body)}'
-
-
-def id_table(cells, best):
-    """The ID models: a row per initialisation, two columns per model and loss."""
-    ours = [key for key in cells if key[0] not in ('untrained', 'recformer')]
-    found = {(model, loss) for model, loss, _ in ours}
-    columns = [column for column in COLUMNS if column in found]
-    columns += sorted(found - COLUMNS.keys())
-    body = []
-    for label in dict.fromkeys(label for _, _, label in ours):
-        line = [label]
-        for column in columns:
-            cell = cells.get((*column, label))
-            random = cells.get((*column, f'random, {label.split(", ")[-1]}'))
-            line += [cell.marked(ranking, best[ranking], random) if cell else '-'
-                     for ranking in MAIN]
+    for cell in cells:
+        line = [cell.label, *(cell.marked(ranking, best[ranking]) for ranking in RANKINGS)]
+        for rivals in (best, dict.fromkeys(AGAINST, cell.random)):
+            line.append(' / '.join(cell.against(rivals[ranking], ranking)[1]
+                                   for ranking in AGAINST))
+        shape = [cell.first.get(key) for key in ('norm', 'cosine')]
+        line.append(' / '.join(f'{number:.2f}' for number in shape if number))
         body.append(line)
-    head = [f'{COLUMNS.get(column, ", ".join(column))}, {RANKINGS[ranking]}'
-            for column in columns for ranking in MAIN]
-    return f'## ID models by what their item table starts from\n\n{markdown(["", *head], body)}'
+    head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine']
+    return f'## {title}\n\n{markdown(head, body)}'
 
 
 def paper_table(table, dataset, cells):
@@ -186,12 +170,12 @@ def paper_table(table, dataset, cells):
         return ''
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
-        found = [cell for cell in cells.values() if wanted.items() <= cell.first.items()]
+        found = [cell for cell in cells if wanted.items() <= cell.first.items()]
         line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            ours = found[0].text(table['ranking'], metric) if found else '-'
-            line.append(f'{ours} [{values[number]:.2f}]')
+            text = found[0].text(table['ranking'], metric, digits=2) if found else '-'
+            line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
     return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
 
@@ -203,35 +187,32 @@ def footer(rows):
     def several(key):
         return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
     ties = max(max(row['tie_share'].values()) for row in rows)
-    return (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
-            f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
+    text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over seeds '
+            f'({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
-            f'width (paired over users, 5 %). Targets tie with a candidate for at most {ties:.1%} '
-            "of the users. A width below the embeddings' own: their principal components, of "
-            'centred rows.\n'
+            'width (paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is '
+            f'less than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. '
+            "The last number of a name is the width; below the embeddings' own: their principal\n"
+            'components, of centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
+    stale = [files for files in map(changed_code, rows) if files]
+    if stale:
+        files = ', '.join(sorted(set().union(*stale)))
+        text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
+                 f'({files}); the same commands make them again.\n')
+    return text
 
 
 def render(data, rows):
-    """All tables of these rows as Markdown. Rows of another version of the data are left out."""
-    current = [row for row in rows if row['data'] == data.fingerprint]
-    cells = cells_of(current)
-    free = [cell for cell in cells.values() if cell.first['model'] == 'untrained']
-    best = {}
-    for ranking in RANKINGS:
-        best[ranking] = max(free, key=lambda cell: cell.value(ranking), default=None)
-    parts = [f'# Results: {data.name}\n', data_table(data), untrained_table(cells, best),
-             id_table(cells, best), footer(current) if current else '']
-    stale = [files for files in map(changed_code, current) if files]
-    if stale:
-        files = sorted({file for files in stale for file in files})
-        parts.append(f'**{len(stale)} of these runs were made by other code than today\'s** '
-                     f'({", ".join(files)}); the same commands make them again.\n')
+    """All tables of these rows as Markdown."""
+    cells = cells_of(rows)
+    best = best_of(cells)
+    parts = [f'# Results: {data.name}\n']
+    for title, group in itertools.groupby(cells, key=lambda cell: cell.title):
+        parts.append(group_table(title, group, best))
+    parts.append(footer(rows))
     parts += [paper_table(table, data.name, cells) for table in paper().values()
               if 'ours' in table]
-    older = len(rows) - len(current)
-    if older:
-        parts.append(f'{older} runs of another version of the data are left out.\n')
     return '\n'.join(filter(None, parts))

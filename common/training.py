@@ -5,6 +5,7 @@ A script shows its own loop. Each draw that a loop makes comes either from torch
 state is saved, or from `np.random.default_rng([seed, epoch, ...])`, which a restart makes again: a
 run that was killed ends with the same numbers.
 """
+import atexit
 import contextlib
 import copy
 import ctypes
@@ -13,6 +14,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ import torch
 from common.files import Diverged, UserError, load_pt, save_pt, save_text
 from common.layers import Machine
 from common.progress import progress
+
+AHEAD = 'cuda',  # a CPU has no time to spare for the next batch
 
 
 # ------------------------------------------------------------------------ machine
@@ -61,48 +65,34 @@ def keep_freed_memory():
         mallopt(trim_threshold, 2 ** 31 - 1)
 
 
-class Processes:
-    """The processes that share one training run (torchrun starts them; without it there is one).
+def join(machine):
+    """The Machine, together with torchrun's other processes where it started some: they share each
+    step, and end it with the gradients of one process that computed all."""
+    if 'RANK' not in os.environ:
+        return machine
+    if machine.device.type == 'cuda':
+        torch.cuda.set_device(machine.device)
+    torch.distributed.init_process_group()
+    atexit.register(torch.distributed.destroy_process_group)
+    machine.rank, machine.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if machine.rank:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
+    return machine
 
-    Each draws the same numbers, computes its share of the sequences, and ends every step with the
-    same gradients: those of one process that computed all. The first alone prints and saves.
-    """
 
-    def __init__(self, device):
-        self.rank = int(os.environ.get('RANK', 0))
-        self.world = int(os.environ.get('WORLD_SIZE', 1))
-        if self.world == 1:
-            return
-        if device.type == 'cuda':
-            torch.cuda.set_device(device)
-        torch.distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        if self.rank:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
-            sys.stdout = sys.stderr = open(os.devnull, 'w')
-
-    def share(self, n):
-        """This process's part of 0 ... n - 1."""
-        return np.array_split(np.arange(n), self.world)[self.rank]
-
-    def encode(self, model, packed):
-        """CLS of all sequences, float32 [n, H], each process computing its share; a gradient flows
-        into its own rows alone."""
-        n = len(packed.lengths)
-        mine = self.share(n)
-        x = model(packed.rows(mine)).float()
-        if self.world == 1:
-            return x
-        rows = x.new_zeros(n, x.shape[1])
-        rows[mine] = x.detach()
-        self.sum([rows])
-        rows[mine] = x
-        return rows
-
-    def sum(self, tensors):
-        """Replace each tensor by its sum over the processes."""
-        if self.world > 1:
-            for x in tensors:
-                torch.distributed.all_reduce(x)
+def prefetch(things, machine):
+    """The same things in the same order; on the devices AHEAD a thread makes the next one while the
+    caller computes with this one. Making them must not draw from torch's generator. An error comes
+    where its thing would have come; the thread ends with the loop, however that ends."""
+    if machine.device.type not in AHEAD:
+        yield from things
+        return
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, things, None)
+        while (thing := coming.result()) is not None:
+            coming = thread.submit(next, things, None)
+            yield thing
 
 
 # ------------------------------------------------------------------------ optimiser
@@ -171,8 +161,7 @@ class Training:
 
     def steps(self):
         """Numbers of this epoch's steps that are left."""
-        while self.step < min(self.per_epoch, self.total - self.epoch * self.per_epoch):
-            yield self.step
+        return range(self.step, min(self.per_epoch, self.total - self.epoch * self.per_epoch))
 
     def update(self, **losses):
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is

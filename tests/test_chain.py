@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.backbone import load_recformer, weights_digest
 from common.files import ROOT, command, load_json, load_pt, lock
 from tests.toy import amazon, canonical, tiny_bert, tiny_longformer
 
@@ -183,9 +184,10 @@ def rows_of(run):
 
 
 def stamps(folder):
-    """{file: time of its last change} below a folder, but for locks and tables."""
+    """{file: time of its last change} below a folder, but for locks, tables, pictures."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob('*')
-            if path.is_file() and path.name not in ('.lock', 'results.md', 'results.json')}
+            if path.is_file() and path.suffix != '.png'
+            and path.name not in ('.lock', 'results.md', 'results.json')}
 
 
 def until(happened, seconds=60):
@@ -288,8 +290,6 @@ def test_other_commands_on_the_runs_of_a_chain(pantry):
     out = evaluate('inspect', 'pantry', row['run'], name)
     cells = next(line for line in out.splitlines() if row['run'] in line).split(' | ')
     assert cells[1] == f'{row["parameters"]:,}'
-    for value, ranking in zip(cells[5:7], ('sampled', 'full')):
-        assert value == f'{100 * row["metrics"][ranking]["NDCG@10"]:.2f}', 'as when it was trained'
     out = evaluate('recommend', 'pantry', row['run'], '--users', 'U1', 'U2', '--k', '3')
     assert [line.split()[:2] for line in out.splitlines()] \
         == [[user, str(rank)] for user in ('U1', 'U2') for rank in (1, 2, 3)]
@@ -323,21 +323,22 @@ def test_own_data_without_a_source(tmp_path, fast):
     run = tmp_path / 'runs' / 'toy' / 'plm' / 'mine'
     assert 'stage-PT' not in out and not (run.parent / 'pretrained').exists()
     assert not list(run.glob('*-pt-*'))
-    assert f'written to {run / "results.md"}' in out and '| random, 16 wide |' in out
+    assert f'written to {run / "results.md"}' in out and '| random-16 |' in out
     rows = rows_of(run)
     whole = [r for r in rows if r['model'] == 'recformer' and r['mode'] == 'ft2'
              and r['tune_layers'] == 'all' and not r['items']]
     assert [r['seed'] for r in whole] == [0, 1]
-    mean = r'\d+\.\d\d'
-    assert re.search(rf'\| RecFormer after FT2 \| {mean} ± {mean} ', out), 'its own seeds'
-    assert re.search(rf'\| RecFormer after FT2, trainable items \| {mean} [<=>] ', out)
-    assert re.search(rf'\| random, 16 wide \| {mean} [<=>] ', out)
+    mean = r'\d+\.\d'
+    assert re.search(rf'\| ft2 \| {mean} ± {mean} ', out), 'its own seeds'
+    assert re.search(rf'\| ft2-items \| {mean} [<=>] ', out)
+    assert re.search(rf'\| random-16 \| {mean} [<=>] ', out)
     assert {r['seed'] for r in rows if r['model'] == 'sasrec'} == {0}
     tuned = {r['tune_layers'] for r in rows if r.get('mode') == 'ft1'}
     assert tuned == {'all', '0,1,2', '0', '1', '2'}
-    assert 'id+text LF' in out and 'id+text FT' in out and 'RecFormer vanilla' in out
+    for label in ('lf-id+text-raw-16', 'ft-id+text-raw-16', 'ft0-lf'):
+        assert f'| {label} |' in out
     head = load_pt(run / 'embeddings' / 'ft.pt', 'embeddings')['head']
-    assert head['stage'] == 'ft1'
+    assert head['identity']['model'] == weights_digest(load_recformer(run / 'ft1-seed0'))
 
 
 # ------------------------------------------------------------------------ what run_all.sh runs
@@ -646,7 +647,7 @@ WRONG = [
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'inspect', 'mine', 'nosuch'], 'no such run'),
     (['evaluate.py', 'inspect', 'mine', '../x'], 'not the name of a run'),
-    (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such file'),
+    (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from a share'),
 ]

@@ -1,23 +1,28 @@
-"""Figures, cold items, size, recommendations: by hand, and as commands on made-up data.
+"""Figures, new items, size: by hand, and as commands on made-up data.
 Run: python -m pytest tests/test_figures.py
 """
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 
 import evaluate
 import export_embeddings
 import finetune
 import train_seq
-from common import data
+from common import data, figures, report
 from common.arrays import offsets_of
 from common.backbone import load_recformer
-from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_curve,
-                            findings, first_tokens, numbers)
-from common.files import UserError, load_json, load_pt, save_json
+from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
+                            draw_lines, findings, first_tokens, learning, numbers)
+from common.files import UserError, load_json, load_pt, save_json, save_npz
 from common.layers import Machine
 from common.models import load_seq
+from common.recommend import began_table
+from common.runs import load_rows
 from common.sasrec import SASRec
 from common.sequence import ItemTable, Layout
 from common.text import Packed, tokenize
@@ -130,7 +135,7 @@ def test_dollars_in_titles_and_words_are_text(tmp_path):
     maps = {'tuned $^{$': weights, r'vanilla $\x$': weights}
     draw_attention(tmp_path / 'a.png', maps, p, words, np.array([[.3, .7]]))
     draw_attention(tmp_path / 'b.png', maps, p, words)
-    draw_curve(tmp_path / 'c.png', {'$_$': [(1.0, 2.0, .1)]}, {'$^{$': (1.0, .1)})
+    draw_lines(tmp_path / 'c.png', {'$_$': {'$^{$': {1.0: (2.0, .1)}}}, '$x_$', log=True)
     for name in 'abc':
         assert (tmp_path / f'{name}.png').read_bytes()[:4] == PNG
     assert sorted(file.name for file in tmp_path.iterdir()) == ['a.png', 'b.png', 'c.png']
@@ -196,23 +201,16 @@ def test_inspect(world, capsys):
     capsys.readouterr()
     call('inspect', 'one', RANDOM, LF, both, BERT)
     out = capsys.readouterr().out
-    assert out.startswith('1 users with a cold test item\n')
+    assert out.startswith('1 users whose test item is new to training\n')
     assert (world / 'inspect.md').read_text() in out and 'inspect.md' in out.splitlines()[-1]
     table = {cells_of(line)[0]: cells_of(line) for line in out.splitlines() if line.startswith('|')}
     assert list(table)[2:] == [RANDOM, LF, both, BERT]
     for run in (RANDOM, LF, both, BERT):
-        row, cells = load_json(world / run / 'row.json'), table[run]
-        model, _ = load_seq(world / run, data.load('one'))
-        assert cells[1] == f'{row["parameters"]:,}'
-        size = (world / run / 'model.pt').stat().st_size
-        assert float(cells[2]) == pytest.approx(size / 1e6, abs=.06)
-        assert float(cells[3]) == pytest.approx(row['seconds'] / row['epochs'], abs=.06)
-        assert float(cells[4]) >= 0
-        for cell, ranking in zip(cells[5:7], ('sampled', 'full')):
-            assert float(cell) == pytest.approx(100 * row['metrics'][ranking]['NDCG@10'], abs=.006)
-    assert table[both][7:] == table[BERT][7:] == ['-', '-'], 'they score by other rows'
+        row = load_json(world / run / 'row.json')
+        assert table[run][1] == f'{row["parameters"]:,}'
+    assert table[both][2:] == table[BERT][2:] == ['-', '-'], 'they score by other rows'
     for run in (RANDOM, LF):
-        assert [float(cell) for cell in table[run][7:]] == \
+        assert [float(cell) for cell in table[run][2:]] == \
             pytest.approx([100 * gain_of_the_cold_item(world, run), 100], abs=.006)
 
 
@@ -220,9 +218,9 @@ def test_inspect(world, capsys):
 def gain_of_the_cold_item(world, run):
     """NDCG@10 of the one cold user, whose negatives are all other items (there are few)."""
     found = data.load('one')
-    model, about = load_seq(world / run, found)
+    model, _ = load_seq(world / run, found)
     row, new = found.user_ids.index('cold'), found.item_ids.index('new') + 1
-    evaluate.give_back(model, about, np.array([new]), found, world)
+    model.item_embedding.weight[new] = began(world, run, found)[new]
     own = found.items[found.offsets[row]:found.offsets[row + 1]]
     assert own[-1] == new
     scores = (model.states(own[:-1], np.array([0, 3])) @ model.item_embedding().T)[0].numpy()
@@ -231,58 +229,26 @@ def gain_of_the_cold_item(world, run):
     return 1 / np.log2(rank + 2) if rank < 10 else 0.0
 
 
+def began(world, run, found):
+    """The item table that a run's training began with."""
+    return began_table(world, load_json(world / run / 'row.json'), load_seq(world / run, found)[0], found)
+
+
 def test_a_cold_item_gets_the_row_it_started_from(world):
     found = data.load('one')
     new = found.item_ids.index('new') + 1
-    model, about = load_seq(world / LF, found)
-    before = model.item_embedding.weight.clone()
-    evaluate.give_back(model, about, np.array([new]), found, world)
-    now = model.item_embedding.weight
     rows = load_pt(world / 'embeddings' / 'lf.pt', 'embeddings')['matrix'][1:]
     start = (rows - rows.mean(0))[new - 1]
-    assert F.cosine_similarity(now[new], start, dim=0).item() == pytest.approx(1, abs=1e-5)
-    assert not torch.equal(before[new], now[new])
-    others = np.delete(np.arange(len(now)), new)
-    assert torch.equal(before[others], now[others])
+    row = began(world, LF, found)[new]
+    assert F.cosine_similarity(row, start, dim=0).item() == pytest.approx(1, abs=1e-5)
 
 
 def test_a_random_models_cold_row_is_the_one_its_training_began_with(world):
     found = data.load('one')
-    new = np.array([found.item_ids.index('new') + 1])
-    model, about = load_seq(world / RANDOM, found)
-    evaluate.give_back(model, about, new, found, world)
     args = train_seq.parse_args(['one', '--model', 'sasrec', '--hidden', '16'])
+    _, about = load_seq(world / RANDOM, found)
     begun = train_seq.build(train_seq.make_world(args), about).item_embedding.weight
-    assert torch.equal(model.item_embedding.weight[new], begun[new])
-
-
-def test_recommend(world, capsys):
-    """The order of the scores, without what the user had; by hand."""
-    found = data.load('one')
-    capsys.readouterr()
-    call('recommend', 'one', RANDOM, '--users', 'cold', 'u3', '--k', '4')
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines] == \
-        [[user, str(rank)] for user in ('cold', 'u3') for rank in (1, 2, 3, 4)]
-    model, _ = load_seq(world / RANDOM, found)
-    row = found.user_ids.index('u3')
-    history = found.items[found.offsets[row]:found.offsets[row + 1]]
-    with torch.no_grad():
-        states = model.states(history, np.array([0, len(history)]))
-        scores = (states @ model.item_embedding().T)[0].numpy()
-    left = np.setdiff1d(np.arange(1, found.n_items + 1), history)
-    best = left[np.argsort(-scores[left])][:4]
-    assert [line.split()[2] for line in lines[4:]] == [found.item_ids[item - 1] for item in best]
-    for line, item in zip(lines[4:], best):
-        assert float(line.split()[3]) == pytest.approx(scores[item], abs=.05)
-        assert line.endswith(found.title(item))
-    call('recommend', 'one', RANDOM, '--users', 'cold', '--k', '1000')
-    lines = capsys.readouterr().out.splitlines()
-    own = found.items[found.offsets[found.user_ids.index('cold')]:][:4]
-    assert len(lines) == found.n_items - 4
-    assert not {line.split()[2] for line in lines} & {found.item_ids[item - 1] for item in own}
-    with pytest.raises(UserError, match='--users nobody: no such user in one'):
-        call('recommend', 'one', RANDOM, '--users', 'nobody')
+    assert torch.equal(began(world, RANDOM, found), begun)
 
 
 @pytest.mark.parametrize('command', [['inspect', 'one'], ['recommend', '--users=u1', 'one'],
@@ -294,7 +260,7 @@ def test_what_is_no_id_model_is_refused(world, command):
 
 
 def test_attention(world, capsys):
-    call('attention', 'one', '--seq', LF, '--users', '5', '--user', 'u1')
+    call('attention', 'one', '--seq', LF, '--users', '5')
     out = capsys.readouterr().out
     assert out.startswith('CLS attention of 5 users of one\n') and out.count('\n- (') == 4
     assert (world / 'figure1.md').read_text() in out
@@ -305,8 +271,6 @@ def test_attention(world, capsys):
     assert {len(row) for row in rows} == {2 + len(MEASURES)}
     call('attention', 'one', '--users', '2', '--checkpoint', world / 'ft1-seed0')
     assert capsys.readouterr().out.count('\n- (') == 4, 'without SASRec'
-    with pytest.raises(UserError, match='--user nobody: no such user in one'):
-        call('attention', 'one', '--user', 'nobody')
     train('random', model='bert4rec')
     with pytest.raises(UserError, match='SASRec is needed here'):
         call('attention', 'one', '--seq', BERT)
@@ -330,7 +294,7 @@ def test_both_models_see_the_same_tokens(world, monkeypatch):
             yield found
     monkeypatch.setattr(evaluate, 'cls_attention', noticed)
     call('attention', 'one', '--users', '20')
-    vanilla, tuned = seen[:21], seen[21:]
+    vanilla, tuned = seen[:20], seen[20:]
     assert max(map(len, tuned)) == 40, 'some are cut'
     assert vanilla == tuned
 
@@ -351,53 +315,172 @@ def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
         np.testing.assert_allclose(weights, others, atol=1e-5)
 
 
-# ------------------------------------------------------------------------ figure 2
+# ------------------------------------------------------------------------ runs as pictures
 
-def made_up(folder, init, mode, scale, value, loss='bce', lr=0.001, seed=0, valid=0.5, **more):
-    """The row of a SASRec run, with this NDCG@10."""
-    run = f'sasrec-{loss}-{init}-{mode}-{scale}-lr{lr}-seed{seed}{"".join(map(str, more.values()))}'
-    metrics = {'sampled': {'NDCG@10': value}, 'full': {'NDCG@10': value}}
+def made_up(folder, init, mode, scale, value, loss='bce', hidden=16, lr=0.001, seed=0, epochs=0,
+            **more):
+    """The row of a SASRec run, with this NDCG@10 against 100 negatives and half of it among all
+    items, and a log of so many epochs."""
+    what = init if init == 'random' else f'{init}-{mode}-{scale}'
+    run = more.get('run', f'sasrec-{loss}-{what}-{hidden}-lr{lr}-seed{seed}')
+    metrics = {ranking: {'NDCG@10': value * share}
+               for ranking, share in (('sampled', 1), ('full', .5), ('new', .1))}
     row = {'run': run, 'dataset': 'one', 'model': 'sasrec', 'loss': loss, 'init': init,
-           'mode': mode, 'scale': scale, 'hidden': 16, 'lr': lr, 'seed': seed, 'valid': valid,
+           'mode': mode, 'scale': scale, 'hidden': hidden, 'lr': lr, 'seed': seed, 'valid': .5,
            'seconds': 1, 'data': data.load('one').fingerprint, 'metrics': metrics, 'code': {},
+           'cosine': None if init == 'random' else value / 2,
            'identity': {'options': {'lr': lr, 'seed': seed}}, **more}
-    save_json(folder / run / 'row.json', row)
+    save_json(folder / f'{run}{more.get("data", "")}' / 'row.json', row)
+    if epochs:
+        lines = [f'{epoch},1.5,2.5,{epoch / 100},' for epoch in range(1, epochs + 1)]
+        (folder / run / 'log.csv').write_text('\n'.join(['epoch,seconds,loss,valid,full', *lines]))
 
 
 @pytest.fixture
-def shares(world, tmp_path, monkeypatch):
-    """A folder of runs from two shares of the source users, beside random and LF."""
+def folder(world, tmp_path, monkeypatch):
+    """A folder of made-up runs: random, twice, and LF."""
     monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path))
     folder = tmp_path / 'one'
     for seed, value in enumerate((.10, .12)):
-        made_up(folder, 'random', 'random', 'raw', value, seed=seed)
-    made_up(folder, 'lf', 'trainable', 'raw', .2)
+        made_up(folder, 'random', 'random', 'raw', value, seed=seed, epochs=3)
+    made_up(folder, 'lf', 'trainable', 'raw', .2, epochs=1)
     made_up(folder, 'lf', 'trainable', 'centred', .3)
+    return folder
+
+
+def drawn(monkeypatch, function, *args):
+    """The figure that a function of common/figures.py draws."""
+    kept = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, part, **_: kept.append(figure))
+    monkeypatch.setattr(figures, 'whole', lambda path: contextlib.nullcontext(path))
+    function('nowhere.png', *args)
+    return kept[0]
+
+
+def test_bars(folder, monkeypatch):
+    """One for each cell, its spread over seeds; lines across for what needs no training."""
+    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=0)
+    made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, code={'x.py': 'y'})
+    for run, value in (('popularity', .05), ('item-knn', .07)):
+        made_up(folder, None, run, '', value, loss=None, run=run, model='untrained')
+    figure = drawn(monkeypatch, draw_bars, report.cells_of(load_rows('one')))
+    names = ['No training: item-knn', 'No training: popularity', 'SASRec, one negative: random-16',
+             'SASRec, one negative: lf-trainable-centred-16',
+             'SASRec, one negative: lf-trainable-raw-16']
+    assert figure.axes[0].yaxis.get_major_formatter().format_ticks(range(5)) == names, 'PT is mixed'
+    for axis, share in zip(figure.axes, (100, 50)):
+        assert [bar.get_width() for bar in axis.patches] == \
+            pytest.approx([share * value for value in (.07, .05, .11, .3, .2)])
+        spreads = [np.ptp(segment[:, 0]) for segment in axis.collections[0].get_segments()]
+        assert spreads == pytest.approx([0, 0, 2 * share * np.std([.1, .12], ddof=1), 0, 0])
+        assert [line.get_xdata()[0] for line in axis.lines[-2:]] == \
+            pytest.approx([share * .07, share * .05])
+        assert axis.get_title().endswith('dashed: item-knn\ndotted: popularity')
+    assert 'all items' in figure.axes[1].get_title()
+    low, high = figure.axes[0].get_ylim()
+    assert low > high, 'the first on top'
+
+
+def test_without_anything_to_show_there_are_no_bars(tmp_path):
+    draw_bars(tmp_path / 'a.png', [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_learning_curves(folder, monkeypatch):
+    """A panel per variant with random rows in it; of the lowest seed; a run without a log has
+    none, one of a single epoch has a point."""
+    panels = learning(report.cells_of(load_rows('one')))
+    random = {1: (1, 0), 2: (2, 0), 3: (3, 0)}
+    assert panels == {
+        'SASRec, one negative\nrandom-16': {'random': random},
+        'SASRec, one negative\ntrainable-centred-16': {'random': random},
+        'SASRec, one negative\ntrainable-raw-16': {'random': random, 'lf': {1: (1, 0)}}}
+    figure = drawn(monkeypatch, draw_lines, panels, 'epoch')
+    first, _, last = figure.axes
+    assert last.get_title().endswith('\ntrainable-raw-16')
+    line, point = (container[0] for container in last.containers)
+    assert line.get_xydata().tolist() == [[1, 1], [2, 2], [3, 3]]
+    assert point.get_xydata().tolist() == [[1, 1]]
+    assert line.get_color() == first.containers[0][0].get_color() != point.get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ['random', 'lf']
+
+
+def test_table_writes_both_pictures(folder, capsys):
+    for run in folder.iterdir():
+        ranks = np.zeros((len(data.load('one').evaluated), 2), np.int32)
+        save_npz(run / 'ranks.npz', {name: ranks for name in ('users', 'sampled', 'full', 'new')})
+    rows = load_rows('one')
+    for row in rows:
+        save_json(folder / row['run'] / 'row.json', {**row, 'users': 9, 'tie_share': {'full': 0}})
+    call('table', 'one')
+    out = capsys.readouterr().out.splitlines()
+    for name in ('results', 'curves'):
+        assert (folder / f'{name}.png').read_bytes()[:4] == PNG
+        assert f'drawn: {folder / name}.png' in out
+
+
+# ------------------------------------------------------------------------ figure 2
+
+def curve(capsys, folder, file='figure2'):
+    """The curve's table: {what: [cells of a line]}."""
+    capsys.readouterr()
+    call('curve', 'one')
+    text = (folder / f'{file}.md').read_text()
+    assert text in capsys.readouterr().out
+    found = {}
+    for line in text.splitlines():
+        method, *cells = cells_of(line)
+        found.setdefault(method, []).append(cells)
+    return found
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """The names of what would be drawn: it takes a second each."""
+    names = []
+    monkeypatch.setattr(evaluate, 'draw_lines', lambda path, *_, **more: names.append(path.name))
+    return names
+
+
+@pytest.fixture
+def shares(folder, pictures):
+    """Runs from two shares of the source users, beside those of `folder`."""
     for share, value in (('10', .40), ('0.5', .35)):
         made_up(folder, f'pt-share{share}', 'trainable', 'centred', value)
     return folder
 
 
-def curve(capsys, folder):
-    """Lines of the curve's table: {what: number}."""
-    capsys.readouterr()
+HEAD = ['share of the source users in stage-PT, percent', 'NDCG@10, 100 negatives',
+        'NDCG@10, all items', 'mean cosine']
+EXPECTED = {
+    '': [HEAD],
+    '---': [['---'] * 4],
+    'SASRec, one negative, random-16': [[number, '11.00 ± 1.41', '5.50 ± 0.71', '0.00 ± 0.00']
+                                        for number in ('0', '0.5', '10')],
+    'SASRec, one negative, trainable-centred-16': [
+        ['0', '30.00 ± 0.00', '15.00 ± 0.00', '0.15 ± 0.00'],
+        ['0.5', '35.00 ± 0.00', '17.50 ± 0.00', '0.17 ± 0.00'],
+        ['10', '40.00 ± 0.00', '20.00 ± 0.00', '0.20 ± 0.00']]}
+
+
+def test_curve(shares, capsys, monkeypatch, pictures):
+    found = curve(capsys, shares)
+    assert found == EXPECTED, 'raw rows are of LF alone'
+    assert not (shares / 'steps.md').exists() and pictures == ['figure2.png']
+    monkeypatch.setattr(evaluate, 'draw_lines', draw_lines)
     call('curve', 'one')
-    out = capsys.readouterr().out
-    assert (folder / 'figure2.md').read_text() in out
-    assert (folder / 'figure2.png').read_bytes()[:4] == PNG
-    return dict(cells_of(line) for line in out.splitlines() if line.startswith('|'))
+    assert (shares / 'figure2.png').read_bytes()[:4] == PNG
 
 
-EXPECTED = {'SASRec from': 'NDCG@10', '---': '---',
-            'random': '11.00 ± 1.41',
-            'LF raw': '20.00 ± 0.00',
-            'LF centred': '30.00 ± 0.00',
-            'PT centred, 0.5 % of the source users': '35.00 ± 0.00',
-            'PT centred, 10 % of the source users': '40.00 ± 0.00'}
-
-
-def test_curve(shares, capsys):
-    assert curve(capsys, shares) == EXPECTED
+def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
+    """A formula's markup would be printed as it is; steps keep their distances."""
+    lines = {'a': {0: (1, 0), .01: (2, .1), 50: (3, 0)}}
+    for log, name in ((True, 'symlog'), (False, 'linear')):
+        axis = drawn(monkeypatch, draw_lines, {'t': lines}, 'x', log).axes[0]
+        axis.figure.canvas.draw()
+        assert axis.get_xscale() == name
+        shown = [text.get_text().replace('\N{MINUS SIGN}', '-') for text in axis.get_xticklabels()]
+        assert [float(text) for text in shown] == pytest.approx(axis.get_xticks())
 
 
 def test_curve_without_shares_says_what_makes_them(world):
@@ -405,10 +488,37 @@ def test_curve_without_shares_says_what_makes_them(world):
         call('curve', 'one')
 
 
-@pytest.mark.parametrize('other', [dict(loss='ce'), dict(lr=0.01, valid=0.1), dict(data='older'),
+@pytest.mark.parametrize('other', [dict(lr=0.01, valid=0.1), dict(data='older'),
                                    dict(hidden=8, mode='random', init='random', scale='raw')])
 def test_curve_averages_over_seeds_alone(shares, capsys, other):
-    """Not over losses, rates that were tried, widths, and versions of the data."""
+    """Not over rates that were tried, widths, and versions of the data."""
     given = {'init': 'pt-share10', 'mode': 'trainable', 'scale': 'centred', **other}
     made_up(shares, value=.9, **given)
+    assert curve(capsys, shares) == EXPECTED
+
+
+def test_losses_and_models_have_lines_of_their_own(shares, capsys):
+    made_up(shares, 'pt-share10', 'trainable', 'centred', .9, loss='ce')
+    made_up(shares, 'pt-share10', '', '', .6, model='untrained', run='text-knn-pt-share10')
+    made_up(shares, 'lf', '', '', .6, model='recformer', run='lf', cosine=None)
+    found = curve(capsys, shares)
+    assert found.pop('SASRec, cross-entropy, trainable-centred-16') == \
+        [['10', '90.00 ± 0.00', '45.00 ± 0.00', '0.45 ± 0.00']]
+    assert found.pop('No training, text-knn') == \
+        [['10', '60.00 ± 0.00', '30.00 ± 0.00', '0.30 ± 0.00']]
+    assert found == EXPECTED
+
+
+def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
+    """Beside the shares, in files of its own, in the order of the numbers."""
+    for step in (240, 48, 1000):
+        made_up(shares, f'pt-step{step}', 'trainable', 'raw', step / 10000)
+    found = curve(capsys, shares, 'steps')
+    assert found[''][0][0] == 'steps of stage-PT'
+    assert found['SASRec, one negative, trainable-raw-16'] == [
+        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '0.10 ± 0.00'],
+        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.00 ± 0.00'],
+        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.01 ± 0.00'],
+        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '0.05 ± 0.00']]
+    assert pictures == ['figure2.png', 'steps.png']
     assert curve(capsys, shares) == EXPECTED

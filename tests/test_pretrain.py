@@ -1,11 +1,8 @@
 """Stage-PT's draws and losses, stage-FT's prefixes, losses and item tables, by hand.
 Run: python -m pytest tests/test_pretrain.py
 """
-import json
-import os
 import shutil
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,15 +14,13 @@ import finetune
 import pretrain
 from common.backbone import from_backbone, load_recformer, start_model
 from common.data import prepare
-from common.files import ROOT, UserError, load_json, load_pt
+from common.files import UserError, load_json, load_pt
 from common.layers import Machine
 from common.recformer import cosine_logits
 from common.text import mask_words, tokenize
-from common.training import Processes
 from tests.toy import canonical, tiny_bert
 
 FILTERS = 4, 1, 0
-ALONE = Processes(torch.device('cpu'))
 
 
 @pytest.fixture(scope='module')
@@ -121,7 +116,7 @@ def test_a_target_twice_in_a_batch_is_no_negative_of_itself(sources, model):
     histories, _, _ = sources.draw(np.arange(4), np.random.default_rng(0), model)
     items = np.array([5, 9, 5, 7])
     targets = model.pack_items(items, sources.tokens)
-    loss, accuracy = pretrain.contrastive(model, histories, targets, items, ALONE)
+    loss, accuracy = pretrain.contrastive(model, histories, targets, items)
     logits = cosine_logits(model(histories), model(targets))
     candidates = [0, 1, 3], [0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3]
     losses, right = [], []
@@ -135,10 +130,11 @@ def test_a_target_twice_in_a_batch_is_no_negative_of_itself(sources, model):
 
 def test_masked_model_in_parts_equals_the_whole(sources, model):
     packed, _, _ = sources.draw(np.arange(8), np.random.default_rng(0), model)
+    masked = mask_words(packed, np.random.default_rng(3), model.words.mask, 40)
     found = []
     for size in (100_000, 40):
         model.on(Machine(micro_tokens=size)).zero_grad()
-        value = pretrain.masked_gradients(model, packed, np.random.default_rng(3), 0.5, ALONE)
+        value = pretrain.masked_gradients(model, packed, masked, 0.5)
         weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
         found.append((value, [weight.grad.clone() for weight in weights]))
     (whole, expected), (parts, gradients) = found
@@ -148,14 +144,20 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
 
 
 def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, model):
-    users, args = np.array([3, 50, 7, 8, 60, 11, 12, 13]), options('--mlm-weight', '0.3')
-    found = pretrain.step_gradients(model, sources, users, np.random.default_rng(5), args, ALONE)
+    args = options('--mlm-weight', '0.3')
+    training = SimpleNamespace(epoch=2, per_epoch=3, steps=lambda: [1])
+    (seed, batches), = sources.steps(training, model, args)
+    found = pretrain.step_gradients(model, batches, args)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    rng, total, contrastive, mlm = np.random.default_rng(5), 0, [], []
-    for batch in (users[:4], users[4:]):
+    order = np.random.default_rng([0, 3, 2]).permutation(sources.train)
+    users, rng = np.array_split(order, 3)[1], np.random.default_rng([0, 4, 2, 1])
+    assert seed == rng.integers(2 ** 62)
+    parts = np.array_split(users, -(-len(users) // 4))
+    total, contrastive, mlm = 0, [], []
+    for batch in parts:
         histories, targets, ids = sources.draw(batch, rng, model)
-        loss, _ = pretrain.contrastive(model, histories, targets, ids, ALONE)
+        loss, _ = pretrain.contrastive(model, histories, targets, ids)
         contrastive.append(loss.item())
         of_words = 0
         for packed in (histories, targets):
@@ -164,7 +166,7 @@ def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, 
             logits = model.mlm_logits(model(packed, np.arange(len(tokens))))[chosen]
             of_words = of_words + F.cross_entropy(logits, right)
         mlm.append(of_words.item())
-        total = total + (loss + 0.3 * of_words) / 2
+        total = total + (loss + 0.3 * of_words) / len(parts)
     total.backward()
     assert float(found['contrastive']) == pytest.approx(np.mean(contrastive), rel=1e-5)
     assert float(found['mlm']) == pytest.approx(np.mean(mlm), rel=1e-5)
@@ -174,9 +176,50 @@ def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, 
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
+def one_pass(model, packed, groups):
+    """CLS of all sequences with the gradient of one pass: the groups one after the other."""
+    states = torch.cat([model(packed.rows(group)) for group in groups])
+    return states[torch.from_numpy(np.argsort(np.concatenate(groups)))]
+
+
+@pytest.mark.parametrize('dropout', [0.0, 0.2])
+@pytest.mark.parametrize('size', [50, 400])
+def test_encoding_in_parts_has_the_gradients_of_one_pass(place, sources, size, dropout):
+    """Gradient caching: the same states, gradients and dropout, and no pass larger than asked."""
+    model = start_model(None, str(place / 'plm')).train()
+    for module in model.modules():
+        if hasattr(module, 'dropout'):
+            module.dropout = dropout
+    histories, targets, ids = sources.draw(np.arange(16), np.random.default_rng(0), model)
+    seen, found = [], []
+    model.on(Machine(micro_tokens=size))
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0].tokens)))
+    groups = {id(packed): model.passes(packed) for packed in (histories, targets)}
+    most = max(size, histories.lengths.max())
+    made = sum(map(len, groups.values()))
+    encode = model.encode
+    for model.encode in encode, lambda packed: one_pass(model, packed, groups[id(packed)]):
+        torch.manual_seed(4)
+        model.zero_grad()
+        seen.clear()
+        loss, _ = pretrain.contrastive(model, histories, targets, ids)
+        assert len(seen) == made > 3 and max(seen) <= most
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss, torch.rand(3), gradients))
+        if model.encode is encode:
+            assert len(seen) == 2 * made - 2 and max(seen) <= most, 'all but the last ones again'
+    (a, drawn, mine), (b, next_drawn, whole) = found
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    assert torch.equal(drawn, next_drawn), 'what comes later draws as after one pass'
+    assert mine.keys() == whole.keys() and len(mine) > 30
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
 def test_held_out_users_are_drawn_alike_each_time(sources, model):
     args = options('--batch', '2')
-    values = [pretrain.held_out_accuracy(model.train(), sources, args, ALONE) for _ in range(2)]
+    values = [pretrain.held_out_accuracy(model.train(), sources, args) for _ in range(2)]
     assert values[0] == values[1] and model.training
     right = 0
     for number, group in enumerate(np.array_split(sources.valid, 2)):
@@ -232,8 +275,9 @@ def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
     table = model.encode_items(tokens).requires_grad_()
     histories, labels = finetune.prefixes(data[0], np.arange(8), np.random.default_rng(0))
     model.on(Machine(micro_tokens=size))
-    loss = finetune.add_gradients(model, table, histories, labels, tokens)
-    states = model(model.pack(*histories, tokens))
+    packed = model.pack(*histories, tokens)
+    loss = finetune.add_gradients(model, table, packed, labels)
+    states = model(packed)
     cosine = F.cosine_similarity(states[:, None], table[None, 1:], dim=2) / 0.05
     expected = F.cross_entropy(cosine, torch.from_numpy(labels).long() - 1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -329,7 +373,7 @@ def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
     torch.testing.assert_close(content['matrix'], vanilla.encode_items(tokens), atol=1e-5, rtol=0)
     assert content['items'] == data[0].item_ids and not content['matrix'][0].any()
     head = content['head']
-    assert (head['stage'], head['plm'], head['dataset']) == ('lf', str(plm), 'one')
+    assert (head['plm'], head['dataset']) == (str(plm), 'one')
     rows = content['matrix'][1:].double()
     unit = F.normalize(rows, dim=1)
     others = ~torch.eye(len(rows), dtype=torch.bool)
@@ -344,36 +388,3 @@ def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
     capsys.readouterr()
     export('--checkpoint', folder, '--out', out)
     assert 'is up to date' in capsys.readouterr().out
-
-
-# ------------------------------------------------------------------------ several processes
-
-def test_two_processes_end_with_the_weights_of_one(tmp_path, monkeypatch):
-    """torchrun on two CPU processes: negatives gathered, gradients summed, masks shared. No
-    dropout, so it can be compared."""
-    monkeypatch.setenv('ELEPHANT_DATA', str(tmp_path / 'data'))
-    canonical(tmp_path / 'data' / 'one')
-    prepare('one', FILTERS)
-    plm = tiny_bert(tmp_path / 'plm')
-    config = json.loads((plm / 'config.json').read_text())
-    (plm / 'config.json').write_text(json.dumps({**config, 'hidden_dropout_prob': 0.0}))
-    command = ['one', '--plm', str(plm), '--batch', '9', '--accumulate', '2', '--epochs', '2',
-               '--lr', '0.01', '--warmup', '0', '--precision', 'float32', '--device', 'cpu',
-               '--out']
-    alone, shared = str(tmp_path / 'alone'), str(tmp_path / 'shared')
-    pretrain.main(pretrain.parse_args([*command, alone]))
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    out = subprocess.run([sys.executable, *torchrun, 'pretrain.py', *command, shared], cwd=ROOT,
-                         env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
-                         capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count('written to') == 1, 'the first process alone prints'
-    a, b = (load_recformer(folder).state_dict() for folder in (alone, shared))
-    begun = start_model(None, str(plm)).state_dict()
-    # against how far each tensor moved; Adam blows up the rounding of gradients near zero, such
-    # as a key's bias, so: the median
-    apart = [float((value - b[name]).norm() / (value - begun[name]).norm())
-             for name, value in a.items() if not torch.equal(value, begun[name])]
-    assert len(apart) > 30 and np.median(apart) < 0.01
-    rows = [load_json(f'{folder}/row.json') for folder in (alone, shared)]
-    assert rows[0]['valid'] == pytest.approx(rows[1]['valid'])

@@ -13,7 +13,7 @@ from common import data as datasets
 from common import report
 from common.files import UserError, load_json, save_json, save_npz
 from common.initial import SCALES
-from common.metrics import CUTOFFS, summarise
+from common.metrics import CUTOFFS, compare, summarise
 from common.models import MODELS
 from common.runs import code_digest, load_rows, read_ranks
 from tests.toy import canonical
@@ -45,13 +45,26 @@ def made(model, init, mode, value=0.2, **more):
            'date': '2026-01-01', 'tie_share': {'sampled': 0.1, 'full': 0.02, 'new': 0.0},
            'code': {'train_seq.py': 'x'}, **more}
     if 'run' not in row:
-        row['run'] = '-'.join(map(str, (model, init, mode, *more.values())))
+        row['run'] = run_of(row)
     if 'identity' not in row:
         options = {key: row.get(key) for key in ('lr', 'seed', 'hidden', 'scale', 'mode', 'loss')}
         row['identity'] = {'options': {**options, 'epochs': 60}, 'data': 'd'}
     values = {f'{metric}@{k}': value for metric in ('HR', 'NDCG') for k in (5, 10, 50)}
     row['metrics'] = {ranking: dict(values) for ranking in RANKS}
     return row
+
+
+def run_of(row):
+    """What the scripts call a run."""
+    if row['model'] == 'recformer':
+        layers = '' if row['tune_layers'] == 'all' else f'-layers{row["tune_layers"]}'
+        stage = 'ft0-lf' if row['mode'] == 'lf' else row['mode']
+        return f'{stage}{layers}{"-items" if row["items"] else ""}-seed{row["seed"]}'
+    what = row['init']
+    if what != 'random':
+        what += f'-{row["mode"]}-{row["scale"]}'
+    return (f'{row["model"]}-{row["loss"]}-{what}-{row["hidden"]}-lr{row["lr"]:g}'
+            f'-seed{row["seed"]}')
 
 
 def saved(runs, places, row):
@@ -101,8 +114,8 @@ def two_seeds(model, init, mode, *values):
 
 def test_mean_and_spread_over_seeds():
     rows = two_seeds('sasrec', 'lf', 'trainable', .3, .32)
-    assert report.Cell(rows).text('sampled') == '31.00 ± 1.41'
-    assert report.Cell(rows[:1]).text('full', 'HR@50') == '30.00', 'one seed has no spread'
+    assert report.Cell(rows).text('sampled') == '31.0 ± 1.4'
+    assert report.Cell(rows[:1]).text('full', 'HR@50') == '30.0', 'one seed has no spread'
 
 
 def test_the_rate_is_the_lowest_seeds_best_on_validation():
@@ -116,7 +129,7 @@ def test_the_rate_is_the_lowest_seeds_best_on_validation():
         for order in (1, -1):
             cell = report.Cell(rows(first)[::order])
             assert {row['lr'] for row in cell.rows} == {.01}
-            assert cell.text('sampled') == '15.00 ± 7.07'
+            assert cell.text('sampled') == '15.0 ± 7.1'
 
 
 def identity(seed, **more):
@@ -128,11 +141,11 @@ def identity(seed, **more):
 
 def test_runs_made_differently_are_not_averaged():
     def text(second, **more):
-        rows = [made('sasrec', 'lf', 'trainable', .0, seed=0, identity=identity(0)),
-                made('sasrec', 'lf', 'trainable', .1, seed=1, identity=second, **more)]
+        rows = [made('sasrec', 'lf', 'trainable', .02, seed=0, identity=identity(0)),
+                made('sasrec', 'lf', 'trainable', .12, seed=1, identity=second, **more)]
         return report.Cell(rows).text('full', 'HR@5')
     same = identity(1)
-    assert text(same) == '5.00 ± 7.07', 'the seed, and what a seed began with, may differ'
+    assert text(same) == '7.0 ± 7.1', 'the seed, and what a seed began with, may differ'
     others = {'epochs': 30, 'batch': 64, 'max_items': 20, 'precision': 'float32'}
     for option, value in others.items():
         assert text({**same, 'options': {**same['options'], option: value}}) == 'mixed', option
@@ -146,7 +159,7 @@ def test_rates_may_differ_between_the_runs_of_a_column_but_not_within_a_cell():
     rows = [made('sasrec', 'lf', 'trainable', .1, lr=lr, valid=lr,
                  identity=identity(0, options={'lr': lr, 'epochs': epochs}))
             for lr, epochs in ((.1, 60), (.01, 30))]
-    assert report.Cell(rows).text('full') == '10.00', 'the other rate is not in the cell'
+    assert report.Cell(rows).text('full') == '10.0', 'the other rate is not in the cell'
 
 
 def test_one_seed_twice_is_not_averaged():
@@ -166,10 +179,29 @@ def test_marks_are_paired_tests_against_the_best_ranking_without_training(runs):
                          (np.where(np.arange(USERS) < 12, 0, some), '>')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
         cell = report.Cell([row])
-        assert cell.against(best, 'sampled') == mark
+        p = compare(cell.users('sampled'), best.users('sampled'))[2]
+        assert cell.against(best, 'sampled') == (mark, f'{p:.3f}')
         mean = 100 * row['metrics']['sampled']['NDCG@10']
-        assert cell.marked('sampled', best) == f'{mean:.2f} {mark}'
-    assert cell.marked('sampled', None) == f'{mean:.2f}', 'nothing to compare with'
+        assert cell.marked('sampled', best) == f'{mean:.1f} {mark}'
+    assert cell.marked('sampled', None) == f'{mean:.1f}', 'nothing to compare with'
+    assert cell.against(None, 'sampled') == cell.against(cell, 'sampled') == ('', '-')
+
+
+def test_p_by_hand(runs):
+    """Of 40 users 4 differ, by 1 - 1 / log2(3): mean d / 10, deviation sqrt(40 / 39 * 0.09) d."""
+    some = np.arange(USERS) % 2
+    best = report.Cell([saved(runs, some, made('untrained', None, '', run='popularity'))])
+    better = np.where(np.arange(USERS) < 8, 0, some)
+    cell = report.Cell([saved(runs, better, made('sasrec', 'lf', 'trainable', run='a'))])
+    z = .1 / (math.sqrt(40 / 39 * .1 * .9) / math.sqrt(40))
+    assert cell.against(best, 'full') == ('>', f'{math.erfc(z / math.sqrt(2)):.3f}')
+    assert cell.against(best, 'full')[1] == '0.037'
+
+
+def beside(random, cell):
+    """The same Cell, with this one as its random rows."""
+    cell.random = random
+    return cell
 
 
 def test_bold_is_better_than_random_in_a_paired_test(runs):
@@ -179,10 +211,10 @@ def test_bold_is_better_than_random_in_a_paired_test(runs):
     random = report.Cell([saved(runs, 5 + some, random)])
     for places, bold, mark in ((near(0), True, '='), (6 - some, False, '<'), (9, False, '<')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
-        number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.2f}'
+        number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.1f}'
         expected = f'**{number}** {mark}' if bold else f'{number} {mark}'
-        assert report.Cell([row]).marked('sampled', best, random) == expected
-    assert '**' not in random.marked('sampled', best, random)
+        assert beside(random, report.Cell([row])).marked('sampled', best) == expected
+    assert '**' not in beside(random, random).marked('sampled', best)
 
 
 def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
@@ -200,7 +232,7 @@ def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
     best = report.Cell([saved(runs, near(5), made('untrained', None, '', run='popularity'))])
     random = report.Cell(random)
     assert random.marked('full', best) == 'mixed'
-    assert report.Cell([row]).marked('full', best, random) == '100.00 >'
+    assert beside(random, report.Cell([row])).marked('full', best) == '100.0 >'
 
 
 # ------------------------------------------------------------------------ the flat table
@@ -209,12 +241,11 @@ def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
 def table(runs):
     """A folder of runs with something of everything; each has its users near one place."""
     def add(places, model, init, mode, **more):
-        run = '-'.join(map(str, (model, init, mode, *more.values())))
         if isinstance(places, dict):
             places = {name: near(place) for name, place in places.items()}
         else:
             places = near(places)
-        return saved(runs, places, made(model, init, mode, **{'run': run, **more}))
+        return saved(runs, places, made(model, init, mode, **more))
     add({'sampled': 3, 'full': 6, 'new': 6}, 'untrained', None, '', run='popularity')
     add({'sampled': 4, 'full': 5, 'new': 7}, 'untrained', None, '', run='item-knn')
     add(8, 'untrained', 'lf', '', run='text-knn-lf', norm=8.5, cosine=0.672)
@@ -236,47 +267,94 @@ def table(runs):
     return load_rows('mine')
 
 
+def p_of(cell, other, ranking='sampled'):
+    """p of two cells, from a test made here."""
+    return f'{compare(cell.users(ranking), other.users(ranking))[2]:.3f}'
+
+
+def cells_by_name(table):
+    """{(title, label): Cell}."""
+    return {(cell.title, cell.label): cell for cell in report.cells_of(table)}
+
+
 def test_what_needs_no_training_and_recformer(table):
-    """Marks only where something was trained; the best ranking may be another in each column."""
+    """The best ranking may be another in each column, and has no mark there."""
     text = report.render(MINE, table)
-    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    at = {place: f'{gain(place):.1f}' for place in range(10)}
     assert section(text, 'No training').splitlines() == [
-        '## No training, and RecFormer itself', '',
-        "|  | 100 neg. | all | new | rows' norm | cosine |",
-        '| --- | --- | --- | --- | --- | --- |',
-        f'| popularity | {at[3]} | {at[6]} | {at[6]} |  |  |',
-        f'| item-knn | {at[4]} | {at[5]} | {at[7]} |  |  |',
-        f'| text-knn LF | {at[8]} | {at[8]} | {at[8]} | 8.50 | 0.67 |',
-        f'| item+text-knn LF | {at[7]} | {at[7]} | {at[7]} | 8.50 | 0.67 |',
-        f'| RecFormer after FT2, trainable items | {at[3]} = | {at[3]} > | {at[3]} > |  |  |',
-        f'| RecFormer vanilla | {at[0]} > | {at[0]} > | {at[0]} > |  |  |',
-        f'| RecFormer after FT1, layers 1,5 | {at[7]} < | {at[7]} < | {at[7]} < |  |  |']
+        '## No training', '',
+        '|  | 100 neg. | all | new | p, best | p, random | norm / cosine |',
+        '| --- | --- | --- | --- | --- | --- | --- |',
+        f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - | - / - |  |',
+        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |',
+        f'| item+text-knn-lf | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - '
+        '| 8.50 / 0.67 |',
+        f'| text-knn-lf | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - '
+        '| 8.50 / 0.67 |']
+    assert section(text, 'RecFormer').splitlines()[4:] == [
+        f'| ft0-lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |',
+        f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
+        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  |']
+
+
+def labels(text, title):
+    """First cells of the rows below a heading."""
+    lines = section(text, title).splitlines()[4:]
+    return [found.split('|')[1].strip() for found in lines if found.startswith('|')]
 
 
 def test_id_models(table):
-    """Wide first, then scale, mode, initialisation; bold against random of the same model, loss and
-    width alone."""
+    """A section per model and loss, random rows first, then by variant, so that embeddings stand
+    together; bold against random of the same model, loss and width alone."""
     text = report.render(MINE, table)
-    at = {place: f'{gain(place):.2f}' for place in range(10)}
+    at = {place: f'{gain(place):.1f}' for place in range(10)}
     spread = np.std([gain(5), gain(6)], ddof=1)
-    both = f'{(gain(5) + gain(6)) / 2:.2f} ± {spread:.2f}'
-    none = ' - | -'
-    assert section(text, 'ID models').splitlines()[:13] == [
-        '## ID models by what their item table starts from', '',
-        '|  | SASRec, one negative, 100 neg. | SASRec, one negative, all '
-        '| SASRec, cross-entropy, 100 neg. | SASRec, cross-entropy, all '
-        '| BERT4Rec, 100 neg. | BERT4Rec, all | gru4rec, ce, 100 neg. | gru4rec, ce, all |',
-        '|' + ' --- |' * 9,
-        f'| random, 16 wide | {both} < | {both} < |{none} |{none} |{none} |',
-        f'| trainable FT, 16 wide |{none} |{none} |{none} | {at[9]} < | {at[9]} < |',
-        f'| trainable LF, 16 wide | **{at[3]}** = | **{at[3]}** > | {at[9]} < | {at[9]} < |{none} '
-        f'|{none} |',
-        f'| freeze LF, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| freeze PT, centred, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| freeze LF, whitened, 16 wide | **{at[3]}** = | **{at[3]}** > |{none} |{none} |{none} |',
-        f'| random, 8 wide | {at[2]} > | {at[2]} > |{none} |{none} |{none} |',
-        f'| trainable LF, 8 wide | {at[3]} = | {at[3]} > |{none} |{none} |{none} |',
-        f'| id+text FT, 8 wide |{none} |{none} | {at[9]} < | {at[9]} < |{none} |']
+    both = f'{(gain(5) + gain(6)) / 2:.1f} ± {spread:.1f}'
+    better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | 1.000 / 0.000 | 0.000 / 0.000 |  |'
+    assert section(text, 'SASRec, one negative').splitlines()[4:] == [
+        f'| random-16 | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  |',
+        f'| random-8 | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  |',
+        f'| lf-freeze-centred-16 | {better}',
+        f'| pt-freeze-centred-16 | {better}',
+        f'| lf-freeze-whitened-16 | {better}',
+        f'| lf-trainable-raw-16 | {better}',
+        f'| lf-trainable-raw-8 | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
+        '| 0.000 / 0.000 |  |']
+    titles = [found for found in text.splitlines() if found.startswith('## ')]
+    assert titles == [f'## {title}' for title in (
+        'No training', 'RecFormer', 'SASRec, cross-entropy', 'SASRec, one negative',
+        'BERT4Rec, masked items', 'GRU4Rec, cross-entropy')]
+    assert labels(text, 'BERT4Rec, masked items') == ['ft-id+text-raw-8']
+    assert line(section(text, 'GRU4Rec'), '| ft') == \
+        f'| ft-trainable-raw-16 | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  |'
+
+
+def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
+    """A line taken out of common/models.py, a loss that somebody added: runs of it remain."""
+    mamba = made('gru4rec', 'own', 'trainable') | {'model': 'mamba'}
+    rows = [saved(runs, 3, made('sasrec', 'lf', 'trainable', loss='bpr')),
+            saved(runs, 3, mamba | {'run': run_of(mamba)}),
+            saved(runs, 3, made('sasrec', 'random', 'random'))]
+    cells = report.cells_of(rows)
+    assert [(cell.title, cell.label) for cell in cells] == [
+        ('SASRec, bpr', 'lf-trainable-raw-16'), ('SASRec, one negative', 'random-16'),
+        ('mamba, cross-entropy', 'own-trainable-raw-16')]
+    assert cells[0].random is cells[2].random is None
+
+
+@pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'My_own', 'my-lr-1', 'random-1'])
+def test_any_embedding_has_its_rows_called_as_its_file(runs, init):
+    """Embeddings may have any name, and rates any size: one row for seeds, none for rates."""
+    rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
+            for kind in ('text-knn', 'item+text-knn')]
+    rows += [saved(runs, 3, made('sasrec', init, mode, seed=seed, lr=lr, valid=lr))
+             for mode in ('trainable', 'further-emb')
+             for seed, lr in ((0, .01), (0, 1e-5), (1, .01))]
+    cells = report.cells_of(rows)
+    assert [(cell.label, cell.variant, len(cell.rows)) for cell in cells] == [
+        (f'item+text-knn-{init}', 'item+text-knn', 1), (f'text-knn-{init}', 'text-knn', 1),
+        (f'{init}-further-emb-raw-16', 'further-emb-raw-16', 2),
+        (f'{init}-trainable-raw-16', 'trainable-raw-16', 2)]
 
 
 def test_the_footer_says_how_the_numbers_were_made(table):
@@ -300,47 +378,19 @@ def test_runs_of_other_code_than_todays_are_counted(table):
 
 def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs, monkeypatch):
     row = saved(runs, 15, made('sasrec', 'random', 'random', run='r'))
-    assert report.Cell([row]).text('full', 'HR@20') == '100.00'
+    assert report.Cell([row]).text('full', 'HR@20') == '100.0'
     monkeypatch.setattr(report, 'SHOWN', 'HR@20')
     assert report.Cell([row]).users('full').tolist() == [1] * USERS
 
 
-def test_rows_of_another_version_of_the_data_are_left_out_and_counted(table):
-    expected = report.render(MINE, table)
-    assert 'another version' not in expected
-    old = [made('sasrec', 'lf', 'trainable', .99, seed=seed, data='old') for seed in (0, 1, 2)]
-    old.append(made('untrained', None, '', .99, run='popularity', data='old'))
-    text = report.render(MINE, old + table)
-    assert text == expected + '\n4 runs of another version of the data are left out.\n'
-    alone = report.render(MINE, old)
-    assert '99.00' not in alone and '4 runs of another version' in alone
-
-
 def test_without_rankings_to_compare_with_there_are_no_marks(runs):
-    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r')),
-            saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))]
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random')),
+            saved(runs, 0, made('sasrec', 'lf', 'trainable'))]
     text = report.render(MINE, rows)
-    assert line(text, '| random') == f'| random, 16 wide | {gain(3):.2f} | {gain(3):.2f} |'
-    assert line(text, '| trainable') == '| trainable LF, 16 wide | **100.00** | **100.00** |'
-
-
-@pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'my_own'])
-def test_any_embedding_has_its_rankings_labelled(runs, init):
-    """Embeddings may have any name."""
-    rows = [saved(runs, 3, made('untrained', init, '', run=f'{kind}-{init}', norm=1.0, cosine=.5))
-            for kind in ('text-knn', 'item+text-knn')]
-    text = report.render(MINE, rows)
-    for kind in ('text-knn', 'item+text-knn'):
-        assert line(text, f'| {kind}').startswith(f'| {kind} {init.upper()} | ')
-
-
-def test_counts_beside_the_papers():
-    assert report.data_table(PANTRY).splitlines()[2:] == [
-        '|  | users | items | interactions | avg_len | evaluated |',
-        '| --- | --- | --- | --- | --- | --- |',
-        '| ours | 1,234 | 7 | 20 | 4.0 | 3 |',
-        '| paper | 22,601 | 8,249 | 179,735 | 8.0 | 21,300 |']
-    assert 'paper' not in report.data_table(MINE)
+    at = f'{gain(3):.1f}'
+    assert line(text, '| random') == f'| random-16 | {at} | {at} | {at} | - / - | - / - |  |'
+    assert line(text, '| lf') == \
+        '| lf-trainable-raw-16 | **100.0** | **100.0** | **100.0** | - / - | 0.000 / 0.000 |  |'
 
 
 # ------------------------------------------------------------------------ the paper's tables
@@ -474,7 +524,8 @@ def test_the_papers_numbers_agree_with_each_other():
 
 def test_each_of_the_papers_columns_names_rows_that_can_be_made():
     losses = {loss for kind in MODELS.values() for loss in kind.losses}
-    values = {'model': {*MODELS, 'recformer'}, 'mode': {*report.MODES, *report.STAGES},
+    stages = 'lf', 'pt', 'ft1', 'ft2'
+    values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES, *stages},
               'scale': set(SCALES), 'loss': losses,
               'init': {'lf', 'pt', 'ft'}, 'items': {True, False}}
     tables = [table for table in report.paper().values() if 'ours' in table]
@@ -491,11 +542,6 @@ def test_each_of_the_papers_columns_names_rows_that_can_be_made():
                 assert wanted['loss'] in MODELS[wanted['model']].losses
         short = {metric for metrics in table['rows'].values() for metric in metrics}
         assert {int(metric.split('@')[1]) for metric in short} == set(CUTOFFS[table['ranking']])
-
-
-def test_the_table_knows_every_variant_that_train_seq_makes():
-    assert set(report.SCALES) == set(SCALES)
-    assert set(report.MODES) == {'random', *train_seq.MODES}
 
 
 # ------------------------------------------------------------------------ commands
@@ -516,19 +562,42 @@ def test_table_as_a_command(runs, mine, capsys):
     with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
         call('table', 'mine')
     known = {'data': mine.fingerprint}
-    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', run='r', **known)),
+    rows = [saved(runs, near(3), made('sasrec', 'random', 'random', **known)),
             saved(runs, 2, made('untrained', None, '', run='popularity', **known))]
     of_stage_pt = {'run': 'pt', 'identity': {}, 'code': {}, 'seconds': 1}
     save_json(runs / 'mine' / 'pt' / 'row.json', of_stage_pt)
     call('table', 'mine')
     text = (runs / 'mine' / 'results.md').read_text()
     assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
-    expected = f'| random, 16 wide | {gain(3):.2f} < | {gain(3):.2f} < |'
-    assert line(text, '| random, 16 wide') == expected
+    assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} < | ')
     assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
-    (runs / 'mine' / 'r' / 'row.json').write_text('{}')
-    with pytest.raises(UserError, match='r/row.json: is not the row of a run'):
+    (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
+    with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
         call('table', 'mine')
+
+
+def test_rows_of_another_version_of_the_data_are_left_out_and_counted(runs, mine, capsys):
+    row = saved(runs, near(3), made('sasrec', 'random', 'random', data=mine.fingerprint))
+    for seed in (1, 2):
+        saved(runs, 0, made('sasrec', 'random', 'random', seed=seed, data='old'))
+    call('table', 'mine')
+    out = capsys.readouterr().out
+    assert out.startswith('2 runs of another version of the data are left out\n')
+    assert line(out, '| random').startswith(f'| random-16 | {gain(3):.1f} | ')
+    (runs / 'mine' / row['run'] / 'row.json').unlink()
+    with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
+        call('table', 'mine')
+
+
+def test_results_are_saved_and_printed_before_anything_is_drawn(runs, mine, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError('no font')
+    monkeypatch.setattr(evaluate, 'draw_bars', fail)
+    saved(runs, near(3), made('sasrec', 'random', 'random', run='r', data=mine.fingerprint))
+    with pytest.raises(RuntimeError, match='no font'):
+        call('table', 'mine')
+    text = (runs / 'mine' / 'results.md').read_text()
+    assert text in capsys.readouterr().out and (runs / 'mine' / 'results.json').exists()
 
 
 def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
@@ -554,8 +623,8 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     same = capsys.readouterr().out.splitlines()[2:]
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
     for other, words in (('users', 'different users'), ('data', 'different users'),
-                         ('nosuch', 'nosuch: no such run in'),
-                         ('../mine/a', 'not the name of a run')):
+                         ('nosuch', 'nosuch: no such run; name a folder of'),
+                         ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):
             call('compare', 'mine', 'a', other)
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')

@@ -47,7 +47,7 @@ from common.recformer import Batch, Config, RecFormer
 from common.sasrec import SASRec
 from common.sequence import ItemTable, draw_training_negatives
 from common.text import ItemTokens, Packed, mask_words, pack
-from common.training import Processes, start
+from common.training import start
 
 MINILM = dict(vocab_size=30522, hidden=384, layers=6, heads=12, intermediate=1536, positions=1100,
               position_offset=2, layer_norm_eps=1e-12, dropout=0.1)
@@ -265,7 +265,7 @@ def finetune_step(ours, shape, users, tokens, most, items=8249):
 
     def run():
         if ours:
-            finetune.add_gradients(s.model, table, rows, labels, s.tokens)
+            finetune.add_gradients(s.model, table, s.model.pack(*rows, s.tokens), labels)
         else:
             logits = s.published.cosine(s.published.cls(s.model, packed), table)
             torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
@@ -283,11 +283,11 @@ def pretrain_step(ours, shape, users, tokens):
     s.model.longformer.embeddings.word_embeddings.weight.requires_grad_(False)
 
     def step():
-        processes = Processes(s.model.machine.device)
-        loss, _ = pretrain.contrastive(s.model, history, target, items, processes)
+        loss, _ = pretrain.contrastive(s.model, history, target, items)
         loss.backward()
         for packed in (history, target):
-            pretrain.masked_gradients(s.model, packed, rng, 0.1, processes)
+            masked = mask_words(packed, rng, MASK, shape['vocab_size'])
+            pretrain.masked_gradients(s.model, packed, masked, 0.1)
 
     def published():
         states = s.published.cls(s.model, history), s.published.cls(s.model, target)
