@@ -4,37 +4,38 @@
     python evaluate.py table drugstore                  # prints and writes results.md, two pictures
     python evaluate.py compare drugstore RUN_A RUN_B    # names of folders in runs/drugstore/
     python evaluate.py inspect drugstore RUN ...        # size, time, cold items of saved ID models
-    python evaluate.py recommend drugstore RUN --users 1 2 --k 10
+    python evaluate.py recommend drugstore RUN --k 20 --out recs.csv       # all users
+    python evaluate.py recommend drugstore RUN --items 27334 30012         # after these
+    python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
     python evaluate.py attention drugstore --seq RUN    # figure 1: figure1.png, figure1.md
     python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2;
                                                         # over the steps of a tuning: pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2.*, steps.*
+Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2.*, steps.*; --out.
 """
 import re
-import timeit
-from statistics import median
+from pathlib import Path
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 
-from common.arrays import take
 from common.backbone import load_recformer, start_model, untouched
 from common.baselines import untrained
 from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
                             draw_lines, findings, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
-from common.initial import origin_of, read_embeddings, starting_tables
+from common.initial import origin_of, read_embeddings
 from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
-from common.options import POSITIVE, add_machine_options, option, options_parser
+from common.options import (POSITIVE, add_earlier_options, add_machine_options, option,
+                            options_parser)
 from common.progress import progress
+from common.recommend import began_table, recommend, with_cold
 from common.report import AGAINST, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
-from common.text import tokenize
+from common.text import item_tokens
 from common.training import start
 
 # In the names of embeddings that `curve` compares: its files, and what the number says
@@ -44,12 +45,17 @@ MOMENTS = {'share': ('figure2', 'share of the source users in stage-PT, percent'
 
 # ------------------------------------------------------------------------ no training
 
+def embeddings_of(data, folder, cold=False):
+    """{name: Embeddings} of all that were exported; see read_embeddings."""
+    return {path.stem: read_embeddings(path, data, cold)
+            for path in sorted((folder / 'embeddings').glob('*.pt'))}
+
+
 def write_untrained(args, data, folder):
     """A run for every ranking that needs no training, of all embeddings that are there."""
-    embeddings = {path.stem: read_embeddings(path, data)
-                  for path in sorted((folder / 'embeddings').glob('*.pt'))}
-    identity = {'data': data.fingerprint,
-                'embeddings': {name: found.digest for name, found in embeddings.items()}}
+    embeddings = embeddings_of(data, folder)
+    digests = {name: found.digest for name, found in embeddings.items()}
+    identity = {'data': data.fingerprint, 'embeddings': digests}
     code = code_of('common/baselines.py')
     if Run(args, folder / 'popularity', identity, code).finished():  # the last that is written
         return
@@ -58,6 +64,26 @@ def write_untrained(args, data, folder):
         run = Run(args, folder / name, identity, code)
         run.write(model='untrained', **fields, **origin_of(embeddings.get(fields['init'])),
                   **result_of(data, ranks))
+
+
+def show_neighbours(args, data, folder):
+    """The items nearest to --item by each of the embeddings, by cosine of centred rows."""
+    cold = args.item in data.cold_ids
+    ids = data.item_ids + data.cold_ids
+    if args.item not in ids:
+        raise UserError(f'--item {args.item}: no such item in {data.name}')
+    item, columns = ids.index(args.item) + 1, []
+    for name, found in embeddings_of(data, folder, cold).items():
+        mean = found.matrix[1:data.n_items + 1].mean(0)
+        rows = F.normalize(found.matrix - mean, dim=1)
+        cosine = rows[:data.n_items + 1] @ rows[item]
+        near = [i for i in cosine.argsort(descending=True).tolist() if i not in (0, item)]
+        column = [f'{cosine[i]:.2f} {data.title(i)} ({ids[i - 1]})' for i in near[:args.k]]
+        columns.append([name.upper(), *column])
+    if not columns:
+        raise UserError(f'{folder / "embeddings"}: no embeddings; export_embeddings.py makes them')
+    head, *body = zip(*columns)
+    print(f'nearest to {with_cold(data).title(item)} ({args.item})\n\n{markdown(head, body)}')
 
 
 # ------------------------------------------------------------------------ table, compare
@@ -105,135 +131,77 @@ def show_comparison(args, data, folder):
             metric, k = name.split('@')
             values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
             difference, (low, high), p = compare(*values)
-            tie = '  tie' if low <= 0 <= high else ''
             print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
-                  f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}{tie}')
+                  f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
+                  f'{"  tie" if low <= 0 <= high else ""}')
 
 
 # ------------------------------------------------------------------------ saved ID models
 
-@torch.no_grad()
-def give_back(model, about, items, data, folder):
-    """Set these items' rows of a trained table to what they were before training, which knew them
-    as negatives only and pushed them down."""
-    embeddings = None
-    if about['init'] != 'random':
-        embeddings = read_embeddings(folder / 'embeddings' / f'{about["init"]}.pt', data)
-    begun, _ = starting_tables(type(model), data.n_items, embeddings, about)
-    table = model.item_embedding.weight
-    table[items] = begun[items].to(table.device)
-
-
-@torch.no_grad()
-def scores_of(model, items, offsets):
-    """Scores of all items after each history: [B, n + 1]."""
-    return F.linear(model.all_states(items, offsets), *model.scorer())
-
-
-def milliseconds(model, data):
-    """Median time for the top 10 of 1,000 users."""
-    items, offsets, _ = data.split('test', np.resize(data.evaluated, 1000))
-
-    def best():
-        scores_of(model, items, offsets).topk(10)
-    return 1000 * median(timeit.repeat(best, number=1, repeat=6)[1:])
-
-
 def inspect(args, data, folder):
-    """What each saved ID model costs and reaches, also on users whose test item is cold: in
-    nobody's training part (the paper leaves them out; the embeddings know the items)."""
+    """The size of each saved ID model, and what it reaches on users whose test item is in nobody's
+    training part (the paper leaves them out): with the rows that these items had before training,
+    which knew them as negatives only and pushed them down."""
     machine, body = start(args), []
-    cold = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
-    users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], cold))
+    new = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
+    users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], new))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
-        model, about = load_seq(folder / run, data)
-        model.on(machine)
-        speed, reached = milliseconds(model, data), ['-', '-']
-        if len(users) and model.scorer()[0] is model.item_embedding.weight:
-            give_back(model, about, cold, data, folder)
-            found = summarise(model.ranks(data, 'test', users, negatives))
+        model, _ = load_seq(folder / run, data)
+        began, reached = began_table(folder, row, model, data), ['-', '-']
+        if len(users) and began is not None:
+            model.item_embedding.weight.data[new] = began[new]
+            found = summarise(model.on(machine).ranks(data, 'test', users, negatives))
             reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
                        f'{100 * found["full"]["HR@50"]:.2f}']
-        body.append([run, f'{row["parameters"]:,}',
-                     f'{(folder / run / "model.pt").stat().st_size / 1e6:.1f}',
-                     f'{row["seconds"] / row["epochs"]:.1f}', f'{speed:.0f}',
-                     f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.2f}',
-                     f'{100 * row["metrics"]["full"]["NDCG@10"]:.2f}', *reached])
-    head = ['', 'parameters', 'MB', 's an epoch', 'ms for 1,000 users', 'NDCG@10', 'all items',
-            'cold: NDCG@10', 'cold: HR@50 of all']
+        body.append([run, f'{row["parameters"]:,}', *reached])
+    table = markdown(['', 'parameters', 'NDCG@10', 'HR@50 of all items'], body)
     finish(folder / 'inspect.md',
-           f'{len(users):,} users with a cold test item\n\n{markdown(head, body)}')
-
-
-def row_of(user, data, name):
-    """The row of a user as named by this option; UserError where there is none."""
-    if user not in data.user_ids:
-        raise UserError(f'{name} {user}: no such user in {data.name}')
-    return data.user_ids.index(user)
-
-
-def recommend(args, data, folder):
-    """The k best items for each user, his own left out."""
-    model, _ = load_seq(folder / args.run, data)
-    model.on(start(args))
-    for user in args.users:
-        row = row_of(user, data, '--users')
-        items, offsets = take(data.items, data.offsets, np.array([row]))
-        scores = scores_of(model, items, offsets)[0]
-        scores[[0, *items]] = -torch.inf
-        count = min(args.k, data.n_items - len(set(items)))
-        for rank, item in enumerate(scores.topk(count).indices.tolist(), 1):
-            print(f'{user:12} {rank:3}  {data.item_ids[item - 1]:16} {float(scores[item]):8.3f}  '
-                  f'{data.title(item)[:80]}')
+           f'{len(users):,} users whose test item is new to training\n\n{table}')
 
 
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
     """Figure 1: the paper's four findings as numbers over many users, and maps of one as a PNG."""
-    tuned = load_recformer(args.checkpoint or folder / 'ft1-seed0')
+    tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
     layers = tuned.config.layers
     if layers < 3:
         raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
                         'need three')
-    vanilla = untouched(start_model(None, tuned.plm, layers))
+    vanilla = untouched(start_model(None, args.plm or tuned.plm, layers))
+    if vanilla.word_table.shape != tuned.word_table.shape:
+        raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     vanilla.config = tuned.config  # its limits of items and tokens
-    shown = data.evaluated[data.lengths[data.evaluated].argmin()]  # on the maps
-    if args.user is not None:
-        shown = row_of(args.user, data, '--user')
     users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
-    items, offsets, _ = data.split('test', np.append(users, shown))
-    likes = sasrec_weights(args, data, folder, np.split(items, offsets[1:-1]))
-    tokens, machine = tokenize(data.attributes, tuned.words), start(args)
+    items, offsets, _ = data.split('test', users)
+    shown = np.diff(offsets).argmin()  # on the maps: a short history
+    likes = [None] * len(users)
+    if args.seq:
+        model, _ = load_seq(folder / args.seq, data)
+        if not hasattr(model, 'attention_weights'):
+            raise UserError(f'--seq {args.seq}: SASRec is needed here')
+        likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
+                 for history in np.split(items, offsets[1:-1])]
+    tokens = item_tokens(data, tuned.words)
     maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
-        each = cls_attention(model.on(machine).eval(), items, offsets, tokens)
-        each = list(progress(each, total=len(likes), desc=name, unit='user'))
-        packed, maps[f'{name} ({model.stage})'] = each.pop()
-        found = average([numbers(*pair, like) for pair, like in zip(each, likes)])
-        averages.append(found)
-        for third, values in zip(STRATA, found):
+        found = cls_attention(model.on(machine).eval(), items, offsets, tokens)
+        each = list(progress(found, total=len(users), desc=name, unit='user'))
+        packed, of_one = each[shown]
+        maps[f'{name} ({model.stage})'] = of_one
+        averages.append(average([numbers(*pair, like) for pair, like in zip(each, likes)]))
+        for third, values in zip(STRATA, averages[-1]):
             body.append([name, third, *(f'{value:.3f}' for value in values)])
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n'
-    text += f'{markdown(["model", "third", *MEASURES], body)}\n'
+    table = markdown(['model', 'third', *MEASURES], body)
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n{table}\n'
     for what, true, how in findings(*averages):
         text += f'- {what}: {"yes" if true else "no"} ({how})\n'
     finish(folder / 'figure1.md', text)
     words = [tuned.words.backend.id_to_token(int(token)) for token in packed.tokens]
-    draw_attention(folder / 'figure1.png', maps, packed, words, likes[-1])
+    draw_attention(folder / 'figure1.png', maps, packed, words, likes[shown])
     print(f'the maps of one user: {folder / "figure1.png"}')
-
-
-def sasrec_weights(args, data, folder, histories):
-    """Weights [blocks, items] of --seq on each history, newest item first; None without --seq."""
-    if not args.seq:
-        return [None] * len(histories)
-    model, _ = load_seq(folder / args.seq, data)
-    if not hasattr(model, 'attention_weights'):
-        raise UserError(f'--seq {args.seq}: SASRec is needed here')
-    return [model.attention_weights(items[-model.max_items:])[:, ::-1] for items in histories]
 
 
 def over_tuning(cells, word):
@@ -273,9 +241,16 @@ def show_curve(args, data, folder):
 
 # ------------------------------------------------------------------------ main
 
-ACTIONS = {'untrained': write_untrained, 'table': show_tables, 'compare': show_comparison,
-           'inspect': inspect, 'recommend': recommend, 'attention': show_attention,
-           'curve': show_curve}
+ACTIONS = {
+    'untrained': write_untrained,
+    'table': show_tables,
+    'compare': show_comparison,
+    'inspect': inspect,
+    'recommend': recommend,
+    'neighbours': show_neighbours,
+    'attention': show_attention,
+    'curve': show_curve,
+}
 
 
 def parse_args(argv=None):
@@ -285,18 +260,28 @@ def parse_args(argv=None):
     for name, action in ACTIONS.items():
         g = of[name] = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
         g.add_argument('dataset')
-        if name in ('untrained', 'inspect', 'recommend', 'attention'):
+        if name in ('inspect', 'recommend', 'attention'):
             add_machine_options(g, name == 'attention', trains=False)
+    add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2, metavar='RUN')
     of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
+    of['recommend'].add_argument('run', metavar='RUN')
+    for name in ('neighbours', 'recommend'):
+        option(of[name], '--k', POSITIVE, 10, 'items')
+    option(of['neighbours'], '--item', str, None, 'its id', required=True)
     g = of['recommend']
-    g.add_argument('run', metavar='RUN')
-    option(g, '--users', str, None, 'as in interactions.csv', nargs='+', required=True)
-    option(g, '--k', POSITIVE, 10, 'items for each')
+    option(g, '--out', Path, None, 'file to write: CSV, or JSON lines (.jsonl); default: printed')
+    g.add_argument('--cold', action='store_true', help='also items that nobody has')
+    g.add_argument('--with-history', action='store_true', help='also what the user has')
+    g = g.add_mutually_exclusive_group()
+    option(g, '--users', str, None, 'ids, or a file of one id a line (default: all)', nargs='+')
+    option(g, '--items', str, None, 'ids of a history, oldest first', nargs='+')
+    option(g, '--histories', Path, None, 'a CSV file of new users: user,item and perhaps '
+           'timestamp; or JSON lines (.jsonl): {"user": "ann", "items": ["a7", "b2"]}')
     g = of['attention']
     option(g, '--checkpoint', str, None, 'tuned language model (default: runs/<dataset>/ft1-seed0)')
+    option(g, '--plm', str, None, 'what it was tuned from (default: where that lay then)')
     option(g, '--seq', str, None, 'SASRec to compare with', metavar='RUN')
-    option(g, '--user', str, None, 'of the maps (default: one with a short history)')
     option(g, '--users', POSITIVE, 200, 'of the numbers')
     return p.parse_args(argv)
 

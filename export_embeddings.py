@@ -3,71 +3,133 @@
     python export_embeddings.py pantry --plm longformer --out runs/pantry/embeddings/lf.pt
     python export_embeddings.py pantry --checkpoint runs/pantry/ft1-seed0 --out .../ft.pt
     python export_embeddings.py drugstore --plm minilm --layers 2 --out /tmp/look.pt
+    python export_embeddings.py mine --from-npy rows.npy --ids ids.txt --out .../own.pt
 
-The file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros for
-padding; which dataset and model it is of; its mean row norm and the mean cosine of different items.
-train_seq.py refuses a file of another dataset or order.
+The .pt file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros
+for padding; `cold`, the rows of `cold_items`, which nobody has; which dataset and model it is of;
+its mean row norm and the mean cosine of different items. train_seq.py refuses a file of another
+dataset or order. With --from-npy the rows are any encoder's: `--variants own-trainable`.
 
-Reads:  data/<dataset>/prepared.npz, --checkpoint or --plm.    Writes: --out.
+An --out that ends in .npy or .safetensors is for other programs: one matrix without a padding row,
+the cold items last, and beside it <name>.ids.txt, an id for each row. It is always made anew.
+
+Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writes: --out.
 """
-import pathlib
 import time
+from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from common.backbone import start_model, untouched, weights_digest
 from common.data import load
-from common.files import UserError, command, load_pt, lock, save_pt
+from common.files import UserError, command, digest, load_pt, lock, save_pt, save_text, whole
 from common.initial import geometry
 from common.options import add_machine_options, add_plm_options, option, options_parser
 from common.runs import Run, code_of
-from common.text import tokenize
+from common.text import item_tokens, tokenize
 from common.training import start
+
+PLAIN = '.npy', '.safetensors'  # endings of files for other programs
 
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--out', str, None, 'file to write: runs/<dataset>/embeddings/<name>.pt',
-           required=True)
+    option(p, '--out', Path, None, 'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy '
+           'or .safetensors', required=True)
     option(p, '--checkpoint', str, None, 'a folder of pretrain.py or finetune.py, or a published '
            "RecFormer state dict (with --plm); default: --plm's language model itself")
+    option(p, '--from-npy', Path, None, "another encoder's rows: a matrix, an item each")
+    option(p, '--ids', Path, None, "the rows' items: a text file, an id of items.jsonl a line")
     add_plm_options(p)
     add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)
-    if not args.checkpoint and not args.plm:
-        p.error('name a --checkpoint or a --plm')
+    if not (args.checkpoint or args.plm or args.from_npy and args.ids):
+        p.error('name a --checkpoint, or a --plm, or --from-npy and --ids')
     return args
 
 
+def read_rows(path, ids, data):
+    """[rows of the items [n, H], of the cold items [c, H]], float32, and the cold items' ids, of a
+    .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
+    try:
+        rows = torch.from_numpy(np.load(path)).float()
+    except (ValueError, TypeError, EOFError):
+        raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
+    keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
+    if rows.dim() != 2 or len(rows) != len(keys):
+        raise UserError(f'{path}: has the shape {list(rows.shape)}; a row is needed for each of '
+                        f'the {len(keys):,} lines of {ids}')
+    cold = data.cold_ids if {*data.cold_ids} & {*keys} else []
+    wanted, found = Counter(data.item_ids + cold), Counter(keys)
+    for what, wrong in ('lacks', wanted - found), ('has unknown or repeated', found - wanted):
+        if wrong:
+            raise UserError(f'{ids}: {what} ids, {len(wrong):,} of them, the first '
+                            f'{next(iter(wrong))!r}; needed are those of {data.n_items:,} items of '
+                            f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
+    place = dict(zip(keys, rows))
+    rows = torch.stack([place[key] for key in wanted])
+    return rows.tensor_split([data.n_items]), cold
+
+
+def save(out, data, rows, cold_ids, head):
+    """Write the file, in the format that its name ends in."""
+    if out.suffix not in PLAIN:
+        save_pt(out, 'embeddings', head=head, matrix=F.pad(rows[0], (0, 0, 1, 0)),
+                items=data.item_ids, cold=rows[1], cold_items=cold_ids)
+        return
+    save_text(out.with_suffix('.ids.txt'), '\n'.join(data.item_ids + cold_ids))
+    rows = torch.cat(rows)
+    with whole(out) as part, open(part, 'wb') as f:
+        if out.suffix == '.npy':
+            np.save(f, rows)
+        else:
+            from safetensors.torch import save as packed
+            f.write(packed({'embeddings': rows}))
+
+
 def main(args):
-    machine, data, out = start(args), load(args.dataset), pathlib.Path(args.out)
+    machine, data, out = start(args), load(args.dataset), args.out
     began = time.monotonic()
 
-    # ---------------------------------------------------- model
-    model = start_model(args.checkpoint, args.plm, args.layers)
-    if model.stage == 'lf':
-        untouched(model)
-    tokens = tokenize(data.attributes, model.words)
-    identity = {'data': data.fingerprint, 'model': weights_digest(model),
-                'tokens': tokens.fingerprint, 'precision': args.precision}
+    # ---------------------------------------------------- rows, or a model
+    if args.from_npy:
+        rows, cold_ids = read_rows(args.from_npy, args.ids, data)
+        plm, identity = args.from_npy.name, {'rows': digest(*rows)}
+    else:
+        model, cold_ids = start_model(args.checkpoint, args.plm, args.layers), data.cold_ids
+        if model.stage == 'lf':
+            untouched(model)
+        tokens = item_tokens(data, model.words)
+        cold = tokenize(data.cold_attributes, model.words)
+        plm = model.plm
+        identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
+                    'cold': cold.fingerprint, 'precision': args.precision}
+    identity['data'] = data.fingerprint
     run = Run(args, out, identity, code_of('export_embeddings.py'))
 
     # ---------------------------------------------------- encode, save
     with lock(out.parent, wait=True):
-        if out.exists() and run.usable(load_pt(out, 'embeddings')['head'], out):
-            print(f'{out} is up to date')
-            return
-        matrix = model.on(machine).encode_items(tokens).cpu()
-        if not torch.isfinite(matrix).all():
-            raise UserError(f'{args.checkpoint or args.plm}: gives embeddings that are not finite; '
-                            'try --precision float32')
-        shape = geometry(matrix)
+        if out.exists() and out.suffix not in PLAIN:
+            if run.usable(load_pt(out, 'embeddings')['head'], out):
+                print(f'{out} is up to date')
+                return
+        if not args.from_npy:  # the cold items apart: new ones change no row of the others
+            model.on(machine)
+            rows = [model.encode_items(each)[1:].cpu() for each in (tokens, cold)]
+        if not torch.isfinite(torch.cat(rows)).all():
+            raise UserError(f'{args.from_npy or args.checkpoint or args.plm}: gives embeddings '
+                            'that are not finite; of a language model: try --precision float32')
+        shape = geometry(rows[0])
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
-                'dataset': data.name, 'stage': model.stage, 'plm': model.plm, **shape}
-        save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids)
-        print(f'{data.n_items:,} items x {matrix.shape[1]}, mean norm {shape["norm"]:.2f}, mean '
-              f'cosine of two items {shape["cosine"]:.2f}, written to {out}')
+                'dataset': data.name, 'plm': plm, **shape}
+        save(out, data, rows, cold_ids, head)
+        print(f'{data.n_items:,} items and {len(cold_ids):,} cold ones x {rows[0].shape[1]}, mean '
+              f'norm {shape["norm"]:.2f}, mean cosine of two items {shape["cosine"]:.2f}, '
+              f'written to {out}')
 
 
 if __name__ == '__main__':

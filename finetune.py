@@ -27,7 +27,7 @@ from common.options import (COUNT, add_machine_options, add_optimizer_options, a
                             number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
-from common.text import micro_batches, tokenize
+from common.text import item_tokens
 from common.training import Training, adamw, join, prefetch, start
 
 
@@ -80,7 +80,7 @@ def load_start(args, data, start_from, seed):
         model.config.max_tokens = args.max_tokens
     choose_layers(model, args.tune_layers)
     model.lm_head.requires_grad_(False)
-    return model, tokenize(data.attributes, model.words)
+    return model, item_tokens(data, model.words)
 
 
 def choose_layers(model, text):

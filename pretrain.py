@@ -26,7 +26,7 @@ from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_op
                             add_plm_options, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
-from common.text import mask_words, micro_batches, tokenize
+from common.text import item_tokens, joined, mask_words
 from common.training import Training, adamw, join, prefetch, start
 
 
@@ -43,9 +43,9 @@ def parse_args(argv=None):
     g = p.add_argument_group('data')
     g.add_argument('--leave-out', action='store_true', help="leave out each user's last two items "
                    '(for sources that are targets too; paper silent)')
-    option(g, '--share', number(float, 0, 100, True), 100.0,
+    option(g, '--share', number(float, 1e-6, 100), 100.0,
            'percent of the source users (paper sec. 4.6)')
-    option(g, '--valid-share', number(float, 0, 50, True), 5.0, 'percent of users held out (ours)')
+    option(g, '--valid-share', number(float, 1e-6, 50), 5.0, 'percent of users held out (ours)')
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
     g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
     option(g, '--accumulate', POSITIVE, 8, 'batches per optimizer step (RecFormer)')
@@ -63,17 +63,18 @@ class Sources:
     to the next. `train`, `valid`: users with two items at least, seeded."""
 
     def __init__(self, args, words):
-        items, lengths, attributes, self.fingerprints = [], [], [], []
+        items, lengths, tokens, self.fingerprints, before = [], [], [], [], 0
         for name in args.sources:
             data = load(name)
             part, offsets = data.training(leave=2 if args.leave_out else 0)
-            items.append(part + len(attributes))
+            items.append(part + before)
             lengths.append(np.diff(offsets))
-            attributes += data.attributes
+            tokens.append(item_tokens(data, words))
+            before += data.n_items
             self.fingerprints.append([name, data.fingerprint])
         self.items, self.lengths = np.concatenate(items), np.concatenate(lengths)
         self.begin = np.cumsum(self.lengths) - self.lengths
-        self.tokens = tokenize(attributes, words)
+        self.tokens = joined(tokens)
         users = np.flatnonzero(self.lengths >= 2)
         users = np.random.default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))

@@ -12,7 +12,6 @@ other seeds. Each variant, rate and seed is a run, a folder of its own.
 Reads:  data/<dataset>/prepared.npz, runs/<dataset>/embeddings/E.pt (export_embeddings.py).
 Writes: runs/<dataset>/<model>-<loss>-<variant>-<scale>-<width>-lr<rate>-seed<seed>/.
 """
-import inspect
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +21,7 @@ import torch
 
 from common.arrays import take
 from common.data import Dataset, load
-from common.files import (ROOT, Diverged, UserError, command, digest, load_pt, lock, runs_root,
+from common.files import (Diverged, UserError, command, digest, load_pt, lock, runs_root,
                           save_pt)
 from common.initial import SCALES, origin_of, read_embeddings, starting_tables
 from common.layers import Machine
@@ -65,8 +64,10 @@ def parse_args(argv=None):
            'the first embeddings in --variants, else 768 (paper sec. 4.2)')
     option(g, '--max-items', number(int, 2, 10_000), 50, "newest of a history (authors' code)")
     g = p.add_argument_group('optimisation')
-    option(g, '--loss', str, None, 'one negative (paper table 3) or full softmax (table 4); '
-           "default: the model's own; BERT4Rec has one only", choices=['bce', 'ce', 'masked'])
+    option(g, '--loss', str, None, 'bce: one negative (paper table 3); ce: full softmax (table 4); '
+           "sampled: softmax over --negatives (ours); default: the model's own",
+           choices=['bce', 'ce', 'sampled', 'masked'])
+    option(g, '--negatives', number(int, 2), None, 'of --loss sampled (default: 256)')
     option(g, '--lrs', RATE, [0.0003, 0.001, 0.003, 0.01], "Adam's (paper sec. 4.2)", nargs='+')
     option(g, '--batch', POSITIVE, None, 'users (paper sec. 4.2: 128, BERT4Rec 256)')
     option(g, '--epochs', POSITIVE, 200, "at most (authors' code)")
@@ -79,6 +80,10 @@ def parse_args(argv=None):
     if args.loss and args.loss not in kind.losses:
         p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     args.loss, args.batch = args.loss or kind.losses[0], args.batch or kind.batch
+    if args.loss == 'sampled':
+        args.negatives = args.negatives or 256
+    elif args.negatives:
+        p.error(f'--negatives: --loss {args.loss} draws none')
     return args
 
 
@@ -100,8 +105,7 @@ def make_world(args):
     sources = dict.fromkeys(source for source, _ in args.variants if source != 'random')
     embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
                   for source in sources}
-    file = Path(inspect.getfile(MODELS[args.model])).relative_to(ROOT)
-    code = code_of('train_seq.py', str(file))
+    code = code_of('train_seq.py', f'{MODELS[args.model].__module__.replace(".", "/")}.py')
     return World(args, data, start(args), code, folder, embeddings)
 
 
@@ -146,21 +150,20 @@ def fit(world, model, run, seed, lr):
     if not len(users):
         raise UserError(f'{data.name}: {args.model} needs users with two training items '
                         '(four interactions)')
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=lr, betas=model.betas, fused=True)
     steps = -(-len(users) // args.batch)
+    optimizer = torch.optim.Adam(model.parameters(), lr, model.betas, fused=True)
     training = Training(run, model, optimizer, steps)
     with training:
         for epoch in training.epochs():
             model.train()
             rng = np.random.default_rng([seed, 7, epoch])
-            batches, negatives = np.array_split(rng.permutation(users), steps), None
+            batches = np.array_split(rng.permutation(users), steps)
             if args.loss == 'bce':
                 negatives = draw_training_negatives(*train, data.n_items, rng)
             for step in training.steps():
                 items, offsets = take(*train, batches[step])
-                drawn = None
-                if negatives is not None:
+                drawn = args.negatives
+                if args.loss == 'bce':
                     drawn, _ = take(negatives, train[1], batches[step])
                 rng = np.random.default_rng([seed, 8, epoch, step])
                 with world.machine.autocast():
@@ -192,19 +195,9 @@ def one_run(world, about, start_from):
         ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
-        row = run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
-                        device=str(world.machine.device),
-                        parameters=sum(p.numel() for p in model.parameters()))
-    warn(data, row)
-    return row
-
-
-def warn(data, row):
-    """Say where a model did no better on validation than counting how often items were bought."""
-    from common.baselines import popularity_value
-    bound = popularity_value(data)
-    if row['valid'] <= bound:
-        print(f'{row["run"]}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
+        return run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
+                         device=str(world.machine.device),
+                         parameters=sum(p.numel() for p in model.parameters()))
 
 
 # ------------------------------------------------------------------------ main

@@ -12,7 +12,7 @@ def ragged(starts, lengths):
 
 def offsets_of(lengths):
     """Offsets [R + 1] of rows of these lengths [R]."""
-    return np.concatenate([[0], np.cumsum(lengths)])
+    return np.r_[0, np.cumsum(lengths)]
 
 
 def take(items, offsets, rows):

@@ -5,38 +5,50 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from common.files import UserError, digest, load_pt, save_pt
-from common.plm import fetch_plm
+from common.plm import fetch_plm, from_pretrained
 from common.recformer import Config, RecFormer
 from common.text import Words, load_words
 
+# Settings of a config.json that must have one of these values, or be absent. What becomes of every
+# other is in tests/test_backbone.py.
+ALLOWED = {'model_type': 'bert roberta longformer xlm-roberta camembert',
+           'hidden_act': 'gelu gelu_new relu silu', 'position_embedding_type': 'absolute',
+           'is_decoder': 'False', 'add_cross_attention': 'False', 'tie_word_embeddings': 'True'}
+# How names are renamed, one rule after the other (a pattern at the name's beginning). In published
+# files: wrappers of DeepSpeed, torch.compile, DataParallel, Lightning; a model without its head.
+PUBLISHED = {r'((_forward_module|_orig_mod|module|model)\.)+': '',
+             r'(?=(embeddings|encoder|pooler)\.)': 'longformer.'}
+BERT_HEAD = {'cls.predictions.transform.dense.': 'lm_head.dense.',
+             'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.',
+             'cls.predictions.bias': 'lm_head.bias'}
+GLOBAL = {r'(.*\.self\.(query|key|value))\.': r'\1_global.'}
+# Published files may lack these, which are the backbone's then: DeepSpeed's converter leaves out
+# what was frozen.
+OPTIONAL = 'longformer.embeddings.word_embeddings', 'lm_head'
 # In published files, and no part of the model: buffers, tables of items, the output table (tied to
 # the word table), heads of other tasks.
 DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_type_ids',
            'longformer.pooler.', 'item_embedding.weight', 'lm_head.decoder.', 'cls.')
-BERT_HEAD = {'cls.predictions.transform.dense.': 'lm_head.dense.',
-             'cls.predictions.transform.LayerNorm.': 'lm_head.layer_norm.',
-             'cls.predictions.bias': 'lm_head.bias'}
 
 
 # ------------------------------------------------------------------------ from an encoder
 
 def read_backbone(path):
     """(transformers' masked language model at `path`, names it lacked). Errors: UserError."""
-    from transformers import AutoModelForMaskedLM, logging
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
     logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
     logging.disable_progress_bar()
-    try:
-        backbone, info = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32,
-                                                              output_loading_info=True)
-    except Exception as error:  # many kinds, for a missing, damaged or foreign file
-        why = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f'--plm {path}: no language model could be loaded ({why})') from None
-    kind = backbone.config.model_type
-    if kind not in ('bert', 'roberta', 'longformer'):
-        raise UserError(f'--plm {path}: is a {kind}; a BERT-, RoBERTa- or Longformer-like encoder '
-                        'is needed')
+    config = from_pretrained(AutoConfig, path)
+    for name, allowed in ALLOWED.items():
+        found = str(getattr(config, name, allowed))
+        if found not in (allowed, *allowed.split()):
+            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
+                            f'{allowed}')
+    backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=config,
+                                     dtype=torch.float32, output_loading_info=True)
     lost = [name for name in info['missing_keys']
             if name.startswith(f'{backbone.base_model_prefix}.') and 'pooler' not in name]
     if lost:  # transformers would go on with random weights
@@ -58,36 +70,36 @@ def from_backbone(path, layers=None):
     if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     encoder.layer = encoder.layer[:layers]
-    offset = 0 if b.model_type == 'bert' else b.pad_token_id + 1
+    bert, activation = b.model_type == 'bert', None if b.hidden_act == 'gelu' else b.hidden_act
+    offset = 0 if bert else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
-               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
-    given = renamed(backbone.state_dict(), f'{backbone.base_model_prefix}.')
-    for name, tensor in list(given.items()):
-        twin = re.sub(r'(self\.(query|key|value))\.', r'\1_global.', name)
-        given.setdefault(twin, tensor)
+               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob, activation=activation,
+               head_activation=activation if bert else None)
+    rules = {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD}
+    given = renamed(backbone.state_dict(), rules)
+    given = renamed(given, GLOBAL) | given
     table = 'longformer.embeddings.position_embeddings.weight'
     reserved, usable = given[table].tensor_split([offset])
-    tiles = usable.repeat(positions // len(usable) + 1, 1)
-    given[table] = torch.cat([reserved, tiles])[:positions]
+    times = positions // len(usable) + 1
+    given[table] = torch.cat([reserved, *[usable] * times])[:positions]
     table = 'longformer.embeddings.token_type_embeddings.weight'
     given[table] = given[table][:1].repeat(4, 1)
     table = 'longformer.embeddings.item_position_embeddings.weight'
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
     model = RecFormer(c)
-    if any('lm_head' in name or 'cls.predictions.transform' in name for name in lacking):
+    if re.search('lm_head|cls.predictions.transform', str(lacking)):
         given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
     load_named(model, given, path)
     return model
 
 
-def renamed(state, prefix):
-    """A backbone's tensors under Longformer's names."""
+def renamed(state, rules):
+    """Tensors by name, under the names that the rules make."""
     given = {}
     for name, tensor in state.items():
-        for old, new in {prefix: 'longformer.', **BERT_HEAD}.items():
-            if name.startswith(old):
-                name = f'{new}{name.removeprefix(old)}'
+        for old, new in rules.items():
+            name = re.sub(f'^{old}', new, name)
         given[name] = tensor
     return given
 
@@ -105,8 +117,10 @@ def load_named(model, state, source):
 # ------------------------------------------------------------------------ checkpoints
 
 def weights_digest(model):
-    """What a model's weights are, whatever file they came from."""
-    return digest(*(part for pair in sorted(model.state_dict().items()) for part in pair))
+    """What a model's weights are and what acts on them, whatever file they came from."""
+    weights = sum(sorted(model.state_dict().items()), ())
+    others = filter(None, [model.config.activation, model.config.head_activation])
+    return digest(*weights, *others)
 
 
 def start_model(checkpoint, plm, layers=None, seed=0):
@@ -119,7 +133,7 @@ def start_model(checkpoint, plm, layers=None, seed=0):
         return load_recformer(checkpoint, plm)
     path = fetch_plm(plm)
     model = from_backbone(path, layers)
-    model.words, model.stage, model.plm = load_words(path), 'lf', plm
+    model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
     return model
 
 
@@ -149,6 +163,11 @@ def load_recformer(path, plm=None):
             raise UserError(f'{path}: a published state dict does not name its backbone: '
                             'add --plm longformer (or yours)')
         model = start_model(None, plm)
+        own = model.state_dict()
+        for part in OPTIONAL:
+            if part not in str(list(state)):
+                print(f'no {part} in {path}: that of {plm} is used')
+                state |= {name: own[name] for name in own if name.startswith(part)}
         load_named(model, state, path)
         model.stage = 'published'
         return model
@@ -162,9 +181,15 @@ def load_recformer(path, plm=None):
 
 
 def published(path):
-    """The state dict of a file as RecFormer and the paper publish them, None for another file."""
+    """The tensors of a file as RecFormer and the paper publish them, under our names; None for
+    another file."""
     with suppress(Exception):  # load_pt says what is wrong with the file
-        raw = torch.load(path, map_location='cpu', weights_only=True)
-        if any(name.startswith('longformer.') for name in raw):
-            return raw
+        if path.suffix == '.safetensors':
+            raw = load_file(path)
+        else:
+            raw = torch.load(path, map_location='cpu', weights_only=True)
+        raw = raw.get('state_dict', raw)  # Lightning
+        state = renamed(raw, PUBLISHED)
+        if len(state) == len(raw) and 'longformer.encoder.layer.0.output.dense.weight' in state:
+            return state
     return None

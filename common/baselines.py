@@ -49,35 +49,49 @@ def item_knn(data):
     """score(j) = sum over the history's items i other than j of weight(i) cos(i, j), the cosine of
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
-    had = sparse(items, offsets, np.ones(len(items)), data.n_items)
-    had.values().fill_(1)  # however often
-    of_items = had.t().coalesce()
-    counts = torch.sparse.sum(had, 0).to_dense()
-    norm = counts.clamp_min(1).sqrt()
+    had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
+    over_items, over_users = row_sums(had), row_sums(had.t().coalesce())
+    counts = had.indices()[1].bincount(minlength=data.n_items + 1)
+    norm = counts.clamp_min(1).sqrt()[:, None]
 
     def score(weights):
-        weights = weights.to_dense()
-        met = torch.sparse.mm(had, (weights / norm).t())  # [users, B]
-        scores = torch.sparse.mm(of_items, met).t() / norm
-        return without(scores, weights * (counts > 0))  # cos(i, i) = 1
+        met = over_items(weights.t().to_dense() / norm)  # [users, B]
+        scores = over_users(met).div_(norm)
+        return without(scores.t().contiguous(), weights, counts > 0)  # cos(i, i) = 1
     return score
 
 
-def text_knn(matrix):
+def row_sums(matrix):
+    """A function of a table [columns, B]: for each row of a sparse matrix the sum of the table's
+    rows that its entries stand for, [rows, B]."""
+    rows, columns = matrix.indices()
+    begin = torch.searchsorted(rows, torch.arange(len(matrix)))
+
+    def add_up(table):
+        return F.embedding_bag(columns, table, begin, mode='sum')
+    return add_up
+
+
+def text_knn(matrix, end=None):
     """score(j) = sum over the history's items i other than j of weight(i) cos(E_i, E_j), of rows
-    [n + 1, H] from which the mean row is taken away."""
-    unit = F.pad(F.normalize(matrix[1:] - matrix[1:].mean(0), dim=1), (0, 0, 1, 0))
+    [n + 1, H] from which the mean row is taken away (of those before `end`: not of cold items)."""
+    centred = matrix[1:] - matrix[1:end].mean(0)
+    unit = F.pad(F.normalize(centred, dim=1), (0, 0, 1, 0))
     own = unit.square().sum(1)
 
     def score(weights):
-        return without(torch.sparse.mm(weights, unit) @ unit.t(), weights.to_dense() * own)
+        return without(torch.sparse.mm(weights, unit) @ unit.t(), weights, own)
     return score
 
 
-def without(scores, own):
-    """Scores less what each item says of itself; exactly 0 where only rounding is left."""
-    left = scores - own
-    return left * (left.abs() > 1e-5 * own)
+def without(scores, weights, own):
+    """Scores less what each item of the history says of itself, weight x own [n + 1]; exactly 0
+    where only rounding is left."""
+    place = tuple(weights.indices())
+    itself = weights.values() * own[place[1]]
+    left = scores[place] - itself
+    scores[place] = left * (left.abs() > 1e-5 * itself)
+    return scores
 
 
 def weighted_sum(first, second, weight):
@@ -90,19 +104,44 @@ def weighted_sum(first, second, weight):
     return score
 
 
+def all_scorers(data, embeddings, end=None):
+    """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
+    [n + 1, H]}, `end` as in text_knn."""
+    items = item_knn(data)
+    found = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
+    for init, matrix in embeddings.items():
+        text = text_knn(matrix, end)
+        both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
+        found[f'text-knn-{init}'] = init, {None: text}
+        found[f'item+text-knn-{init}'] = init, both
+    return found
+
+
+def weighted(items, offsets, decay, n):
+    """Histories (ragged) with their recency weights, as a scorer takes them."""
+    lengths = np.diff(offsets)
+    age = -1 - ragged(-lengths, lengths)
+    return sparse(items, offsets, decay ** age, n)
+
+
 # ------------------------------------------------------------------------ choice on validation
 
+def some_of(data, scores=2 ** 29):
+    """The dataset with every k-th evaluated user only, k such that users times items are at most
+    `scores` (ours: a minute's work). 20,000 users and 25,000 items are still taken as they are."""
+    step = -(-len(data.evaluated) * data.n_items // scores)
+    return replace(data, evaluated=data.evaluated[::step], negatives=data.negatives[::step])
+
+
 def ranks_of(data, which, scorer, decay=1.0):
-    """Ranks of the evaluated users' targets under a scorer."""
+    """Ranks of the evaluated users' targets under a scorer; on 'valid' the sampled ones alone."""
     items, offsets, targets = data.split(which)
 
     def score(users):
-        own, begin = take(items, offsets, users)
-        lengths = np.diff(begin)
-        age = -1 - ragged(-lengths, lengths)
-        return scorer(sparse(own, begin, decay ** age, data.n_items))
+        return scorer(weighted(*take(items, offsets, users), decay, data.n_items))
+    history = None if which == 'valid' else (items, offsets)
     # a scorer makes several matrices of a chunk's size
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets), 2 ** 22)
+    return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
 
 
 def value_of(ranks):
@@ -111,25 +150,18 @@ def value_of(ranks):
 
 
 def popularity_value(data):
-    """Validation NDCG@10 (100 negatives) of popularity."""
-    return value_of(ranks_of(data, 'valid', popularity(data)))
+    """Validation NDCG@10 (100 negatives) of popularity, on the users of `some_of`."""
+    return value_of(ranks_of(some_of(data), 'valid', popularity(data)))
 
 
 def untrained(data, embeddings):
     """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
-    items = item_knn(data)
-    tried = [('popularity', None, {None: popularity(data)}),
-             ('item-knn', None, {None: items})]
-    for init, matrix in embeddings.items():
-        text = text_knn(matrix)
-        both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
-        tried.append((f'text-knn-{init}', init, {None: text}))
-        tried.append((f'item+text-knn-{init}', init, both))
-    for name, init, scorers in tried:
+    part = some_of(data)
+    for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
         valid = {}
-        for weight, decay in product(scorers, DECAYS[:1] if name == 'popularity' else DECAYS):
-            ranks = ranks_of(data, 'valid', scorers[weight], decay)
+        for weight, decay in product(scorers, DECAYS):
+            ranks = ranks_of(part, 'valid', scorers[weight], decay)
             valid[weight, decay] = value_of(ranks)
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
@@ -138,14 +170,11 @@ def untrained(data, embeddings):
         yield name, fields, ranks
 
 
-def untrained_lines(data, most=5000):
-    """What popularity and item-kNN reach, on at most so many users, a line each: is there anything
-    to learn?"""
-    chosen = np.random.default_rng(0).permutation(len(data.evaluated))[:most]
-    chosen.sort()
-    part = replace(data, evaluated=data.evaluated[chosen], negatives=data.negatives[chosen])
+def untrained_lines(data):
+    """What popularity and item-kNN reach, a line each: is there anything to learn?"""
+    part = some_of(data)
     for name, fields, ranks in untrained(part, {}):
         found = summarise(ranks)
         yield (f'{name:12}NDCG@10 {100 * found["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
                f'{100 * found["full"]["NDCG@10"]:6.2f} (all items), recency weight '
-               f'{fields["decay"]:g} a step; {len(chosen):,} users')
+               f'{fields["decay"]:g} a step; {len(part.evaluated):,} users')

@@ -6,31 +6,48 @@ Ids: items 1..n in the order of `item_ids` (sorted as text), 0 = padding, the sa
 users are rows 0..U-1. Ends with what two rankings that need no training reach on these data.
 """
 import contextlib
-import functools
+import io
 import json
-import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from common.arrays import offsets_of, ragged
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
-                          save_json, save_npz)
+                          save_npz)
+from common.formats import canonical_from_amazon, convert, named_columns
 from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
-from common.sources import (AMAZON, canonical_file, canonical_from_amazon, read_interactions,
-                            read_items)
+from common.sources import AMAZON, canonical_file, read_interactions, read_items
 
 # name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
 # not said, ours is a seeded sample of that size.
 FILTERS = paper()['filters']
-DEFAULT = (4, 1, 0)
+DEFAULT = 4, 1, 0
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
+
+
+def stored(folder, name):
+    """The values, an iterator, of a member of prepared.npz that as_lines() made."""
+    return map(json.loads, io.BytesIO(prepared(folder, name)[name].tobytes()))
+
+
+def member(name, convert=list):
+    """A property of a Dataset: the values of a member, read when they are first asked for."""
+    def read(data):
+        return convert(stored(data.folder, name))
+    return cached_property(read)
+
+
+def as_pairs(items):
+    """Lists of [name, value] as lists of tuples."""
+    return [list(map(tuple, item)) for item in items]
 
 
 @dataclass
@@ -45,18 +62,25 @@ class Dataset:
     evaluated: np.ndarray  # int32 [E] users whose last two items both occur in a training part
     negatives: np.ndarray  # int32 [E, 100], of validation and test; 0: the catalogue had no more
     counts: dict
-    fingerprint: str       # digest of all of the above and of the texts
+    fingerprint: str       # digest of all of the above but counts, and of the items' texts
     folder: Path
+
+    # of item i at i - 1: list of (name, value) in reading order
+    attributes = member('attributes', as_pairs)
+    # Items that have a text but are in nobody's sequence: sorted text ids, and their attributes in
+    # that order. They are none of the items 1..n, and the fingerprint knows nothing of them.
+    cold_ids = member('cold_ids')
+    cold_attributes = member('cold_attributes', as_pairs)
+    # text ids of users of interactions.csv whom the filters or the sample left out
+    dropped_users = member('dropped_users')
 
     def __post_init__(self):
         self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
         self.lengths = np.diff(self.offsets)
 
-    @functools.cached_property
-    def attributes(self):
-        """Item i at i - 1: list of (name, value) in reading order."""
-        text = prepared(self.folder, 'attributes')['attributes'].tobytes()
-        return [list(map(tuple, item)) for item in json.loads(text)]
+    def each_attributes(self):
+        """Yield what `attributes` lists, and keep none of it."""
+        return stored(self.folder, 'attributes')
 
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
@@ -87,16 +111,22 @@ def folder_of(name):
 
 # ------------------------------------------------------------------------ filters, split, negatives
 
+def repeats(columns):
+    """The rows that repeat an earlier one in all columns."""
+    order = np.lexsort(columns)  # stable: of equal rows the first stays the first
+    same = [np.diff(column[order]) == 0 for column in columns]
+    return order[1:][np.all(same, 0)]
+
+
 def core(user, item, min_user, min_item):
     """Rows left when users with fewer than min_user, items with fewer than min_item rows are
     dropped until none is."""
     rows = np.arange(len(user))
     while True:
-        u, i = user[rows], item[rows]
-        keep = (np.bincount(u)[u] >= min_user) & (np.bincount(i)[i] >= min_item)
+        keep = (np.bincount(user) >= min_user)[user] & (np.bincount(item) >= min_item)[item]
         if keep.all():
             return rows
-        rows = rows[keep]
+        rows, user, item = rows[keep], user[keep], item[keep]
 
 
 def draw_evaluation_negatives(items, offsets, users, n):
@@ -105,10 +135,10 @@ def draw_evaluation_negatives(items, offsets, users, n):
     rng = np.random.default_rng(NEGATIVE_SEED)
     out = np.zeros((len(users), NEGATIVES), np.int32)
     for row, user in enumerate(users):
-        own = np.unique(items[offsets[user]:offsets[user + 1]])
+        own = set(items[offsets[user]:offsets[user + 1]].tolist())
         # drawn in random order, so what is left after the user's own is uniform too
         draw = rng.choice(n, min(n, NEGATIVES + len(own)), replace=False) + 1
-        draw = draw[~np.isin(draw, own)][:NEGATIVES]
+        draw = [item for item in draw.tolist() if item not in own][:NEGATIVES]
         out[row, :len(draw)] = draw
     return out
 
@@ -116,36 +146,38 @@ def draw_evaluation_negatives(items, offsets, users, n):
 def evaluated_users(items, offsets):
     """Users whose validation and test item both occur in somebody's training part (paper sec. 4.2:
     no cold items)."""
-    trained = items[ragged(offsets[:-1], np.diff(offsets) - 2)]
-    last_two = items[offsets[1:] - [[2], [1]]]  # [2, U]
-    return np.flatnonzero(np.isin(last_two, trained).all(0)).astype(np.int32)
+    last_two = offsets[1:] - [[2], [1]]  # [2, U]
+    trained = np.delete(items, last_two)
+    return np.flatnonzero(np.isin(items[last_two], trained).all(0)).astype(np.int32)
 
 
-def filtered(rows, filters):
-    """The rows [N, 3] of users and items that stay, by user, time and place in the file."""
-    min_user, min_item, sample = filters
-    rows = rows[core(rows[:, 0], rows[:, 1], max(3, min_user), min_item)]
-    alive = np.unique(rows[:, 0])
+def filtered(user, item, time, min_user, min_item, sample):
+    """The three columns without the users and items that go, by user, time and place in the
+    file."""
+    rows = core(user, item, max(3, min_user), min_item)
+    alive = np.unique(user[rows])
     if 0 < sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
-        rows = rows[np.isin(rows[:, 0], alive)]
-    return rows[np.lexsort((rows[:, 2], rows[:, 0]))]
+        rows = rows[np.isin(user[rows], alive)]
+    rows = rows[np.lexsort((time[rows], user[rows]))]
+    return user[rows], item[rows], time[rows]
 
 
-def build(folder, filters):
-    """(arrays, what else makes a Dataset, attributes) of the canonical files in `folder`."""
-    known = read_items(canonical_file(folder, 'items.jsonl'))
+def build(folder, filters, identity):
+    """{name: array}, what prepared.npz holds of the canonical files in `folder`."""
+    texts = read_items(canonical_file(folder, 'items.jsonl'))
     path = canonical_file(folder, 'interactions.csv')
-    rows, user_ids, item_ids, unknown = read_interactions(path, known)
-    first = np.unique(rows, axis=0, return_index=True)[1]  # an exact repeat counts once
-    user, item, time = filtered(rows[np.sort(first)], filters).T
+    columns, user_ids, item_ids, unknown = read_interactions(path, texts)
+    repeated = repeats(columns)
+    columns = [np.delete(column, repeated) for column in columns]
+    user, item, time = filtered(*columns, *filters)
     if not len(user):
         raise UserError(f'{path}: no user has {max(3, filters[0])} interactions; '
                         'lower --min-user (3 at least)')
     users, lengths = np.unique(user, return_counts=True)
-    catalogue = sorted({item_ids[i] for i in item})
+    catalogue = sorted(item_ids[i] for i in np.unique(item))
     number = {key: i for i, key in enumerate(catalogue, 1)}
-    items = np.array([number[item_ids[i]] for i in item], np.int32)
+    items = np.array([number.get(key, 0) for key in item_ids], np.int32)[item]
     offsets = offsets_of(lengths)
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
@@ -154,25 +186,34 @@ def build(folder, filters):
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
     # a user's first item has no neighbour before it
     tied = np.delete(np.diff(time, prepend=-1) == 0, offsets[:-1])
-    attributes = [known[key] for key in catalogue]
-    texts = {tuple(value for _, value in pairs if value) for pairs in attributes}
+    attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
+    cold = sorted(texts)
+    # hashes, as the values of a million items would take much memory
+    different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
     counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(items),
-              'avg_len': len(items) / len(users), 'evaluated': len(evaluated),
-              'tied_neighbours': float(tied.mean()), 'rows_unknown_item': unknown,
-              'rows_repeated': len(rows) - len(first), 'distinct_texts': len(texts),
-              'short_of_negatives': int((negatives[:, -1] == 0).sum())}
+              'avg_len': lengths.mean(), 'evaluated': len(evaluated),
+              'tied_neighbours': tied.mean(), 'rows_unknown_item': unknown,
+              'rows_repeated': len(repeated), 'distinct_texts': len(different), 'cold': len(cold)}
     names = [user_ids[u] for u in users]
-    fingerprint = digest(catalogue, attributes, names, items, offsets, evaluated, negatives)
-    head = {'item_ids': catalogue, 'user_ids': names, 'counts': counts, 'fingerprint': fingerprint}
-    return dict(zip(ARRAYS, (items, offsets, evaluated, negatives))), head, attributes
+    fingerprint = digest(catalogue, f'[{", ".join(attributes)}]'.encode(), names, items, offsets,
+                         evaluated, negatives)
+    head = {'identity': identity, 'item_ids': catalogue, 'user_ids': names, 'counts': counts,
+            'fingerprint': fingerprint}
+    return {
+        'head': as_lines([json.dumps(head)]),
+        'items': items, 'offsets': offsets, 'evaluated': evaluated, 'negatives': negatives,
+        'attributes': as_lines(attributes),
+        'cold_ids': as_lines(map(json.dumps, cold)),
+        'cold_attributes': as_lines(map(texts.get, cold)),
+        'dropped_users': as_lines(map(json.dumps, np.delete(np.array(user_ids, object), users)))}
 
 
 # ------------------------------------------------------------------------ prepared.npz
 
 def filters_of(name, given):
     """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's."""
-    own = FILTERS.get(name, DEFAULT)
-    return [default if value is None else value for value, default in zip(given, own)]
+    pairs = zip(given, FILTERS.get(name, DEFAULT))
+    return [default if value is None else value for value, default in pairs]
 
 
 def identity_of(folder, given, known):
@@ -188,7 +229,7 @@ def prepare(name, given):
     """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
     filters that the user named, None for each that he did not; all None: those of last time."""
     folder = folder_of(name)
-    if not any(value is not None for value in given):
+    if set(given) == {None}:
         with contextlib.suppress(UserError):
             given = head_of(folder)['identity'].get('given', given)
     filters = filters_of(name, given)
@@ -202,25 +243,23 @@ def prepare(name, given):
         return load(name, given)
     with lock(folder):
         identity = identity_of(folder, given, {})
-        arrays, head, attributes = build(folder, filters)
-        arrays['head'] = json.dumps({'identity': identity, **head}).encode()
-        arrays['attributes'] = json.dumps(attributes).encode()
-        save_npz(folder / 'prepared.npz', arrays)
-        save_json(folder / 'counts.json', head['counts'])
+        save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
 
 def prepared(folder, *names):
-    """{name: array} of members of prepared.npz; 'head' and 'attributes' are bytes of JSON."""
-    path, remedy = folder / 'prepared.npz', f'run python -m common.data {folder.name}'
-    if not path.exists():
-        raise UserError(f'{folder.name} is not prepared: {remedy}')
-    return load_npz(path, names, remedy)
+    """{name: array} of members of prepared.npz."""
+    return load_npz(folder / 'prepared.npz', names, f'run python -m common.data {folder.name}')
+
+
+def as_lines(texts):
+    """Texts of JSON, one a line, as the bytes of one member."""
+    return np.frombuffer('\n'.join(texts).encode(), np.uint8)
 
 
 def head_of(folder):
     """What prepared.npz says of itself: identity, ids, counts, fingerprint."""
-    return json.loads(prepared(folder, 'head')['head'].tobytes())
+    return next(stored(folder, 'head'))
 
 
 def load(name, given=None):
@@ -231,9 +270,8 @@ def load(name, given=None):
     then = head.pop('identity')
     now = identity_of(folder, given or then.get('given', DEFAULT), then)
     if now != then:
-        what = 'its files have' if now['code'] == then['code'] else 'common/data.py has'
-        raise UserError(f'{folder}: {what} changed since it was prepared: '
-                        f'run python -m common.data {name}')
+        raise UserError(f'{folder}: its files, or the code that prepares them, have changed since '
+                        f'it was prepared: run python -m common.data {name}')
     return Dataset(name, folder=folder, **head, **prepared(folder, *ARRAYS))
 
 
@@ -245,26 +283,27 @@ def published_counts(name):
 
 
 def report(data):
-    """Counts beside the published ones, and warnings about what will not work well."""
+    """Counts beside the published ones, and what will not work well."""
     c, known = data.counts, published_counts(data.name)
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        theirs = f'   paper {known[key]:,}' if key in known else ''
-        print(f'  {key:13}{round(c[key], 1):>12,}{theirs}')
+        found, note = round(c[key], 1), ''
+        if key in known:
+            note = f'   paper {known[key]:,}'
+            if found != known[key]:
+                note += '   warning: differs'
+        print(f'  {key:13}{found:>12,}{note}')
     print(f'  neighbours with the same timestamp: {c["tied_neighbours"]:.1%} (the file\'s order)')
-    if c['rows_unknown_item'] or c['rows_repeated']:
-        print(f'  dropped: {c["rows_unknown_item"]:,} rows whose item has no text, '
-              f'{c["rows_repeated"]:,} repeated rows')
-    if c['short_of_negatives']:
-        print(f'  warning: {c["short_of_negatives"]:,} users have fewer than {NEGATIVES} '
-              'negatives: the catalogue is small')
-    shared = c['items'] - c['distinct_texts']
-    if shared:
-        print(f'  items whose text another item has too: {shared:,}')
+    for what, count in {
+        'rows dropped, as their item has no text': c['rows_unknown_item'],
+        'rows dropped, as they repeat another': c['rows_repeated'],
+        'items nobody has (they can be recommended, see evaluate.py recommend --cold)': c['cold'],
+        'items whose text another item has too': c['items'] - c['distinct_texts'],
+        f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small':
+            (data.negatives[:, -1] == 0).sum()}.items():
+        if count:
+            print(f'  {what}: {count:,}')
     if c['distinct_texts'] < 2:
         print('  warning: all items have the same text, or none; a language model learns nothing')
-    off = [key for key, value in known.items() if round(c[key], 1) != value]
-    if off:
-        print(f'  warning: {", ".join(off)} differ from the published numbers')
 
 
 def parse_args(argv=None):
@@ -275,19 +314,24 @@ def parse_args(argv=None):
     option(p, '--min-item', POSITIVE, None,
            'fewest interactions of an item (paper: source domains 5, else 1)')
     option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
-    p.add_argument('--any-version', action='store_true',
-                   help='accept Amazon ratings whose sha256 is not the known one')
+    option(p, '--from', Path, None, 'make its files from others (data/README.md): a folder, a stem '
+           'or a file of interactions', dest='source')
+    option(p, '--items', Path, None, 'the file of texts, where --from names a file')
+    option(p, '--columns', named_columns, {}, 'user=..,item=..,time=..,id=..: columns by name; id '
+           'is that of the texts (default: as item)')
     return p.parse_args(argv)
 
 
 def main(args):
     from common.baselines import untrained_lines
-    if args.any_version:
-        os.environ['ELEPHANT_ANY_VERSION'] = '1'
+    if args.source:
+        convert(folder_of(args.name), args.source, args.items, args.columns)
+    elif args.items or args.columns:
+        raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    user, item, sample = head_of(data.folder)['identity']['filters']
-    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; users with {user} '
-          f'interactions, items with {item}{f", {sample:,} users sampled" if sample else ""}')
+    filters = head_of(data.folder)['identity']['filters']
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user '
+          f'and of an item, users sampled (0 = all): {filters}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

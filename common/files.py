@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -21,8 +20,6 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-HOST = platform.node() or 'here'
-STOPPED = 143  # exit code after SIGTERM: 128 + 15, what a shell would report
 
 
 class UserError(Exception):
@@ -41,31 +38,30 @@ def command(main, *args):
         signal.signal(signal.SIGTERM, stop)
         main(*args)
         sys.stdout.flush()
+        return
     except UserError as error:
-        fail(error)
+        said = str(error)
     except BrokenPipeError:  # `| head` has read enough; what is left cannot be written
         os._exit(0)
     except OSError as error:  # a full disk, a folder without permission
-        fail(f'{error.filename or "writing"}: {error.strerror or error}')
+        said = f'{error.filename or "writing"}: {error.strerror or error}'
     except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
         if not re.search('out of memory|allocate memory|MemoryError', repr(error)):
             raise
-        fail(f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
-             'script has it; what was saved is kept')
+        said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
+                'script has it; what was saved is kept')
     except KeyboardInterrupt:
         print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
         sys.exit(130)
-
-
-def stop(*_):
-    """SIGTERM: leave at once; whatever is open cleans up on its way out."""
-    sys.exit(STOPPED)
-
-
-def fail(error):
-    """One line on standard error, exit code 2."""
-    print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
+    print(f'error: {" ".join(said.split())}', file=sys.stderr)
     sys.exit(2)
+
+
+def stop(number, _):
+    """SIGTERM: leave at once, as a shell would say it (143); whatever is open cleans up on its way
+    out. Until `command` is entered the system ends the process, which a shell says in the same way.
+    """
+    sys.exit(128 + number)
 
 
 # ------------------------------------------------------------------------ identities
@@ -88,14 +84,17 @@ def content_sha256(path):
 
 
 def digest(*parts):
-    """16 hex digits over arrays, tensors and JSON-able values, in order: what they hold."""
+    """16 hex digits over arrays, tensors, JSON-able values and bytes of JSON, in order: what they
+    hold."""
     h = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
             part = part.numpy(force=True)
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
-            h.update(part.tobytes())
+            h.update(part.ravel().view('u1'))  # no copy where it is in order
+        elif isinstance(part, bytes):
+            h.update(part)
         else:
             h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
     return h.hexdigest()[:16]
@@ -130,8 +129,9 @@ def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent)
-    part = path.with_name(f'.{path.name}.{HOST}.{os.getpid()}.part')
+    for left in path.parent.glob(f'.{path.name}.of-*.part'):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    part = path.with_name(f'.{path.name}.of-{os.getpid()}.part')
     try:
         yield part
         with open(part, 'rb+') as f:
@@ -142,16 +142,6 @@ def whole(path):
         raise
     finally:
         part.unlink(missing_ok=True)
-
-
-def sweep(folder):
-    """Remove what a process of this machine left half-written when it was killed."""
-    if not Path('/proc/self').exists():
-        return
-    for stale in folder.glob(f'.*.{HOST}.*.part'):
-        process = stale.name.split('.')[-2]
-        if not Path('/proc', process).exists():
-            stale.unlink(missing_ok=True)
 
 
 def save_text(path, text):
@@ -176,9 +166,9 @@ def load_json(path):
 
 
 def save_npz(path, arrays):
-    """Write named arrays, compressed, whole or not at all."""
+    """Write named arrays, whole or not at all. Not compressed: zlib takes longer than a disk."""
     with whole(path) as part, open(part, 'wb') as f:
-        np.savez_compressed(f, **arrays)
+        np.savez(f, **arrays)
 
 
 def load_npz(path, names, remedy):
@@ -209,9 +199,8 @@ def load_pt(path, kind, device='cpu'):
             content = torch.load(f, map_location=device, weights_only=True)
             found = content['kind']
         except Exception as error:  # half a dozen kinds for a damaged or foreign file
-            said = str(error).splitlines() or ['']
-            raise UserError(f'{path}: not a readable {kind} file ({type(error).__name__}: '
-                            f'{said[0][:120]})') from None
+            said = f'{type(error).__name__}: {error}'.splitlines()[0]
+            raise UserError(f'{path}: not a readable {kind} file ({said[:150]})') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content
@@ -222,10 +211,11 @@ def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
     path = Path(folder, '.lock')
-    if not wait and int(os.environ.get('RANK', 0)):  # of torchrun's processes the first holds it
+    path.parent.mkdir(parents=True, exist_ok=True)
+    follower = int(os.environ.get('RANK', 0)) and not wait  # of torchrun's the first holds it
+    if follower or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

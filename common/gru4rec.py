@@ -14,7 +14,7 @@ from common.sequence import ALL, SequenceModel
 
 class GRU4Rec(SequenceModel):
     """The state after each item scores the item after it. Sizes: ours, as SASRec's."""
-    losses = ('ce', 'bce')
+    losses = 'ce', 'bce', 'sampled'
     dropout = 0.5
 
     def __init__(self, item_embedding, max_items):
@@ -26,10 +26,11 @@ class GRU4Rec(SequenceModel):
         """Rows of the item table [T, H], sequences one after the other -> states [T, H], or of the
         rows `wanted` [R] alone."""
         numbers = torch.arange(len(x)).split(lengths.tolist())
-        # the rows' numbers step after step, of the longest sequences first
-        packed = pack_sequence(sorted(numbers, key=len, reverse=True))
+        longest_first = sorted(numbers, key=len, reverse=True)
+        packed = pack_sequence(longest_first)  # the rows' numbers step after step
         order = packed.data.to(x.device)
-        x = self.drop(rows(x, order).float())
+        x = rows(x, order).float()
+        x = self.drop(x)
         # the norm of an item's row says nothing; its scale would saturate the gates
         y, _ = self.gru(PackedSequence(self.norm(x), packed.batch_sizes))
         return rows(self.drop(y.data), order.argsort()[wanted])

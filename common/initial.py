@@ -11,14 +11,16 @@ SCALES = ('raw', 'rescaled', 'centred', 'whitened', 'permuted')
 
 
 class Embeddings(NamedTuple):
-    """An embedding file: matrix float32 [n + 1, H], row 0 zeros; a digest of it; what made it."""
+    """An embedding file: matrix float32 [n + 1, H], row 0 zeros; a digest of it; what made it.
+    With cold items their rows stand behind: [n + 1 + c, H]."""
     matrix: torch.Tensor
     digest: str
     head: dict
 
 
-def read_embeddings(path, data):
-    """The Embeddings in an export for exactly this dataset; UserError where anything is off."""
+def read_embeddings(path, data, cold=False):
+    """The Embeddings in an export for exactly this dataset, `cold`: with the rows of its cold
+    items; UserError where anything is off."""
     content = load_pt(path, 'embeddings')
     matrix = content['matrix'].float()
     head = content['head']
@@ -28,9 +30,15 @@ def read_embeddings(path, data):
     if len(matrix) != data.n_items + 1 or not torch.isfinite(matrix).all() or matrix[0].any():
         raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
                         f'row 0; export it again for {data.name}')
-    if (matrix[1:] == matrix[1]).all():
+    rows = matrix[1:]
+    if (rows - rows.mean(0)).norm() <= 1e-5 * rows.norm():  # nothing but rounding
         raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
-    return Embeddings(matrix, digest(matrix), head)
+    known = digest(matrix)
+    if cold:
+        if content.get('cold_items') != data.cold_ids:
+            raise UserError(f'{path}: has no rows of today\'s cold items; export it again')
+        matrix = torch.cat([matrix, content['cold'].float()])
+    return Embeddings(matrix, known, head)
 
 
 def origin_of(embeddings):
@@ -39,49 +47,54 @@ def origin_of(embeddings):
     return {key: head.get(key) for key in ('plm', 'norm', 'cosine')}
 
 
-def geometry(matrix):
-    """{'norm': mean row norm, 'cosine': mean cosine of two different items} of [n + 1, H]."""
-    rows = matrix[1:].double()
+def geometry(rows):
+    """{'norm': mean row norm, 'cosine': mean cosine of two different items} of rows [n, H]."""
+    rows = rows.double()
     unit = F.normalize(rows, dim=1)
     n = len(unit)
-    cosine = (unit.sum(0).square().sum() - unit.square().sum()) / (n * (n - 1)) if n > 1 else 1.0
+    of_pairs = unit.sum(0).square().sum() - unit.square().sum()
+    cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 
-def components(matrix, width):
-    """The first `width` principal components: [n + 1, H] -> [n + 1, width], row 0 zeros."""
-    rows = matrix[1:] - matrix[1:].mean(0)
-    n, hidden = rows.shape
-    most = min(n, hidden)
+def components(matrix, width, n):
+    """The first `width` principal components of the n items: [n + 1, H] -> [n + 1, width], row 0
+    zeros; more rows (of cold items) along the same axes."""
+    rows = matrix[1:] - matrix[1:n + 1].mean(0)
+    most = min(rows[:n].shape)
     if width > most:
-        raise UserError(f'--hidden {width}: the embeddings are {n} rows of {hidden} numbers; '
-                        f'at most {most}')
-    axes = torch.linalg.svd(rows, full_matrices=False)[2][:width]
+        raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
+                        f'numbers; at most {most}')
+    axes = torch.linalg.svd(rows[:n], full_matrices=False)[2][:width]
     return F.pad(rows @ axes.T, (0, 0, 1, 0))
 
 
-def initial_table(matrix, scale, norm, seed):
+def initial_table(matrix, scale, norm, seed, n):
     """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
 
     raw: unchanged (paper). The others are ours; each ends with one factor for all rows, which gives
-    them that norm. permuted: centred, in a random order of the items (a control).
+    them that norm. permuted: centred, in a random order of the items (a control). More rows (of
+    cold items) get what the n items give: their mean, their axes, their factor.
     """
     if scale == 'raw':
         return matrix
     rows = matrix[1:]
     if scale != 'rescaled':
-        rows = rows - rows.mean(0)
+        rows = rows - rows[:n].mean(0)
     if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
-        u, s, v = torch.linalg.svd(rows, full_matrices=False)
-        rows = u * (s > s[0] * 1e-4) @ v
+        u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
+        least = s[0] * 1e-4
+        u = torch.cat([u, rows[n:] @ v.T / s.clamp_min(least)])
+        rows = u * (s > least) @ v
     if scale == 'permuted':
-        order = np.random.default_rng([seed, 6]).permutation(len(rows))
-        rows = rows[order]
-    return torch.cat([matrix[:1], rows * (norm / rows.norm(dim=1).mean())])
+        order = np.random.default_rng([seed, 6]).permutation(n)
+        rows[:n] = rows[order]
+    return torch.cat([matrix[:1], rows * (norm / rows[:n].norm(dim=1).mean())])
 
 
 def starting_tables(kind, n, embeddings, about):
     """(item table [n + 1, H] that a run begins with, fixed text [n + 1, H] added to it or None).
+    Where the embeddings have cold items, with the rows that the run would have given these.
 
     kind: class of the model; embeddings: None for a random table; about: what the run is (see
     train_seq.py). Seeds torch's generator and draws from it.
@@ -92,9 +105,9 @@ def starting_tables(kind, n, embeddings, about):
         return table, None
     given = embeddings.matrix
     if given.shape[1] != about['hidden']:
-        given = components(given, about['hidden'])
+        given = components(given, about['hidden'], n)
     norm = float(table[1:].norm(dim=1).mean())
-    given = initial_table(given, about['scale'], norm, about['seed'])
+    given = initial_table(given, about['scale'], norm, about['seed'], n)
     if about['mode'] == 'id+text':
         return table, given
     return given, None

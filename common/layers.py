@@ -87,15 +87,13 @@ class Dropout(torch.autograd.Function):
         drawn = words.random_(-2 ** 63, None).view(kind)[:x.numel()].view(x.shape)
         low = round(p * 2 ** bits) - 2 ** (bits - 1) - 1
         # 0 or 1: clamping and shifting integers is faster than comparing to a bool
-        kept = drawn.clamp_(low, low + 1).sub_(low).to(torch.int8)
-        ctx.save_for_backward(kept)
-        ctx.scale = 1 / (1 - p)
-        return x * kept.to(x.dtype).mul_(ctx.scale)
+        factor = drawn.clamp_(low, low + 1).sub_(low).to(x.dtype).mul_(1 / (1 - p))
+        ctx.save_for_backward(factor)
+        return x * factor
 
     @staticmethod
     def backward(ctx, gradient):
-        kept = ctx.saved_tensors[0].to(gradient.dtype)
-        return gradient * kept.mul_(ctx.scale), None
+        return gradient * ctx.saved_tensors[0], None
 
 
 def dropout(x, p, training):

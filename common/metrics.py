@@ -5,8 +5,8 @@ equal. E = evaluated users, n = items; ids 1..n, column 0 is padding and never a
 Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the user's history
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
-import itertools
 import math
+from itertools import product
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from common.arrays import row_numbers, take
 from common.files import Diverged
 
-CUTOFFS = {'sampled': (5, 10), 'full': (5, 10, 50), 'new': (5, 10, 50)}  # paper sec. 4.2, table 4
+CUTOFFS = {'sampled': (5, 10),  # paper sec. 4.2
+           'full': (5, 10, 50),  # paper table 4
+           'new': (5, 10, 50)}
 
 
 def product_scorer(states, table, bias=None):
@@ -35,15 +37,16 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     """(g, t) of every target in the three rankings, from one pass over the scores.
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
-    (items, offsets) of the same users; chunk: scores held at a time. Returns {'sampled', 'full',
-    'new': int32 [E, 2]}. Errors: Diverged where a score is not finite. Never one row alone: it
-    rounds differently, and breaks ties.
+    (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
+    a time, but those of some 32 users: each time the table is read, and a user alone rounds
+    differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
+    Diverged where a score is not finite.
     """
     every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
-    parts = max(1, min(len(every) // 2, -(-len(every) * (n + 1) // chunk)))
+    users_at_once = max(32, chunk // (n + 1))
     found = []
-    for users in np.array_split(every, parts):
+    for users in np.array_split(every, -(-len(every) // users_at_once)):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -52,24 +55,24 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         candidate = scores.new_tensor(candidates[users], dtype=torch.int64)
         of_candidates = scores.gather(1, candidate)
         own = of_candidates[:, :1]
-        sampled = counts(of_candidates, own)
-        full = counts(scores, own)
-        items, offsets = take(*history, users)
-        scores[row_numbers(np.diff(offsets)), items] = -torch.inf
-        scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
-        new = counts(scores, own)
-        found.append(torch.stack([sampled, full, new]).cpu())
-    ranks = torch.cat(found, 1).numpy()
-    ranks[:, :, 1] -= 1  # the target itself
-    return dict(zip(CUTOFFS, ranks))
+        ranks = [counts(of_candidates, own)]
+        if history:
+            ranks.append(counts(scores, own))
+            items, offsets = take(*history, users)
+            rows = row_numbers(np.diff(offsets))
+            scores[rows, items] = -torch.inf
+            scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
+            ranks.append(counts(scores, own))
+        found.append(torch.stack(ranks).cpu())
+    ranks = torch.cat(found, 1)
+    return dict(zip(CUTOFFS, ranks.numpy()))
 
 
 def counts(scores, own):
-    """[users, 2]: how many of the scores are above the target's, how many equal it, its own one
-    included."""
+    """int32 [users, 2]: how many of the scores are above the target's, how many others equal it."""
     higher = (scores > own).sum(1, dtype=torch.int32)
     equal = (scores == own).sum(1, dtype=torch.int32)
-    return torch.stack([higher, equal], 1)
+    return torch.stack([higher, equal - 1], 1)
 
 
 def per_user(ranks, metric, k):
@@ -83,16 +86,18 @@ def per_user(ranks, metric, k):
     if metric == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
-    return (total[np.minimum(g + t + 1, k)] - total[np.minimum(g, k)]) / (t + 1)
+    first, last = np.minimum([g, g + t + 1], k)
+    return (total[last] - total[first]) / (t + 1)
 
 
 def summarise(ranks):
-    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}: fractions, sums over users divided once."""
-    found = {}
-    for name, cutoffs in CUTOFFS.items():
-        found[name] = {}
-        for metric, k in itertools.product(('HR', 'NDCG'), cutoffs):
-            found[name][f'{metric}@{k}'] = float(per_user(ranks[name], metric, k).mean())
+    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
+    sums over users divided once."""
+    found = {name: {} for name in ranks}
+    for name, metrics in found.items():
+        for metric, k in product(('HR', 'NDCG'), CUTOFFS[name]):
+            value = per_user(ranks[name], metric, k).mean()
+            metrics[f'{metric}@{k}'] = float(value)
     return found
 
 
@@ -100,7 +105,10 @@ def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
-    ties = {name: float((ranks[name][:, 1] > 0).mean()) for name in CUTOFFS}
+    ties = {}
+    for name in CUTOFFS:
+        tied = ranks[name][:, 1] > 0
+        ties[name] = float(tied.mean())
     return {'dataset': data.name,
             'data': data.fingerprint,
             'users': len(data.evaluated),

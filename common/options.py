@@ -1,6 +1,5 @@
 """Options that the scripts share, and the types of their values."""
 import argparse
-import math
 
 
 def options_parser(doc):
@@ -14,23 +13,20 @@ def option(group, name, kind, default, text, **more):
     group.add_argument(name, type=kind, default=default, help=text, **more)
 
 
-def number(kind, least, most=math.inf, above=False):
-    """An argparse type: a finite int or float, at least (or above) `least` and at most `most`."""
+def number(kind, least, most=1e99):
+    """An argparse type: a finite int or float, at least `least` and at most `most`."""
     def convert(text):
         value = kind(text)
-        low = value <= least if above else value < least
-        if low or value > most or not math.isfinite(value):
+        if not least <= value <= most:
             raise ValueError
         return value
     noun = 'whole number' if kind is int else 'number'
-    upper = f' and at most {most}' if math.isfinite(most) else ''
-    # argparse prints this name
-    convert.__name__ = f'{noun} ({"above" if above else "at least"} {least}{upper})'
+    convert.__name__ = f'{noun} from {least:g} to {most:g}:'  # argparse prints it
     return convert
 
 
 COUNT, POSITIVE = number(int, 0), number(int, 1)
-RATE, WEIGHT = number(float, 0, above=True), number(float, 0)
+WEIGHT, RATE = number(float, 0), number(float, 1e-12)
 
 
 def add_plm_options(parser):
@@ -66,6 +62,11 @@ def add_machine_options(parser, language_model=False, trains=True):
                    'same bits on every run (slower; a CPU always does)')
     if trains:
         option(g, '--save-every', WEIGHT, 10, 'minutes between checkpoints inside an epoch (ours)')
+    add_earlier_options(parser)
+
+
+def add_earlier_options(parser):
+    """--again, --keep: what to do with an earlier result."""
     g = parser.add_argument_group('an earlier result').add_mutually_exclusive_group()
     g.add_argument('--again', action='store_true', help='make it again, whatever is there')
     g.add_argument('--keep', action='store_true',

@@ -23,13 +23,20 @@ def fetch_plm(name):
     if name == 'minilm':
         fetch_minilm(local)
     if local.is_dir():
-        if not (local / 'config.json').exists():
-            raise UserError(f"--plm {name}: {local} has no config.json; transformers' "
-                            'save_pretrained writes one')
         return str(local)
     if name.startswith(('.', '/', '~')):
         raise UserError(f'--plm {name}: no such folder')
     return 'allenai/longformer-base-4096' if name == 'longformer' else name
+
+
+def from_pretrained(kind, path, **options):
+    """What one of transformers' Auto classes finds at `path`; code that lies there is not run.
+    Errors: UserError."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # many kinds, for a missing, damaged or foreign file
+        raise UserError(f'--plm {path}: no language model could be loaded ({kind.__name__}: '
+                        f'{(str(error) or repr(error))[:200]})') from None
 
 
 def fetch_minilm(folder):

@@ -13,10 +13,6 @@ class Lines:
         if text:
             sys.stderr.write(text + '\n')
 
-    @staticmethod
-    def flush():
-        sys.stderr.flush()
-
 
 def progress(things=None, **options):
     """tqdm over `things` (or by hand, with total=); gone from the terminal once it is done."""

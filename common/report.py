@@ -187,8 +187,8 @@ def footer(rows):
     def several(key):
         return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
     ties = max(max(row['tie_share'].values()) for row in rows)
-    text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over seeds '
-            f'({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
+    text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
+            f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
             'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
             'width (paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is '

@@ -19,22 +19,23 @@ from common.files import (ROOT, UserError, digest, load_json, load_npz, provenan
 
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
-NO_NUMBERS = {'common/files.py', 'common/models.py', 'common/options.py', 'common/plm.py',
-              'common/progress.py', 'common/runs.py', 'common/sources.py'}
+NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'common/options.py',
+              'common/plm.py', 'common/progress.py', 'common/runs.py', 'common/sources.py'}
 
 
 # ------------------------------------------------------------------------ code
 
 @functools.cache
 def parsed(file):
-    """A source file's syntax tree without comments and docstrings (and without a body where that
-    was one), and 16 hex digits of it. Read once: a table asks for every run."""
+    """A source file's text without comments and docstrings (and without a body where that was one),
+    a statement a line, and 16 hex digits of it. Read once: a table asks for every run."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node):
                 del node.body[0]
-    return tree, digest(ast.unparse(tree))
+    text = ast.unparse(tree)
+    return text, digest(text)
 
 
 def code_digest(file):
@@ -45,13 +46,8 @@ def code_digest(file):
 def imports(file):
     """The files of common/ that a source file imports at its top (an import inside a function is
     for reading, printing or drawing)."""
-    names = []
-    for node in parsed(file)[0].body:
-        if isinstance(node, ast.ImportFrom):
-            names += [node.module, *(f'{node.module}.{name.name}' for name in node.names)]
-        elif isinstance(node, ast.Import):
-            names += [name.name for name in node.names]
-    files = [f'{name.replace(".", "/")}.py' for name in names if name.startswith('common.')]
+    lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file)[0], re.MULTILINE)
+    files = [f'common/{word}.py' for word in re.findall(r'\w+', ' '.join(lines))]
     return [file for file in files if (ROOT / file).exists()]
 
 
@@ -101,17 +97,15 @@ class Run(NamedTuple):
             return False
         options = ', '.join(differences(found['identity'], self.identity))
         files = ', '.join(differences(found['code'], self.code))
-        if not options and not files:
-            return True
-        if not options and self.args.keep:
-            print(f'{where}: kept, though made by other code ({files})')
-            return True
         why = f'other {options}' if options else f'other code ({files})'
-        seconds = found['seconds']
-        if seconds > LONG:
+        if not options and (self.args.keep or not files):
+            if files:
+                print(f'{where}: kept, though made by {why}')
+            return True
+        if found['seconds'] > LONG:
             keep = '' if options else ', --keep uses it as it is'
-            raise UserError(f'{where}: was made with {why} and took {seconds / 60:.0f} minutes; '
-                            f'--again makes it again{keep}')
+            raise UserError(f'{where}: was made with {why} and took {found["seconds"] / 60:.0f} '
+                            f'minutes; --again makes it again{keep}')
         print(f'{where}: made again, as it was made with {why}')
         return False
 
@@ -174,12 +168,9 @@ def load_rows(dataset):
 
 def read_ranks(dataset, run):
     """(row, {'users', 'sampled', 'full', 'new'}) of a run. UserError: there is none, or damaged."""
-    if not re.fullmatch(r'[\w+.,-]+', run):
-        raise UserError(f'{run}: is not the name of a run; name a folder of '
-                        f'{runs_root() / dataset}')
     folder = runs_root() / dataset / run
-    row = read_row(folder)
-    if row is None or 'metrics' not in row:
+    row = read_row(folder) if folder.name == run else None
+    if not row or 'metrics' not in row:
         raise UserError(f'{run}: no such run in {runs_root() / dataset}')
     names = 'users', 'sampled', 'full', 'new'
     return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

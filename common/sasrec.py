@@ -46,7 +46,7 @@ class SASRec(AttentionModel):
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
         first (at most max_items) -> [blocks, T]."""
-        x = rows(self.item_embedding(), self.ids(items))
+        x = self.item_embedding.of(self.ids(items))
         x, layout = self.placed(x, np.array([len(items)]))
         found = []
         for block in self.blocks:

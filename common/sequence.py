@@ -29,6 +29,11 @@ class ItemTable(nn.Module):
     def forward(self):
         return self.weight if self.text is None else self.weight + self.text
 
+    def of(self, ids):
+        """Rows of these items."""
+        found = F.embedding(ids, self.weight)
+        return found if self.text is None else found + F.embedding(ids, self.text)
+
 
 class SequenceModel(Model):
     """A model of histories over an ItemTable; subclasses define `forward`.
@@ -42,7 +47,7 @@ class SequenceModel(Model):
     """
     batch = 128
     betas = 0.9, 0.98
-    losses = 'bce', 'ce'
+    losses = 'bce', 'ce', 'sampled'
     least = 2
 
     def __init__(self, item_embedding, max_items):
@@ -84,7 +89,7 @@ class SequenceModel(Model):
     def states(self, items, offsets):
         """State after each history (its newest max_items used): [B, H]."""
         items, lengths = newest(items, offsets, self.max_items)
-        x = rows(self.item_embedding(), self.ids(items))
+        x = self.item_embedding.of(self.ids(items))
         return self(x, lengths, self.ids(np.cumsum(lengths) - 1))
 
     @torch.no_grad()
@@ -104,29 +109,44 @@ class SequenceModel(Model):
         items, offsets, targets = data.split(which, users)
         score = product_scorer(self.all_states(items, offsets), *self.scorer())
         negatives = data.negatives if negatives is None else negatives
-        return rank_counts(score, data.n_items, targets, negatives, (items, offsets))
+        chunk = max(2 ** 24, 32 * data.n_items)  # a pass over millions of rows serves 32 users
+        return rank_counts(score, data.n_items, targets, negatives, (items, offsets), chunk)
 
     def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.
 
         kind 'ce': softmax over all n items. 'bce': the item after it against one negative;
-        `negatives` [N] aligned with items. `rng` makes the draws of models that need some.
+        `negatives` [N] aligned with items. 'sampled': the softmax estimated from `negatives` items
+        that `rng` draws for all positions; each that is not the target stands for as many of the
+        n - 1 wrong items (log Q correction; Jean et al., "On Using Very Large Target Vocabulary",
+        2015). All n drawn, it is 'ce'.
         """
         # input: all but the last item of each (its newest max_items); target: the item after each
         lengths = np.minimum(np.diff(offsets) - 1, self.max_items)
         place = ragged(offsets[1:] - 1 - lengths, lengths)
         given = self.ids(items[place])
         target = self.ids(items[place + 1])
-        table = self.item_embedding()
         if kind == 'ce':
-            x, table = LookUp.apply(table, given)
+            x, table = LookUp.apply(self.item_embedding(), given)
             return softmax_loss(self(x, lengths), table, None, target)
-        three = torch.stack([given, target, self.ids(negatives[place + 1])])
-        x, right, wrong = rows(table, three)  # at once: each look-up makes a gradient of a table
+        sampled = kind == 'sampled'
+        n = len(self.item_embedding.weight) - 1
+        if sampled:  # shared by all positions: a product instead of a look-up for each
+            wrong = self.ids(1 + rng.choice(n, min(n, negatives), replace=False))
+        else:
+            wrong = self.ids(negatives[place + 1])
+        found = self.item_embedding.of(torch.cat([given, target, wrong]))
+        x, right, others = found.split([len(given), len(given), len(wrong)])
         x = self(x, lengths)
         up = (x * right).sum(1).float()
-        down = (x * wrong).sum(1).float()
-        return F.softplus(-up).mean() + F.softplus(down).mean()
+        if not sampled:
+            down = (x * others).sum(1).float()
+            return F.softplus(-up).mean() + F.softplus(down).mean()
+        down = F.linear(half(x), half(others)).float()
+        same = target[:, None] == wrong
+        share = (n - 1) / (~same).sum(1)
+        down = down.masked_fill(same, -torch.inf).logsumexp(1) + share.log()
+        return F.softplus(down - up).mean()
 
 
 # ------------------------------------------------------------------------ attention
@@ -158,6 +178,7 @@ class AttentionModel(SequenceModel):
 class AttentionBlock(nn.Module):
     """The layers of a block; subclasses say in `forward` how they are joined, and name `eps` of the
     norms and how many times as wide as a state the inner layer is (`widening`)."""
+    drop = SequenceModel.drop
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -167,10 +188,6 @@ class AttentionBlock(nn.Module):
         self.inner = nn.Linear(hidden, self.widening * hidden)
         self.outer = nn.Linear(self.widening * hidden, hidden)
         self.dropout = dropout
-
-    def drop(self, x):
-        """Dropout."""
-        return dropout(x, self.dropout, self.training)
 
 
 class Layout:
@@ -273,23 +290,23 @@ class SoftmaxLoss(torch.autograd.Function):
         share = 1 / len(states)
         total = 0
         d_states = []
-        d_table = d_bias = None
+        d_table = table.new_zeros(table.shape) if ctx.needs_input_grad[1] else None
+        d_bias = None if bias is None else torch.zeros_like(bias)
         parts = zip(half(states).split(size), half(states * share).split(size),
-                    target[:, None].split(size))
+                    target.split(size))
         for state, scaled, aim in parts:
             logits = F.linear(state, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
             p = logits.softmax(1, dtype=logits.dtype)
-            likely = p.gather(1, aim)
-            at_least = likely.float().clamp_min(torch.finfo(torch.float32).tiny)
+            one = torch.arange(len(aim), device=aim.device), aim
+            at_least = p[one].float().clamp_min(torch.finfo(torch.float32).tiny)
             total = total - share * at_least.log().sum()
-            # gradient of the logits: the softmax, less one at the target
-            p.scatter_(1, aim, likely - 1)
+            p[one] -= 1  # gradient of the logits: the softmax, less one at the target
             d_states.append((p @ weight).float().mul_(share))
-            if ctx.needs_input_grad[1]:
-                d_table = added(d_table, p.T @ scaled)
-            if ctx.needs_input_grad[2]:
-                d_bias = added(d_bias, share * p.sum(0, dtype=torch.float32))
+            if d_table is not None:
+                d_table += p.T @ scaled
+            if d_bias is not None:
+                d_bias += share * p.sum(0, dtype=torch.float32)
         ctx.gradients = torch.cat(d_states).to(states.dtype), d_table, d_bias
         return total
 
@@ -298,11 +315,6 @@ class SoftmaxLoss(torch.autograd.Function):
         made, ctx.gradients = ctx.gradients, None  # handed over, so that none need be copied
         scaled = [x if x is None else x.mul_(gradient) for x in made]
         return *scaled, None, None
-
-
-def added(so_far, x):
-    """so_far + x in float32, in place; x where there is none yet."""
-    return x.float() if so_far is None else so_far.add_(x)
 
 
 # ------------------------------------------------------------------------ negatives of training

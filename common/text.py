@@ -4,13 +4,18 @@ B = sequences, T = tokens of all sequences one after the other (no padding anywh
 Item ids are 1..n as in common/data.py; histories are ragged pairs (items, offsets), oldest first.
 """
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from importlib.metadata import version
+from itertools import islice, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from common.arrays import offsets_of, ragged, row_numbers
-from common.files import UserError, digest
+from common.files import UserError, digest, load_npz, save_npz
+from common.plm import from_pretrained
+from common.runs import code_digest
 
 NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), unused when packed
 MOST_ATTRIBUTES, MOST_TOKENS = 3, 32  # of an item; of an attribute, its name included (RecFormer)
@@ -18,8 +23,7 @@ RECTANGLE = 160  # up to this length attention is one rectangle, all against all
 AT_ONCE = 20_000  # items tokenized at a time: memory only
 
 
-@dataclass
-class ItemTokens:
+class ItemTokens(NamedTuple):
     """Tokens of all items: item i has ids[offsets[i]:offsets[i + 1]]; item 0 (padding) has none."""
     ids: np.ndarray      # int32 [T]
     types: np.ndarray    # int8 [T], NAME or VALUE
@@ -32,7 +36,7 @@ class ItemTokens:
 
     @property
     def fingerprint(self):
-        return digest(self.ids, self.types, self.starts, self.offsets)
+        return digest(*self)
 
 
 @dataclass
@@ -51,9 +55,9 @@ class Packed:
 
     def rows(self, sequences):
         """These sequences alone."""
-        i = self.index(sequences)
-        return Packed(self.tokens[i], self.types[i], self.item_positions[i], self.starts[i],
-                      self.lengths[sequences])
+        *arrays, lengths = vars(self).values()
+        index = self.index(sequences)
+        return Packed(*(array[index] for array in arrays), lengths[sequences])
 
 
 # ------------------------------------------------------------------------ tokens
@@ -74,35 +78,34 @@ class Words:
         self.backend.enable_truncation(MOST_TOKENS)
         self.backend.no_padding()
 
-    def encode(self, texts):
-        """tokenizers.Encoding of each text, without special tokens, cut to 32 tokens."""
-        return self.backend.encode_batch(texts, add_special_tokens=False)
 
-
-def load_words(path):
-    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError."""
+def load_words(path, config=None):
+    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
+    where it does not fit the model's Config."""
     from transformers import AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(f'--plm {path}: no tokenizer could be loaded ({why})') from None
-    cls = tokenizer.cls_token_id
+    tokenizer = from_pretrained(AutoTokenizer, path)
+    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
     if cls is None:
         cls = tokenizer.bos_token_id
     if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
                         'cls or bos token (BERT, RoBERTa, Longformer)')
-    return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
+    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
+    largest = max(words.backend.get_vocab().values())  # added tokens too
+    if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
+        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
+                        f'its model has {config.vocab_size} words and counts positions from '
+                        f'{config.position_offset}, by config.json: they do not fit each other')
+    return words
 
 
 def tokenize(attributes, words):
     """Tokens of every item's attributes: the name's, then the value's, cut to 32 together; at most
     three attributes.
 
-    attributes: for item i at i - 1 the list of (name, value) -> ItemTokens.
+    attributes: in the order of the items, of each a list of (name, value) -> ItemTokens.
     """
-    ids, types, starts, offsets = array('i'), array('b'), array('b'), [0, 0]
+    ids, types, starts, offsets = array('i'), array('b'), array('b'), array('q', [0, 0])
     for pairs in encoded(attributes, words):
         for name, value in pairs:
             kinds = [NAME] * len(name) + [VALUE] * len(value)
@@ -111,15 +114,18 @@ def tokenize(attributes, words):
             types.extend(kinds[:MOST_TOKENS])
             starts.extend(begins[:MOST_TOKENS])
         offsets.append(len(ids))
-    return ItemTokens(np.array(ids), np.array(types), np.array(starts, bool), np.array(offsets))
+    # the arrays' own memory, not copies of it
+    return ItemTokens(np.asarray(ids), np.asarray(types), np.asarray(starts).view(bool),
+                      np.asarray(offsets))
 
 
 def encoded(attributes, words):
-    """Each item's attributes, (name, value) as Encodings; equal texts are tokenized once."""
-    for begin in range(0, len(attributes), AT_ONCE):
-        some = attributes[begin:begin + AT_ONCE]
+    """Each item's attributes, (name, value) as tokenizers.Encoding without special tokens; equal
+    texts are tokenized once."""
+    items = iter(attributes)
+    while some := list(islice(items, AT_ONCE)):
         texts = list({text for pairs in some for pair in pairs for text in pair})
-        known = dict(zip(texts, words.encode(texts)))
+        known = dict(zip(texts, words.backend.encode_batch(texts, add_special_tokens=False)))
         for pairs in some:
             yield [(known[name], known[value]) for name, value in pairs[:MOST_ATTRIBUTES]]
 
@@ -127,6 +133,30 @@ def encoded(attributes, words):
 def word_starts(word_ids):
     """Which tokens begin a word; a token of no word (None) is a word of its own."""
     return [word is None or word != before for before, word in pairwise([None, *word_ids])]
+
+
+def item_tokens(data, words):
+    """ItemTokens of a Dataset. They are kept beside prepared.npz, a file for each tokenizer, until
+    the texts or this code are others; not where the folder cannot be written."""
+    path = data.folder / f'tokens-{digest(words.text)[:8]}.npz'
+    made_from = digest(data.fingerprint, words.text, code_digest('common/text.py'),
+                       version('tokenizers'))
+    with suppress(UserError):  # missing or damaged: they are made now
+        *arrays, known = load_npz(path, [*ItemTokens._fields, 'made_from'], '').values()
+        if known == made_from:
+            return ItemTokens(*arrays)
+    tokens = tokenize(data.each_attributes(), words)
+    with suppress(OSError):
+        save_npz(path, tokens._asdict() | {'made_from': made_from})
+    return tokens
+
+
+def joined(parts):
+    """ItemTokens of several datasets as one, their items numbered on from one to the next."""
+    ids, types, starts, offsets = zip(*parts)
+    lengths = [np.diff(each)[1:] for each in offsets]  # without item 0
+    return ItemTokens(*map(np.concatenate, (ids, types, starts)),
+                      np.append(0, offsets_of(np.concatenate(lengths))))
 
 
 # ------------------------------------------------------------------------ packed sequences
@@ -149,10 +179,10 @@ def pack(items, offsets, tokens, cls, max_items=50, max_tokens=1024):
     source = ragged(start, lengths)
     heads = offsets_of(total)[:-1]
 
-    def with_cls(values, value):
+    def with_cls(values, value=0):
         return np.insert(values, heads, value).astype(np.int64)
-    return Packed(with_cls(tokens.ids[source], cls), with_cls(tokens.types[source], 0),
-                  with_cls(np.repeat(position, lengths), 0),
+    return Packed(with_cls(tokens.ids[source], cls), with_cls(tokens.types[source]),
+                  with_cls(np.repeat(position, lengths)),
                   np.insert(tokens.starts[source], heads, False), total + 1)
 
 

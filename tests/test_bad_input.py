@@ -3,16 +3,22 @@ nothing written. Bad data files: test_data.py, test_sources.py; whole commands: 
 
 Run: python -m pytest tests/test_bad_input.py (about 15 seconds)
 """
+import ast
 import importlib
+import os
 import pickle
+import re
+import runpy
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 from common import data
-from common.files import command, save_json, save_pt
+from common.files import ROOT, command, save_json, save_pt
 from tests.toy import canonical, tiny_bert
 
 # ------------------------------------------------------------------------ options
@@ -97,7 +103,7 @@ def ready(tmp_path_factory):
         patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
         data.prepare('one', data.DEFAULT)
     tiny_bert(folder / 'plm')
-    row = {'run': 'm', 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
+    row = {'run': 'm', 'model': 'sasrec', 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
     save_json(folder / 'runs' / 'one' / 'm' / 'row.json', row)
     ranks = {name: np.zeros((40, 2), np.int32) for name in ('sampled', 'full', 'new')}
     np.savez(folder / 'runs' / 'one' / 'm' / 'ranks.npz', users=np.arange(40), **ranks)
@@ -125,9 +131,9 @@ def refused(script, capsys, *options):
 
 
 def contents(world):
-    """{path: bytes} of all files, but for locks."""
+    """{path: bytes} of all files, but for locks and kept tokens."""
     return {path: path.read_bytes() for path in world.rglob('*')
-            if path.is_file() and path.name != '.lock'}
+            if path.is_file() and path.name != '.lock' and not path.name.startswith('tokens-')}
 
 
 EXPORT = ['export_embeddings', 'one', '--out', 'out.pt']
@@ -278,4 +284,47 @@ def test_names_like_paths_or_commands_are_refused(world, script, name, capsys):
 def test_runs_are_names_of_folders(world, run, capsys):
     for options in (['compare', run, 'm'], ['compare', 'm', run], ['inspect', run]):
         options.insert(1, 'one')
-        assert 'not the name of a run' in refused('evaluate', capsys, *options)
+        assert 'no such run in' in refused('evaluate', capsys, *options)
+
+
+# ------------------------------------------------------------------------ machines
+
+def machine(monkeypatch, capsys, **what):
+    """What common/__init__.py says on a machine whose sys is so: (exit code, lines)."""
+    for name, value in what.items():
+        monkeypatch.setattr(sys, name, value)
+    code = 0
+    try:
+        runpy.run_path(str(ROOT / 'common' / '__init__.py'))
+    except SystemExit as leave:
+        code = leave.code
+    return code, capsys.readouterr().err.splitlines()
+
+
+def test_an_old_python_and_windows_are_told_in_one_line(monkeypatch, capsys):
+    assert machine(monkeypatch, capsys) == (0, [])
+    assert machine(monkeypatch, capsys, version_info=(3, 11, 0, 'final', 0)) == (0, [])
+    code, [said] = machine(monkeypatch, capsys, version_info=(3, 10, 14, 'final', 0),
+                           version='3.10.14 (main, ...)')
+    assert (code, said) == (2, 'error: Python 3.11 or later is needed; this is 3.10.14')
+    monkeypatch.undo()
+    code, [said] = machine(monkeypatch, capsys, platform='win32')
+    assert code == 2 and re.fullmatch(r'error: Windows .*\(WSL\) can', said)
+
+
+def test_an_old_python_reads_as_far_as_the_line_that_it_is_told():
+    """A script is compiled whole before it imports common/__init__.py."""
+    for file in [*ROOT.glob('*.py'), ROOT / 'common' / '__init__.py']:
+        ast.parse(file.read_text(encoding='utf-8'), feature_version=(3, 8))
+    with pytest.raises(SyntaxError):
+        ast.parse('match x:\n    case 1: pass', feature_version=(3, 8))
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1:strict'])
+def test_a_terminal_without_utf8_shows_a_question_mark(encoding):
+    code = r'from common.files import command; command(lambda: print("caf\u00e9 \u8336"))'
+    environment = {**os.environ, 'PYTHONIOENCODING': encoding}
+    out = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment,
+                         capture_output=True)
+    accented = b'?' if encoding == 'ascii' else 'é'.encode('latin-1')
+    assert (out.returncode, out.stdout, out.stderr) == (0, b'caf' + accented + b' ?\n', b'')

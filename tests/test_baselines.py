@@ -1,5 +1,6 @@
 """Rankings that need no training, worked by hand. Run: python -m pytest tests/test_baselines.py"""
 import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ import torch
 import evaluate
 from common import baselines
 from common.arrays import offsets_of
-from common.baselines import (DECAYS, WEIGHTS, item_knn, popularity, ranks_of, sparse, text_knn,
-                              untrained, untrained_lines, value_of, weighted_sum)
+from common.baselines import (DECAYS, WEIGHTS, item_knn, popularity, ranks_of, row_sums, some_of,
+                              sparse, text_knn, untrained, untrained_lines, value_of, weighted_sum)
 from common.data import Dataset, prepare
 from common.files import UserError, load_pt, save_pt
 from common.metrics import rank_counts, result_of, summarise
@@ -54,6 +55,13 @@ def close(found, *expected):
 def test_equal_places_of_a_sparse_matrix_add_up():
     found = sparse(np.array([2, 2, 0]), np.array([0, 2, 3]), np.array([1.0, 0.5, 2.0]), 2)
     assert found.to_dense().tolist() == [[0, 0, 1.5], [2, 0, 0]]
+
+
+def test_sums_of_rows_by_the_entries_of_a_sparse_matrix():
+    """Rows 0, 2 and 4 have no entry; an entry's value has no say."""
+    matrix = sparse(np.array([2, 0, 1]), np.array([0, 0, 2, 2, 3, 3]), np.array([5.0, 1, 9]), 2)
+    table = torch.tensor([[1.0, 2], [10, 20], [100, 200]])
+    assert row_sums(matrix)(table).tolist() == [[0, 0], [101, 202], [0, 0], [10, 20], [0, 0]]
 
 
 def test_popularity_counts_training_parts_alone():
@@ -189,10 +197,9 @@ def test_ranks_of_popularity_with_their_ties():
         'sampled': [[0, 1], [0, 0], [0, 1]],  # against 5 6, 4 5 6, 4 6
         'full': [[3, 1], [0, 1], [3, 1]],
         'new': [[0, 1], [0, 0], [0, 1]]}  # but for the histories 1 2 3, 2 3 1, 3 1 2
-    assert pairs(ranks_of(data, 'valid', popularity(data))) == {
-        'sampled': [[0, 0], [0, 0], [0, 0]],
-        'full': [[2, 0], [0, 1], [2, 0]],
-        'new': [[0, 0], [0, 0], [0, 0]]}  # user 1 has had 2 and 3; 2's own target 3 stays
+    # validation chooses by its candidates alone: 3 against 5 6, 1 against 4 5 6, 3 against 4 6
+    assert pairs(ranks_of(data, 'valid', popularity(data))) == {'sampled': [[0, 0]] * 3}
+    assert value_of(ranks_of(data, 'valid', popularity(data))) == 1
 
 
 def test_ranks_of_item_knn_with_their_ties():
@@ -204,8 +211,10 @@ def test_ranks_of_item_knn_with_their_ties():
         'new': [[0, 2], [0, 0], [0, 2]]}
     # validation of user 0, target 3, history 1 2 1: w HALF + d NEAR against w NEAR of item 2, where
     # w = 1 + d * d; it wins with d = 0.5 (1.033, 1.021) and loses with d = 0.4 (0.907, 0.947)
-    assert pairs(ranks_of(data, 'valid', item_knn(data), 0.5))['full'] == [[0, 0], [0, 0], [0, 0]]
-    assert pairs(ranks_of(data, 'valid', item_knn(data), 0.4))['full'] == [[1, 0], [0, 0], [0, 0]]
+    data = dataset(given=[[2], [4], [4]])
+    assert pairs(ranks_of(data, 'valid', item_knn(data), 0.5)) == {'sampled': [[0, 0]] * 3}
+    assert pairs(ranks_of(data, 'valid', item_knn(data), 0.4)) == {
+        'sampled': [[1, 0], [0, 0], [0, 0]]}
 
 
 def test_ranks_of_text_knn():
@@ -219,9 +228,12 @@ def test_ranks_of_text_knn():
 @pytest.mark.parametrize('scorer', ['popularity', 'item', 'text'])
 def test_parts_of_the_users_change_no_rank(scorer, toy, monkeypatch):
     data, matrix = toy
+    often = np.tile(np.arange(len(data.evaluated)), 4)
+    data = dataclasses.replace(data, evaluated=data.evaluated[often],
+                               negatives=data.negatives[often])
     score = {'popularity': popularity(data), 'item': item_knn(data),
              'text': text_knn(matrix)}[scorer]
-    whole = ranks_of(data, 'valid', score, 0.8)
+    whole = ranks_of(data, 'test', score, 0.8)
     calls = []
 
     def in_parts(counted, *more):
@@ -230,8 +242,8 @@ def test_parts_of_the_users_change_no_rank(scorer, toy, monkeypatch):
             return counted(rows)
         return rank_counts(score, *more[:-1], 3 * (data.n_items + 1))
     monkeypatch.setattr(baselines, 'rank_counts', in_parts)
-    parts = ranks_of(data, 'valid', score, 0.8)
-    assert len(calls) > 5
+    parts = ranks_of(data, 'test', score, 0.8)
+    assert len(calls) > 5 and len(whole) == 3
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
 
 
@@ -254,6 +266,31 @@ def toy(tmp_path_factory):
     torch.manual_seed(0)
     near = torch.cumsum(torch.randn(data.n_items, 6), 0)
     return data, torch.cat([torch.zeros(1, 6), near + 3])
+
+
+def test_a_bounded_part_of_the_users_is_every_kth(toy):
+    """At a large catalogue: decay and weight are chosen, and data is looked at, on fewer users."""
+    data, _ = toy
+    users = len(data.evaluated)
+    for scores, k in ((10 ** 9, 1), (users * data.n_items, 1), (users * data.n_items - 1, 2),
+                      (20 * data.n_items, -(-users // 20))):
+        part = some_of(data, scores)
+        assert np.array_equal(part.evaluated, data.evaluated[::k])
+        assert np.array_equal(part.negatives, data.negatives[::k])
+        assert part.n_items * len(part.evaluated) <= scores + data.n_items
+    assert inspect.signature(some_of).parameters['scores'].default == 2 ** 29
+
+
+def test_the_choice_is_made_on_a_part_and_all_are_tested(toy, monkeypatch):
+    data, matrix = toy
+    monkeypatch.setattr(baselines, 'some_of', lambda data: dataclasses.replace(
+        data, evaluated=data.evaluated[::3], negatives=data.negatives[::3]))
+    part = baselines.some_of(data)
+    for name, fields, ranks in untrained(data, {'e': matrix}):
+        scorer = scorers(data, matrix)[name][fields['weight']]
+        assert fields['valid'] == value_of(ranks_of(part, 'valid', scorer, fields['decay']))
+        assert len(ranks['full']) == len(data.evaluated)
+    assert all(f'{len(part.evaluated):,} users' in line for line in untrained_lines(data))
 
 
 def scorers(data, matrix):

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.backbone import load_recformer, weights_digest
 from common.files import ROOT, command, load_json, load_pt, lock
 from tests.toy import amazon, canonical, tiny_bert, tiny_longformer
 
@@ -129,7 +130,6 @@ def fast(tmp_path_factory):
 
 def serve(path):
     """Fork a process for each command that a client sends."""
-    import torch._dynamo  # the first optimizer imports it
     for name in SCRIPTS:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -270,7 +270,7 @@ def test_the_same_chain_again_makes_nothing(pantry, fast):
     before = stamps(folder / 'runs')
     code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast)
     assert code == 0, err
-    assert out.count('up to date') == 7 + 27, out
+    assert out.count('up to date') == 2 + 7 + 27, out
     assert before == stamps(folder / 'runs')
 
 
@@ -289,8 +289,6 @@ def test_other_commands_on_the_runs_of_a_chain(pantry):
     out = evaluate('inspect', 'pantry', row['run'], name)
     cells = next(line for line in out.splitlines() if row['run'] in line).split(' | ')
     assert cells[1] == f'{row["parameters"]:,}'
-    for value, ranking in zip(cells[5:7], ('sampled', 'full')):
-        assert value == f'{100 * row["metrics"][ranking]["NDCG@10"]:.2f}', 'as when it was trained'
     out = evaluate('recommend', 'pantry', row['run'], '--users', 'U1', 'U2', '--k', '3')
     assert [line.split()[:2] for line in out.splitlines()] \
         == [[user, str(rank)] for user in ('U1', 'U2') for rank in (1, 2, 3)]
@@ -339,7 +337,7 @@ def test_own_data_without_a_source(tmp_path, fast):
     for label in ('lf-id+text-raw-16', 'ft-id+text-raw-16', 'ft0-lf'):
         assert f'| {label} |' in out
     head = load_pt(run / 'embeddings' / 'ft.pt', 'embeddings')['head']
-    assert head['stage'] == 'ft1'
+    assert head['identity']['model'] == weights_digest(load_recformer(run / 'ft1-seed0'))
 
 
 # ------------------------------------------------------------------------ what run_all.sh runs
@@ -629,7 +627,7 @@ WRONG = [
     ([*SASREC, '--variants', 'lf-freeze'], 'lf.pt: no such file'),
     ([*SASREC, '--device', 'cuda:99', '--hidden', '8'], '--device cuda:99'),
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--hidden', '9'], 'another --hidden'),
-    (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'not prepared'),
+    (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'run python -m common.data nosuch'),
     (['finetune.py', 'mine', '--stage', '2'], 'ft1-seed0'), (FT1, '--checkpoint'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], 'layers 0 to 1'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', 'top'], '--tune-layers top'),
@@ -640,15 +638,15 @@ WRONG = [
     (['finetune.py', 'mine', '--stage', '2', '--plm', 'PLM'], 'not from --plm'),
     ([*PT, '--batch', '1'], '--batch'), ([*PT, '--share', '0'], '--share'),
     ([*PT, '--lr', 'inf'], '--lr'), ([*PT, '--again', '--keep'], '--keep'),
-    (['pretrain.py', 'nosuch', '--plm', 'PLM', '--out', 'X'], 'not prepared'),
+    (['pretrain.py', 'nosuch', '--plm', 'PLM', '--out', 'X'], 'run python -m common.data nosuch'),
     (['pretrain.py', 'mine', '--plm', '/nosuch/model', '--out', 'X'], 'no such folder'),
     (['export_embeddings.py', 'mine', '--out', 'X'], '--checkpoint'),
     (['export_embeddings.py', 'mine', '--out', 'X', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
     (['evaluate.py', 'table', 'mine'], 'no results yet'),
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'inspect', 'mine', 'nosuch'], 'no such run'),
-    (['evaluate.py', 'inspect', 'mine', '../x'], 'not the name of a run'),
-    (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such file'),
+    (['evaluate.py', 'inspect', 'mine', '../x'], 'no such run'),
+    (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from a share'),
 ]

@@ -9,11 +9,11 @@ import os
 import numpy as np
 import pytest
 
-from common import data
+from common import data, files
 from common.arrays import newest, offsets_of, ragged, row_numbers, take
-from common.files import UserError
+from common.files import UserError, lock
 from common.sources import AMAZON
-from tests.toy import canonical
+from tests.toy import amazon, canonical
 
 
 @pytest.fixture
@@ -129,6 +129,33 @@ def test_core_is_repeated_until_nothing_changes():
     assert data.core(user, item, 5, 2).tolist() == []
 
 
+def test_repeats_are_what_unique_rows_leave_out():
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 7, (2000, 3))
+    first = np.unique(rows, axis=0, return_index=True)[1]
+    found = data.repeats([*rows.T])
+    assert 300 < len(first) <= 7 ** 3
+    assert sorted(found) == sorted(set(range(2000)) - set(first))
+    assert len(data.repeats([np.arange(3)] * 3)) == 0 == len(data.repeats([np.arange(1)] * 3))
+
+
+@pytest.mark.parametrize('n', [60, 150, 20_000])
+def test_negatives_are_drawn_as_ever(n):
+    """Published numbers hang on them: the same draws as this plain loop's."""
+    rng = np.random.default_rng(n)
+    offsets = offsets_of(rng.integers(3, 40, 50))
+    items = rng.integers(1, n + 1, offsets[-1]).astype(np.int32)
+    users = np.arange(1, 50, 2)
+    rng, rows = np.random.default_rng(98765), []
+    for user in users:
+        own = np.unique(items[offsets[user]:offsets[user + 1]])
+        drawn = rng.choice(n, min(n, 100 + len(own)), replace=False) + 1
+        drawn = drawn[~np.isin(drawn, own)][:100]
+        rows.append(np.pad(drawn, (0, 100 - len(drawn))))
+    found = data.draw_evaluation_negatives(items, offsets, users, n)
+    assert found.dtype == np.int32 and (found == rows).all()
+
+
 def test_negatives_are_uniform_and_the_same_on_every_run():
     items, offsets = np.tile(np.array([1, 2, 3], np.int32), 3000), np.arange(0, 9001, 3)
     draw = lambda: data.draw_evaluation_negatives(items, offsets, np.arange(3000), 203)
@@ -141,8 +168,72 @@ def test_negatives_are_uniform_and_the_same_on_every_run():
 
 def test_sample_of_users_is_seeded(root):
     ten_users(root)
-    (_, a, _), (_, b, _) = (data.build(root / 'toy', (4, 1, 7)) for _ in range(2))
-    assert len(a['user_ids']) == 7 and a == b, 'users, fingerprint and all counts'
+    a, b = (data.build(root / 'toy', (4, 1, 7), {}) for _ in range(2))
+    assert len(json.loads(a['head'].tobytes())['user_ids']) == 7
+    assert all((a[name] == b[name]).all() for name in a), 'users, fingerprint, counts and the rest'
+
+
+# ------------------------------------------------------------------------ what is left out
+
+def test_cold_items_and_dropped_users_by_hand(root, capsys):
+    """Nobody has h or i, only v has z; e, f, g have too few rows; u3, u4, u7 and v too."""
+    rows = [*ten_rows(), ('v', 'z', 0), ('v', 'a', 1)]
+    folder = write(root, rows, items='zabcdefgih')
+    d = data.prepare('toy', (4, 4, 0))
+    assert d.item_ids == list('abcd') and d.attributes[0] == [('title', 'item a')]
+    assert d.cold_ids == list('efghiz')
+    assert d.cold_attributes == [[('title', f'item {i}')] for i in 'efghiz']
+    assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
+    data.report(d)
+    assert 'items nobody has (they can be recommended, see evaluate.py recommend --cold): 6\n' \
+           in capsys.readouterr().out
+    first = d.fingerprint
+    write(root, rows, items='abcdefg')
+    d = data.prepare('toy', (4, 4, 0))
+    assert d.cold_ids == list('efg') and d.counts['cold'] == 3
+    assert d.fingerprint == first, 'of what models learn from; cold items are no part of it'
+    text = (folder / 'items.jsonl').read_text().replace('item e', 'item E')
+    (folder / 'items.jsonl').write_text(text)
+    d = data.prepare('toy', (4, 4, 0))
+    assert d.fingerprint == first and d.cold_attributes[0] == [('title', 'item E')]
+    d = data.prepare('toy', (3, 1, 0))
+    assert d.cold_ids == d.cold_attributes == [] and d.dropped_users == ['v']
+    data.report(d)
+    assert 'nobody has' not in capsys.readouterr().out
+
+
+def test_users_who_are_not_of_the_sample_are_dropped_users(root):
+    ten_users(root)
+    d = data.prepare('toy', (4, 1, 7))
+    assert sorted(d.user_ids + d.dropped_users) == sorted(TEN) and len(d.user_ids) == 7
+
+
+def test_odd_ids_of_cold_items_and_dropped_users(root):
+    """A line break, a control character, half a surrogate pair, which no file can hold."""
+    ten_users(root)
+    folder = root / 'toy'
+    with open(folder / 'interactions.csv', 'a') as f:
+        f.write('"a\nb",a,1\n"c\0",a,1\n')
+    with open(folder / 'items.jsonl', 'a') as f:
+        f.write(r'{"id": "x\ny", "title": "\u2028"}' + '\n' + r'{"id": "\ud800", "a": "\n"}' + '\n')
+    d = data.prepare('toy', data.DEFAULT)
+    assert d.cold_ids == ['?', *'hijkl', 'x\ny'] and d.dropped_users == ['u7', 'a\nb', 'c\0']
+    assert d.cold_attributes[0] == [('a', '\n')] and d.cold_attributes[-1] == [('title', '\u2028')]
+
+
+def test_opening_reads_neither_texts_nor_cold_items(root, monkeypatch):
+    ten_users(root)
+    data.prepare('toy', data.DEFAULT)
+    asked, real = [], data.load_npz
+
+    def noted(path, names, remedy):
+        asked.extend(names)
+        return real(path, names, remedy)
+    monkeypatch.setattr(data, 'load_npz', noted)
+    d = data.load('toy')
+    assert asked == ['head', *data.ARRAYS]
+    assert d.cold_ids is d.cold_ids and d.title(1) and d.title(2)
+    assert asked[5:] == ['cold_ids', 'attributes'], 'once'
 
 
 # ------------------------------------------------------------------------ files as they occur
@@ -233,12 +324,12 @@ def test_a_changed_file_is_noticed(root):
     data.prepare('toy', data.DEFAULT)
     with open(folder / 'interactions.csv', 'a') as f:
         f.write('u0,a,99\n')
-    with pytest.raises(UserError, match='its files have changed since.*python -m common.data toy'):
+    with pytest.raises(UserError, match='its files, or .* have changed since.*python -m common.data toy'):
         data.load('toy')
     assert data.prepare('toy', data.DEFAULT).counts['interactions'] == 41
     items = folder / 'items.jsonl'
     items.write_text(items.read_text().replace('item a', 'item A'))
-    with pytest.raises(UserError, match='its files have changed since'):
+    with pytest.raises(UserError, match='its files, or .* have changed since'):
         data.load('toy')
     assert data.prepare('toy', data.DEFAULT).title(1) == 'item A'
 
@@ -259,12 +350,41 @@ def test_files_that_were_touched_copied_or_packed_are_the_same(root):
     assert (folder / 'prepared.npz').stat().st_mtime_ns == time, 'made once'
 
 
+def test_what_is_up_to_date_needs_no_lock_writes_nothing_and_is_not_read(root, monkeypatch):
+    """A read-only disk, and two chains with one source."""
+    folder = ten_users(root)
+    data.prepare('toy', [4, None, None])
+
+    def forbidden(*_):
+        raise OSError('written or read')
+    monkeypatch.setattr(data, 'save_npz', forbidden)
+    monkeypatch.setattr(files, 'whole', forbidden)
+    monkeypatch.setattr(files, 'content_sha256', forbidden)
+    with lock(folder):  # as of another process
+        monkeypatch.setattr(data, 'lock', forbidden)
+        for given in ([None, None, None], [4, None, None]):
+            assert data.prepare('toy', given).n_users == 9
+        data.main(data.parse_args(['toy']))
+        monkeypatch.setattr(data, 'lock', lock)
+        with pytest.raises(UserError, match='is in use by process'):
+            data.prepare('toy', [3, None, None])
+
+
+def test_amazon_files_are_read_once(root, monkeypatch):
+    amazon(root / 'raw', 'Prime_Pantry')
+    monkeypatch.setenv('ELEPHANT_ANY_VERSION', '1')
+    made = data.prepare('pantry', data.DEFAULT)
+    monkeypatch.setattr(files, 'content_sha256', None)
+    monkeypatch.setattr(data, 'save_npz', None)
+    assert data.prepare('pantry', data.DEFAULT).fingerprint == made.fingerprint
+
+
 def test_a_change_within_the_same_size_is_noticed(root):
     folder = ten_users(root)
     data.prepare('toy', data.DEFAULT)
     path = folder / 'interactions.csv'
     path.write_text(path.read_text().replace('u9,d,4', 'u9,e,4'))
-    with pytest.raises(UserError, match='its files have changed since'):
+    with pytest.raises(UserError, match='its files, or .* have changed since'):
         data.load('toy')
 
 
@@ -275,7 +395,7 @@ def test_changed_code_asks_for_preparation(root, monkeypatch, file):
     real = data.code_digest
     changed = lambda name: 'changed' if name == file else real(name)
     monkeypatch.setattr(data, 'code_digest', changed)
-    with pytest.raises(UserError, match='common/data.py has changed since.*-m common.data toy'):
+    with pytest.raises(UserError, match='the code that prepares them, have changed since.*-m common.data toy'):
         data.load('toy')
     time = (folder / 'prepared.npz').stat().st_mtime_ns
     assert data.prepare('toy', data.DEFAULT).fingerprint == made.fingerprint
@@ -297,7 +417,7 @@ def test_other_filters_make_it_again(root):
 
 HEADER = 'user,item,timestamp\n'
 BAD_INTERACTIONS = {
-    '': 'file is empty',
+    '': 'it is nothing',
     'u,a,1\n': 'line 1 must be user,item,timestamp',
     'user;item;timestamp\n': 'line 1 must be',
     HEADER: 'no interaction',
@@ -308,9 +428,8 @@ BAD_INTERACTIONS = {
     HEADER + '"u\nv",a,1\nu,a\n': 'line 4 has 2 columns',
     HEADER + 'u,a,1\nu,b,soon\n': "line 3: timestamp 'soon'",
     HEADER + 'u,a,nan\n': 'timestamp',
-    HEADER + 'u,a,-5\n': 'timestamp',
-    HEADER + 'u,a,1.5\n': 'timestamp',
     HEADER + 'u,a,inf\n': 'timestamp',
+    HEADER + 'u,a,2023-13-01\n': 'timestamp',
     HEADER + 'u,a,\n': 'timestamp',
     HEADER + 'u,a,' + '9' * 30 + '\n': 'timestamp',
     HEADER + 'u,a,' + '9' * 5000 + '\n': 'timestamp',
@@ -322,13 +441,13 @@ BAD_INTERACTIONS = {
     HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
 }
-OBJECT = 'is not an object with an "id" and texts'
+OBJECT = 'is no row or JSON object with an "id"'
 BAD_ITEMS = {
     '': 'holds no items',
     '\n\n': 'holds no items',
-    'id,title\n': 'line 1 is not a JSON object',
-    '{"id": "a"\n': 'line 1 is not a JSON object',
-    '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2 is not a JSON object',
+    'id,title\n': 'line 1 is no row or JSON object',
+    '{"id": "a"\n': 'line 1 is no row or JSON object',
+    '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2 is no row or JSON object',
     '[]\n': f'line 1 {OBJECT}',
     '7\n': f'line 1 {OBJECT}',
     '{"title": "x"}\n': f'line 1 {OBJECT}',
@@ -336,12 +455,10 @@ BAD_ITEMS = {
     '{"id": " "}\n': f'line 1 {OBJECT}',
     '{"id": null}\n': f'line 1 {OBJECT}',
     '{"id": ["a"]}\n': f'line 1 {OBJECT}',
-    '{"id": "a"}\n{"id": "b", "title": {"x": 1}}\n': f'line 2 {OBJECT}',
-    '{"id": "a", "title": [{"x": 1}]}\n': f'line 1 {OBJECT}',
     '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
     '{"id": 1}\n{"id": "1"}\n': 'line 2 repeats the id 1',
-    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is not',
-    '{"id": "a", "title": ' + '9' * 5000 + '}\n': 'line 1 is not a JSON object',
+    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is no',
+    '{"id": "a", "title": ' + '9' * 5000 + '}\n': 'line 1 is no row or JSON object',
 }
 
 
@@ -430,8 +547,8 @@ def test_any_damage_of_the_preparation_is_named(root):
     made = data.prepare('toy', data.DEFAULT)
     path = folder / 'prepared.npz'
     whole = path.read_bytes()
-    broken = [whole[:n] for n in range(0, len(whole), 97)]
-    for place in range(0, len(whole), 23):
+    broken = [whole[:n] for n in range(0, len(whole), 197)]
+    for place in range(0, len(whole), 47):
         changed = bytearray(whole)
         changed[place] ^= 255
         broken.append(bytes(changed))
@@ -456,15 +573,30 @@ def test_report_counts_and_warns(root, capsys):
     d = data.prepare('toy', data.DEFAULT)
     data.report(d)
     out = capsys.readouterr().out
-    assert 'dropped: 2 rows whose item has no text, 1 repeated rows' in out
-    assert f'warning: {len(d.evaluated)} users have fewer than 100 negatives' in out
+    assert 'rows dropped, as their item has no text: 2\n' in out
+    assert 'rows dropped, as they repeat another: 1\n' in out
+    assert 'warning: users with fewer than 100 negatives, as the catalogue is small: ' \
+           f'{len(d.evaluated)}\n' in out
+    assert 'nobody has' not in out
     assert 'items whose text another item has too: 5' in out
     assert 'warning: all items have the same text' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'
     data.report(d)
     out = capsys.readouterr().out
-    assert 'paper 21,300' in out and 'users, items, interactions, avg_len, evaluated differ' in out
+    assert 'paper 21,300   warning: differs\n' in out and out.count('warning: differs') == 5
+    d.counts['users'] = 22601
+    data.report(d)
+    assert 'users              22,601   paper 22,601\n' in capsys.readouterr().out
+
+
+def test_items_without_any_text_are_warned_of(root, capsys):
+    folder = ten_users(root)
+    empty = ['{}', '{"title": null}', '{"title": ""}', '{"brand": ""}']
+    lines = [json.dumps({'id': i} | json.loads(empty[k % 4])) for k, i in enumerate('abcdefg')]
+    (folder / 'items.jsonl').write_text('\n'.join(lines))
+    data.report(data.prepare('toy', data.DEFAULT))
+    assert 'warning: all items have the same text, or none' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_files.py
 """
 import csv
 import gzip
+import hashlib
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -19,9 +21,8 @@ import pytest
 import torch
 
 from common import files, training
-from common.files import (HOST, ROOT, STOPPED, Diverged, UserError, command, content_sha256, digest,
-                          file_stamp, load_json, load_pt, lock, save_json, save_pt,
-                          save_text, whole)
+from common.files import (ROOT, Diverged, UserError, command, content_sha256, digest, file_stamp,
+                          load_json, load_pt, lock, save_json, save_pt, save_text, whole)
 from common.runs import Run
 from common.training import Training, adamw, linear_schedule
 
@@ -100,15 +101,21 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
     assert (tmp_path / 'x').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
-    dead = subprocess.Popen(['true'])
-    dead.wait()
-    # of a living process; of another machine
-    left = [f'.x.pt.{HOST}.{os.getppid()}.part', f'.x.pt.another-{HOST}.{dead.pid}.part']
-    for name in (f'.x.pt.{HOST}.{dead.pid}.part', *left):
-        (tmp_path / name).write_text('half')
-    save_text(tmp_path / 'y', 'whole')
-    assert {p.name for p in tmp_path.iterdir()} == {'y', *left}
+def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_path):
+    """Two who write one file at the same time: it is whole, and the one who is late hears of it."""
+    script = (f'import os\nfrom common.files import whole\nwith whole({str(tmp_path / "x.pt")!r}) as '
+              'part:\n    part.write_text("half")\n    os.kill(os.getpid(), 9)')
+    assert subprocess.run([sys.executable, '-c', script], cwd=ROOT).returncode == -9
+    [left] = tmp_path.iterdir()
+    assert left.name != 'x.pt'
+    save_text(tmp_path / 'x', 'other')
+    assert left.exists(), 'another file has nothing to do with it'
+    with pytest.raises(FileNotFoundError), whole(tmp_path / 'x.pt') as part:
+        part.write_text('late')
+        part.rename(left)
+        save_text(tmp_path / 'x.pt', 'whole')
+    assert {p.name for p in tmp_path.iterdir()} == {'x', 'x.pt'}
+    assert (tmp_path / 'x.pt').read_text() == 'whole'
 
 
 # file: how a script writes it, with 100 kB too many
@@ -148,6 +155,17 @@ def test_a_second_user_of_a_folder_is_refused_by_name(tmp_path):
         pass
 
 
+def test_where_nothing_can_be_written_nothing_is_locked(tmp_path, monkeypatch):
+    """Prepared data, or a finished run, on a read-only disk; the tests may run as root."""
+    may = os.access
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path and may(path, mode))
+    with lock(tmp_path), lock(tmp_path):
+        assert not list(tmp_path.iterdir())
+    with lock(tmp_path / 'other'), pytest.raises(UserError, match='in use'):
+        with lock(tmp_path / 'other'):
+            pass
+
+
 def test_a_second_user_who_waits_comes_after_the_first(tmp_path):
     order = []
 
@@ -172,6 +190,21 @@ def test_digest_sees_type_shape_and_order():
     assert len(found) == 6
     assert digest(torch.arange(6)) == digest(a) and digest(a[::2]) == digest(a[::2].copy())
     assert digest({'x': 1, 'y': 2}) == digest({'y': 2, 'x': 1})
+    assert digest(np.zeros((0, 3))) != digest(np.zeros((3, 0))), 'nothing has a shape too'
+    fortran = np.asfortranarray(np.arange(6).reshape(2, 3))
+    assert digest(fortran) == digest(a.reshape(2, 3))
+
+
+def test_digest_is_sha256_of_type_shape_and_bytes_and_copies_nothing():
+    """What it says of an array may not change: it stands in every row."""
+    x = np.arange(2 ** 20, dtype=np.float32).reshape(2, -1)
+    expected = hashlib.sha256(b'<f4(2, 524288)' + x.tobytes()).hexdigest()[:16]
+    tracemalloc.start()
+    try:
+        assert digest(x) == expected
+        assert tracemalloc.get_traced_memory()[1] < x.nbytes / 4
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_untouched_file_is_not_read_again(tmp_path, monkeypatch):
@@ -251,7 +284,7 @@ def test_other_errors_keep_their_traceback(error, handler):
 def test_sigterm_outside_training_leaves_with_143(handler):
     with pytest.raises(SystemExit) as leave:
         command(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert leave.value.code == STOPPED == 143
+    assert leave.value.code == 143
 
 
 # ------------------------------------------------------------------------ optimiser

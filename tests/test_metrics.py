@@ -103,28 +103,48 @@ def test_constant_scorer_gets_what_a_random_order_gets():
 
 def test_chunks_and_order_of_candidates_change_nothing():
     torch.manual_seed(0)
-    states, table, bias = torch.randn(50, 8), torch.randn(31, 8), torch.randn(31)
+    states, table, bias = torch.randn(150, 8), torch.randn(31, 8), torch.randn(31)
     rng = np.random.default_rng(0)
-    targets, negatives = rng.integers(1, 31, 50), rng.integers(1, 31, (50, 10))
-    history = rng.integers(1, 31, 150).astype(np.int32), 3 * np.arange(51)
+    targets, negatives = rng.integers(1, 31, 150), rng.integers(1, 31, (150, 10))
+    history = rng.integers(1, 31, 450).astype(np.int32), 3 * np.arange(151)
     score = product_scorer(states, table, bias)
     run = lambda chunk: rank_counts(score, 30, targets, negatives, history, chunk)
-    whole, parts, least = run(10 ** 9), run(100), run(1)
+    whole, parts, least = run(10 ** 9), run(31 * 40), run(1)
     scores = states @ table.T + bias
     g = [(scores[u, 1:] > scores[u, t]).sum().item() for u, t in enumerate(targets)]
     assert whole['full'][:, 0].tolist() == g
     assert all((whole[k] == parts[k]).all() and (whole[k] == least[k]).all() for k in whole)
 
 
-def test_no_row_is_scored_alone():
+def test_without_a_history_there_is_the_sampled_ranking_alone():
+    torch.manual_seed(0)
+    score = product_scorer(torch.randn(7, 4), torch.randn(9, 4))
+    rng = np.random.default_rng(0)
+    given = rng.integers(1, 9, 7), rng.integers(1, 9, (7, 3))
+    both = [rank_counts(score, 8, *given, history) for history in (no_history(7), None)]
+    assert list(both[1]) == ['sampled'] and (both[0]['sampled'] == both[1]['sampled']).all()
+    assert summarise(both[1]) == {'sampled': summarise(both[0])['sampled']}
+
+
+def test_users_are_scored_in_parts_of_a_bounded_size_and_none_alone():
+    """However large the catalogue, some users share each reading of the table."""
     sizes = []
 
     def score(rows):
         sizes.append(len(rows))
         return torch.zeros(sizes[-1], 4)
 
-    rank_counts(score, 3, np.ones(7, int), np.zeros((7, 1), int), no_history(7), chunk=1)
-    assert sum(sizes) == 7 and min(sizes) >= 2
+    def run(users, chunk):
+        sizes.clear()
+        targets, none = np.ones(users, int), np.zeros((users, 1), int)
+        rank_counts(score, 3, targets, none, no_history(users), chunk)
+        assert sum(sizes) == users
+        return sizes
+    assert run(7, 1) == [7]
+    assert run(33, 1) == [17, 16]
+    assert run(100, 1) == [25] * 4
+    assert run(100, 4 * 50) == [50, 50]
+    assert run(101, 4 * 50) == [34, 34, 33]
 
 
 def test_equal_rows_tie():

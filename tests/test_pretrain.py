@@ -388,7 +388,7 @@ def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
     torch.testing.assert_close(content['matrix'], vanilla.encode_items(tokens), atol=1e-5, rtol=0)
     assert content['items'] == data[0].item_ids and not content['matrix'][0].any()
     head = content['head']
-    assert (head['stage'], head['plm'], head['dataset']) == ('lf', str(plm), 'one')
+    assert (head['plm'], head['dataset']) == (str(plm), 'one')
     rows = content['matrix'][1:].double()
     unit = F.normalize(rows, dim=1)
     others = ~torch.eye(len(rows), dtype=torch.bool)

@@ -623,8 +623,8 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     same = capsys.readouterr().out.splitlines()[2:]
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
     for other, words in (('users', 'different users'), ('data', 'different users'),
-                         ('nosuch', 'nosuch: no such run in'),
-                         ('../mine/a', 'not the name of a run')):
+                         ('nosuch', 'nosuch: no such run'),
+                         ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):
             call('compare', 'mine', 'a', other)
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')

@@ -102,7 +102,8 @@ def test_a_text_that_is_no_docstring_counts(tree):
 
 
 def test_code_follows_the_imports_at_the_top(tree):
-    tree('main.py', 'import os, common.a\nfrom common.b import f\nfrom common import files, c\n\n\n'
+    tree('main.py', 'import os, common.a\nfrom common.b import f\nfrom common import files, c\n'
+                    'import text\nTEXT = """\nfrom here"""\n\n\n'
                     'def show():\n    from common.drawing import draw\n    draw()\n')
     tree('common/a.py', 'import numpy as np\nfrom common.deep import g\nX = np.pi\n')
     tree('common/b.py', 'from common.a import X\nfrom common.files import open_it\nf = X\n')
@@ -111,6 +112,7 @@ def test_code_follows_the_imports_at_the_top(tree):
     tree('common/drawing.py', 'draw = print\n')
     tree('common/files.py', 'from common.hidden import h\nopen_it = open\n')
     tree('common/hidden.py', 'h = 1\n')
+    tree('common/text.py', 'no = 1\n')
     found = runs.code_of('main.py')
     files = ['common/a.py', 'common/b.py', 'common/c.py', 'common/deep.py', 'main.py']
     assert list(found) == files, 'no drawing, no files.py and nothing that files.py alone needs'
@@ -379,7 +381,9 @@ def test_missing_and_damaged_ranks_are_named(root):
 
 @pytest.mark.parametrize('name', ['../a', 'a/b', '', 'a b', 'a;ls', 'a\n'])
 def test_names_of_runs_are_plain_words(root, name):
-    with pytest.raises(UserError, match='is not the name of a run'):
+    made(root / 'a')
+    made(root.parent / 'a')
+    with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
 
 

@@ -3,6 +3,7 @@
 Run: python -m pytest tests/test_text.py
 """
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from tokenizers import Tokenizer
 
 from common import text
 from common.files import UserError, load_pt, save_pt
-from common.text import (NAME, VALUE, ItemTokens, Packed, Words, load_words, mask_words,
-                         micro_batches, pack, tokenize)
+from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, load_words,
+                         mask_words, micro_batches, pack, tokenize)
 from tests.toy import wordpiece
 
 
@@ -42,12 +43,12 @@ def test_truncation_and_padding_of_the_tokenizer_are_off(words):
     backend.enable_truncation(2)
     backend.enable_padding(length=8)
     again = Words(backend.to_str(), words.cls, words.mask)
-    one, two = again.encode(['red green blue', 'tea'])
-    assert spelled(again, one.ids) == ['red', 'green', 'blue'] and len(two.ids) == 1
+    tokens = tokenize([[('red green blue', 'tea')]], again)
+    assert spelled(again, tokens.ids) == ['red', 'green', 'blue', 'tea']
 
 
 def test_no_special_tokens_are_added(words):
-    assert spelled(words, words.encode(['red tea'])[0].ids) == ['red', 'tea']
+    assert spelled(words, tokenize([[('red', 'tea')]], words).ids) == ['red', 'tea']
 
 
 def test_a_bos_token_serves_where_there_is_no_cls(tmp_path):
@@ -58,7 +59,7 @@ def test_a_bos_token_serves_where_there_is_no_cls(tmp_path):
 
 
 def test_what_is_no_tokenizer_for_this_is_refused(tmp_path):
-    with pytest.raises(UserError, match='no tokenizer could be loaded'):
+    with pytest.raises(UserError, match='no language model could be loaded .AutoTokenizer'):
         load_words(tmp_path / 'nothing')
     fast = wordpiece(tmp_path)
     fast.mask_token = None
@@ -111,12 +112,80 @@ def test_pieces_change_nothing(words, monkeypatch):
 def test_fingerprint_sees_every_array(words):
     make = lambda: tokenize([[('title', 'xy tea')], [('brand', 'acme')]], words)
     found = {make().fingerprint}
-    for name in ('ids', 'types', 'starts', 'offsets'):
+    for name in ItemTokens._fields:
         changed = make()
         array = getattr(changed, name)
         array[1] = not array[1] if name == 'starts' else array[1] + 1
         found.add(changed.fingerprint)
     assert len(found) == 5 and make().fingerprint in found
+
+
+# ------------------------------------------------------------------------ kept tokens
+
+ITEMS = [[('title', 'red tea'), ('brand', 'acme')], [], [('title', 'xy salt')]]
+
+
+def dataset(folder, items=ITEMS, fingerprint='one'):
+    """What item_tokens asks of a Dataset; `read` counts how often its texts were."""
+    data = SimpleNamespace(folder=folder, fingerprint=fingerprint, read=0)
+
+    def each_attributes():
+        data.read += 1
+        yield from items
+    data.each_attributes = each_attributes
+    return data
+
+
+def same_tokens(a, b):
+    return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b))
+
+
+def test_tokens_are_made_once_for_a_dataset_and_a_tokenizer(words, tmp_path):
+    data, other = dataset(tmp_path / 'data'), Words(words.text + ' ', words.cls, words.mask)
+    first, again = item_tokens(data, words), item_tokens(data, words)
+    assert data.read == 1 and first.n == 3
+    assert same_tokens(first, again) and same_tokens(first, tokenize(ITEMS, words))
+    assert first.fingerprint == again.fingerprint == tokenize(ITEMS, words).fingerprint
+    [file] = (tmp_path / 'data').iterdir()
+    item_tokens(data, other)
+    assert data.read == 2 and len(list((tmp_path / 'data').iterdir())) == 2
+    item_tokens(data, words)
+    assert data.read == 2, 'both are kept'
+
+
+def test_kept_tokens_of_other_texts_code_or_library_are_made_again(words, tmp_path, monkeypatch):
+    item_tokens(dataset(tmp_path), words)
+    changed = dataset(tmp_path, ITEMS[:2], 'two')
+    assert item_tokens(changed, words).n == 2 and changed.read == 1
+    for name, value in (('code_digest', 'other'), ('version', '0.0')):
+        monkeypatch.setattr(text, name, lambda _: value)
+        item_tokens(changed, words)
+    assert changed.read == 3 and len(list(tmp_path.glob('tokens-*'))) == 1
+    item_tokens(changed, words)
+    assert changed.read == 3
+
+
+def test_damaged_or_unwritable_tokens_are_made_again_in_silence(words, tmp_path, capfd):
+    data = dataset(tmp_path / 'data')
+    item_tokens(data, words)
+    [file] = (tmp_path / 'data').iterdir()
+    cut, pickled = file.read_bytes()[:-60], {**np.load(file), 'ids': np.array([print], object)}
+    file.write_bytes(cut)
+    assert item_tokens(data, words).n == 3 and data.read == 2
+    item_tokens(data, words)
+    assert data.read == 2, 'the damaged file was replaced'
+    np.savez(file, **pickled)
+    assert item_tokens(data, words).ids.dtype == np.int32 and data.read == 3
+    (tmp_path / 'blocked').write_text('a file where a folder should be')
+    unwritable = dataset(tmp_path / 'blocked' / 'data')
+    assert item_tokens(unwritable, words).n == item_tokens(unwritable, words).n == 3
+    assert unwritable.read == 2 and capfd.readouterr() == ('', '')
+
+
+def test_joined_tokens_are_those_of_all_items(words):
+    parts = [tokenize(items, words) for items in (ITEMS, ITEMS[1:2], ITEMS[:1])]
+    assert same_tokens(joined(parts), tokenize(ITEMS + ITEMS[1:2] + ITEMS[:1], words))
+    assert same_tokens(joined(parts[:1]), parts[0])
 
 
 # ------------------------------------------------------------------------ packing

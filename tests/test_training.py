@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BertConfig, BertForMaskedLM  # imported once for the processes that follow
 
 import finetune
 import pretrain
@@ -189,7 +188,7 @@ def watched(request, monkeypatch):
         self.best_weights = self.model.state_dict()
 
     def unfused(kind):
-        return lambda p, lr, fused, **more: kind(p, lr, foreach=False, **more)
+        return lambda *args, fused, **more: kind(*args, foreach=False, **more)
     if device.type == 'cuda':
         update = Training.update
         monkeypatch.setattr(Training, 'update', watch)

@@ -13,13 +13,19 @@ target is missed.
 """
 import argparse
 import contextlib
+import gzip
+import json
 import multiprocessing
+import os
 import platform
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -30,6 +36,7 @@ from tqdm import tqdm
 
 import finetune
 import pretrain
+from common import data
 from common.arrays import offsets_of, take
 from common.bert4rec import LAST_ONLY, MASK_SHARE, BERT4Rec
 from common.files import save_json
@@ -62,8 +69,9 @@ class Work:
 
 @dataclass
 class Row:
-    """work(ours) -> Work; alone: no baseline. Targets: `share` of the machine's product rate at
-    least; at most `memory` of the baseline's memory; at most so many MB, ms, MB sent."""
+    """work(ours) -> Work; alone: no baseline; once: neither warmed up nor repeated. Targets: `share`
+    of the machine's product rate at least; at most `memory` of the baseline's memory; at most so
+    many MB, ms, MB sent."""
     work: Callable
     share: float | None = None
     memory: float | None = None
@@ -71,6 +79,7 @@ class Row:
     ms: float | None = None
     sent: float | None = None
     alone: bool = False
+    once: bool = False
 
 
 def baseline():
@@ -113,6 +122,78 @@ def lengths_up_to(longest, total, seed=0):
     drawn[0] = longest
     lengths = np.diff(np.minimum(np.cumsum(drawn), total), prepend=0)
     return lengths[lengths > 0]
+
+
+def skewed(rng, n, size, head, share):
+    """`size` numbers below n: `share` of them, long-tailed, among the first `head` of the numbers,
+    the others evenly among the rest."""
+    first = int(n * head)
+    often = np.floor(first * rng.random(size) ** 2)
+    seldom = rng.integers(first, n, size)
+    return np.where(rng.random(size) < share, often, seldom).astype(int)
+
+
+def amazon_files(raw, ratings):
+    """Books.csv and meta_Books.json.gz in `raw`. Of 51 million ratings as many users, products and
+    5-core rows as the real files have, about; rows in no order."""
+    users, products = int(0.3 * ratings), int(0.057 * ratings)
+    rng = np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    with open(raw / 'Books.csv', 'w') as f:
+        for begin in range(0, ratings, 10 ** 6):
+            size = min(10 ** 6, ratings - begin)
+            columns = (skewed(rng, products, size, 0.25, 0.9), skewed(rng, users, size, 0.12, 0.53),
+                       rng.integers(10000, 17800, size) * 86400)
+            rows = zip(*(column.tolist() for column in columns))
+            f.writelines(f'{item:010X},A{user:013X},5.0,{time}\n' for item, user, time in rows)
+    words = [f'word{word}' for word in range(5000)]
+    texts = [' '.join(words[word] for word in rng.integers(0, 5000, 50)) for _ in range(5000)]
+    with gzip.open(raw / 'meta_Books.json.gz', 'wt', 1) as f:
+        for item in range(products):
+            text = texts[item % 5000]
+            about = {'asin': f'{item:010X}', 'title': f'{text[:60]} {item}', 'brand': text[60:75],
+                     'category': ['Books', text[75:90], text[90:110]], 'description': [text]}
+            f.write(f'{json.dumps(about)}\n')
+
+
+# ------------------------------------------------------------------------ preparation rows
+
+def temporary_data():
+    """An empty data folder for this process, removed when the row is done."""
+    folder = tempfile.TemporaryDirectory(dir=os.environ.get('TMPDIR'))
+    os.environ |= {'ELEPHANT_DATA': folder.name, 'ELEPHANT_ANY_VERSION': '1'}
+    return folder
+
+
+def preparation(ours, ratings):
+    """Raw Amazon files -> canonical files -> prepared.npz, as python -m common.data books."""
+    folder = temporary_data()
+    amazon_files(Path(folder.name, 'raw'), ratings)
+
+    def run(folder=folder):  # which keeps it
+        data.prepare('books', [None, None, None])
+    return Work(run)
+
+
+def opening(ours, items=937000, users=530600):
+    """load() of a dataset that another process prepared; so many items and users that 930,000 and
+    403,000 pass the filters."""
+    folder = temporary_data()
+    place = Path(folder.name, 'mine')
+    place.mkdir()
+    rows, offsets = histories(users, 8.8, items)
+    rng = np.random.default_rng(2)
+    with open(place / 'interactions.csv', 'w') as f:
+        f.write('user,item,timestamp\n')
+        for user in range(users):
+            f.writelines(f'A{user:013X},{item:010X},{time}\n' for time, item
+                         in enumerate(rows[offsets[user]:offsets[user + 1]].tolist()))
+    with open(place / 'items.jsonl', 'w') as f:
+        f.writelines(json.dumps({'id': f'{item:010X}', 'title': f'book {item}'}) + '\n'
+                     for item in range(1, items + 1))
+    prepare = 'from common import data; data.prepare("mine", data.DEFAULT)'
+    subprocess.run([sys.executable, '-c', prepare], check=True)
+    return Work(lambda folder=folder: data.load('mine'))
 
 
 # ------------------------------------------------------------------------ language model rows
@@ -417,6 +498,13 @@ ROWS = {
     'SASRec 768, evaluation': Row(partial(evaluation, kind=SASRec)),
     'BERT4Rec 768, epoch': Row(partial(epoch, kind=BERT4Rec, loss='masked'), share=0.8),
     'BERT4Rec 768, evaluation': Row(partial(evaluation, kind=BERT4Rec)),
+    'opening 930,000 items, 403,000 users': Row(opening, ms=3000, mb=600, alone=True),
+    'preparing 1 million ratings, 57,000 products':
+        Row(partial(preparation, ratings=10 ** 6), alone=True, once=True),
+    'preparing 10 million ratings, 570,000 products':
+        Row(partial(preparation, ratings=10 ** 7), alone=True, once=True),
+    'preparing 51 million ratings, 2.9 million products':
+        Row(partial(preparation, ratings=51 * 10 ** 6), ms=900_000, mb=3000, alone=True, once=True),
     'layout of attention, 16,384 tokens, one thread': Row(layout, ms=1.5, sent=1, alone=True),
     'packing and masking, 64 histories, 28,694 tokens': Row(packing, alone=True),
     'SASRec 768, cross-entropy epoch, 138,116 items':
@@ -477,7 +565,8 @@ def worker(pipe, name, ours):
     """A process of its own: says 'ready', runs when told, at the end reports what Found holds."""
     try:
         work = ROWS[name].work(ours)
-        work.run()  # once to warm up
+        if not ROWS[name].once:
+            work.run()  # to warm up
         pipe.send('ready')
         while pipe.recv() == 'run':
             pipe.send(clock(work.run) * work.scale)
@@ -508,7 +597,7 @@ def measure(name, repeats):
         running[ours] = here, process
         receive(here)
     seconds = {ours: [] for ours in running}
-    for _ in range(repeats):
+    for _ in range(1 if ROWS[name].once else repeats):
         for ours, (pipe, _) in running.items():
             pipe.send('run')
             seconds[ours].append(receive(pipe))

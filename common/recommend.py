@@ -1,0 +1,216 @@
+"""Recommendations of a run: by which scores, for whom, and the k best of each as rows of a file.
+
+B = users, n = items (ids 1..n, 0 padding); cold items, where they count, are n + 1 ..., in their
+order. Histories are ragged (items, offsets), oldest first.
+"""
+import csv
+import json
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain
+from operator import itemgetter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.arrays import offsets_of, row_numbers
+from common.baselines import all_scorers, weighted
+from common.files import UserError, whole
+from common.initial import read_embeddings, starting_tables
+from common.models import load_seq
+from common.progress import progress
+from common.runs import read_ranks
+from common.sequence import ItemTable
+from common.training import start
+
+COLUMNS = 'user', 'rank', 'item', 'score', 'title'
+AT_ONCE = 512  # users; a matter of speed and memory only
+
+
+# ------------------------------------------------------------------------ scores
+
+def with_cold(data):
+    """The dataset with its cold items as items n + 1 ..., to score and to name."""
+    wide = replace(data, item_ids=data.item_ids + data.cold_ids)
+    wide.attributes = data.attributes + data.cold_attributes
+    return wide
+
+
+def began_with(folder, row, data, cold=False):
+    """The Embeddings that a run began with, None of random rows; `cold`: with those of cold items.
+    UserError: they are others by now, or know no cold items."""
+    if row['init'] in (None, 'random'):
+        if cold:
+            raise UserError(f'--cold: {row["run"]} did not start from embeddings, which alone know '
+                            'items that nobody has')
+        return None
+    path = folder / 'embeddings' / f'{row["init"]}.pt'
+    found = read_embeddings(path, data, cold)
+    # of another model; other threads or another machine change a norm by rounding alone
+    if abs(found.head['norm'] - row['norm']) > 1e-3 * row['norm']:
+        raise UserError(f'{path}: was made again since {row["run"]} was trained; train it again')
+    return found
+
+
+def began_table(folder, row, model, data, cold=False):
+    """The item table that a trained model began with: [n + 1, H], `cold`: [n + 1 + c, H]. None
+    where it scores items by other rows."""
+    if model.scorer()[0] is not model.item_embedding.weight:
+        return None
+    embeddings = began_with(folder, row, data, cold)
+    return starting_tables(type(model), data.n_items, embeddings, row)[0]
+
+
+def scorer_of(folder, row, data, wide, machine):
+    """score(items, offsets) of a run: scores after histories [B, n + 1], of the items of `wide`:
+    the dataset, or the dataset with its cold items."""
+    cold = wide is not data
+    if row['model'] == 'untrained':
+        found = began_with(folder, row, data, cold)
+        matrices = {row['init']: found.matrix} if found else {}
+        _, scorers = all_scorers(wide, matrices, data.n_items + 1)[row['run']]
+
+        def score(items, offsets):
+            weights = weighted(items, offsets, row['decay'], wide.n_items)
+            return scorers[row['weight']](weights)
+        return score
+    model, _ = load_seq(folder / row['run'], data)
+    if cold:
+        began = began_table(folder, row, model, data, cold)
+        if began is None:
+            raise UserError(f'--cold: {row["run"]} scores items by rows that cold items lack')
+        began[:data.n_items + 1] = model.item_embedding.weight.detach()
+        model.item_embedding = ItemTable(began)
+    model.on(machine)
+
+    @torch.no_grad()
+    def score(items, offsets):
+        return F.linear(model.all_states(items, offsets), *model.scorer())
+    return score
+
+
+# ------------------------------------------------------------------------ for whom
+
+def known_of(keys, known, reasons, source):
+    """The keys that are known. The others are said, with the reason: UserError where they were
+    typed in, so that `source` is an option."""
+    lost = [key for key in keys if key not in known]
+    if lost:
+        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
+        if source.startswith('--'):
+            raise UserError(text)
+        print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
+    return [key for key in keys if key in known]
+
+
+def read_histories(path):
+    """{user: [item ids, oldest first]} of a CSV file with the columns user, item and perhaps
+    timestamp, or of JSON lines {"user": .., "items": [..]} (.jsonl)."""
+    rows, found = [], {}
+    with open(path, encoding='utf-8-sig', newline='') as f:
+        try:
+            for line in map(json.loads, f) if path.suffix == '.jsonl' else csv.DictReader(f):
+                when = float(line.get('timestamp') or 0)
+                for item in line.get('items') or [line['item']]:
+                    rows.append((when, str(line['user']), str(item)))
+        except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+            raise UserError(f'{path}: after {len(rows):,} items: {error!r}; it must have the '
+                            'columns user, item and perhaps timestamp (a number), or, as .jsonl, '
+                            'lines such as {"user": "ann", "items": ["a7", "b2"]}') from None
+    for _, user, item in sorted(rows, key=itemgetter(0)):
+        found.setdefault(user, []).append(item)
+    return found
+
+
+def asked(args, data, wide):
+    """{name: its history, item numbers} of those that the options ask for."""
+    if args.items or args.histories:
+        found = read_histories(args.histories) if args.histories else {'new': args.items}
+        number = {key: i for i, key in enumerate(wide.item_ids, 1)}
+        reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
+        known_of(list(chain(*found.values())), number, reasons, str(args.histories or '--items'))
+        found = {user: [number[key] for key in keys if key in number]
+                 for user, keys in found.items()}
+        return {user: items for user, items in found.items() if items}
+    everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
+    if not args.users:
+        return everybody
+    source, names = '--users', args.users
+    if len(names) == 1 and Path(names[0]).is_file():
+        source = names[0]
+        names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
+    reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
+    return {name: everybody[name] for name in known_of(names, everybody, reasons, source)}
+
+
+# ------------------------------------------------------------------------ rows
+
+def ahead(function, things, most=4):
+    """function(thing) of each thing, in order: threads, each on a core of its own, compute at most
+    so many of them while the caller uses the one before."""
+    waiting = deque()
+    with ThreadPoolExecutor(torch.get_num_threads(), '', torch.set_num_threads, (1,)) as pool:
+        for thing in things:
+            waiting.append(pool.submit(function, thing))
+            if len(waiting) == most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def best(args, score, histories, wide):
+    """The rows of the columns above: of each user the k best items, best first."""
+    names = list(histories)
+    ids = ['', *wide.item_ids]
+    titles = ['', *map(wide.title, range(1, len(ids)))]
+    parts = [names[i:i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
+
+    def top(part):
+        own = [histories[name] for name in part]
+        lengths = list(map(len, own))
+        items = np.concatenate(own)
+        scores = score(items, offsets_of(lengths))
+        scores[:, 0] = -torch.inf
+        if not args.with_history:
+            scores[row_numbers(lengths), items] = -torch.inf
+        values, found = scores.topk(min(args.k, len(ids)))
+        return part, values.double().round(decimals=6).tolist(), found.tolist()
+
+    bar = progress(parts, desc=args.run, unit='user', unit_scale=AT_ONCE, disable=not args.out)
+    for columns in ahead(top, bar):
+        for name, *pairs in zip(*columns):
+            for rank, (value, item) in enumerate(zip(*pairs), 1):
+                if value > -torch.inf:  # else fewer than k are left
+                    yield name, rank, ids[item], value, titles[item]
+
+
+def recommend(args, data, folder):
+    """The k best items for all users, or for those that the options name."""
+    row, _ = read_ranks(data.name, args.run)
+    if args.cold and not data.cold_ids:
+        raise UserError(f'--cold: {data.name} has no items that nobody has')
+    wide = with_cold(data) if args.cold else data
+    score = scorer_of(folder, row, data, wide, start(args))
+    histories = asked(args, data, wide)
+    if not histories:
+        raise UserError('none of those users or items is known: nobody to recommend to')
+    rows, began = best(args, score, histories, wide), time.monotonic()
+    if not args.out:
+        for line in rows:
+            print('{:12} {:3}  {:16} {:8.3f}  {:.80}'.format(*line))
+        return
+    with whole(args.out) as part, open(part, 'w', encoding='utf-8', newline='') as f:
+        if args.out.suffix == '.jsonl':
+            encode = json.JSONEncoder(ensure_ascii=False).encode
+            f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
+        else:
+            csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
+    seconds = time.monotonic() - began
+    rate = len(histories) / seconds
+    print(f'{len(histories):,} users in {seconds:.1f} s ({rate:,.0f} a second), {args.k} items for '
+          f'each at most, written to {args.out}')

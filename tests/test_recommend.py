@@ -1,0 +1,483 @@
+"""Recommendations, cold items, neighbours, and rows of other encoders: by hand, and as commands.
+Run: python -m pytest tests/test_recommend.py
+"""
+import csv
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import evaluate
+import export_embeddings
+import train_seq
+from common import data, initial
+from common.files import UserError, load_pt, save_pt
+from common.models import load_seq
+from common.recommend import ahead, read_histories
+from tests.toy import canonical, tiny_bert
+
+LF = 'sasrec-bce-lf-trainable-centred-8-lr0.01-seed0'
+OWN = 'sasrec-bce-own-freeze-raw-8-lr0.01-seed0'
+RANDOM = 'sasrec-bce-random-8-lr0.01-seed0'
+BERT = 'bert4rec-masked-lf-trainable-centred-8-lr0.01-seed0'
+COLD = ['x1', 'x2']
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+    """A data set with two cold items, a title that CSV must quote and a user whom the filters drop;
+    embeddings of a tiny language model; ID models and rankings without training. Yields the folder
+    of the runs."""
+    folder = tmp_path_factory.mktemp('recommend')
+    one = folder / 'data' / 'one'
+    canonical(one)
+    lines = (one / 'items.jsonl').read_text().splitlines()
+    lines[3] = json.dumps({'id': 'i3', 'title': 'red, "fine" salt', 'brand': 'acme'})
+    lines += [json.dumps({'id': 'x1', 'title': 'sea salt'}), json.dumps({'id': 'x2', 'title': 'tea'})]
+    (one / 'items.jsonl').write_text('\n'.join(lines))
+    with open(one / 'interactions.csv', 'a') as f:
+        f.write('short,i1,1\n')
+    plm = str(tiny_bert(folder / 'plm'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
+        patch.setenv('ELEPHANT_RUNS', str(folder / 'runs'))
+        data.prepare('one', data.DEFAULT)
+        run = folder / 'runs' / 'one'
+        export('--plm', plm, '--out', run / 'embeddings' / 'lf.pt')
+        train('random', 'lf-trainable')
+        train('lf-trainable', model='bert4rec')
+        call('untrained', 'one')
+        yield run
+
+
+@pytest.fixture
+def found(world):
+    return data.load('one')
+
+
+def export(*options):
+    export_embeddings.main(export_embeddings.parse_args(
+        ['one', '--precision', 'float32', *map(str, options)]))
+
+
+def train(*variants, model='sasrec', scale='centred'):
+    train_seq.main(train_seq.parse_args(
+        ['one', '--model', model, '--lrs', '0.01', '--epochs', '1', '--hidden', '8', '--precision',
+         'float32', '--init-scale', scale, '--variants', *variants]))
+
+
+def call(*options):
+    evaluate.main(evaluate.parse_args([str(value) for value in options]))
+
+
+def recommended(path, run, *options):
+    """The rows that a command writes."""
+    call('recommend', 'one', run, '--precision', 'float32', '--out', path, *options)
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def history(found, user):
+    row = found.user_ids.index(user)
+    return found.items[found.offsets[row]:found.offsets[row + 1]]
+
+
+@torch.no_grad()
+def scores_by_hand(world, found, run, items):
+    model, _ = load_seq(world / run, found)
+    states = model.states(np.array(items), np.array([0, len(items)]))
+    table, bias = model.scorer()
+    return (states @ table.T)[0].numpy() + (0 if bias is None else bias.numpy())
+
+
+# ------------------------------------------------------------------------ whole files
+
+@pytest.mark.parametrize('run', [LF, BERT])
+def test_all_users_as_csv(world, found, tmp_path, capsys, run):
+    """In the order of the scores, without what the user had; the last line says how fast."""
+    rows = recommended(tmp_path / 'recs.csv', run, '--k', '4')
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith('40 users in ') and last.endswith(f'written to {tmp_path / "recs.csv"}')
+    assert ' a second), 4 items for each' in last
+    assert [row['user'] for row in rows] == [user for user in found.user_ids for _ in range(4)]
+    assert [row['rank'] for row in rows] == list('1234') * 40
+    for user in ('u0', 'u17'):
+        own = history(found, user)
+        scores = scores_by_hand(world, found, run, own)
+        left = np.setdiff1d(np.arange(1, found.n_items + 1), own)
+        best = left[np.argsort(-scores[left])][:4]
+        mine = [row for row in rows if row['user'] == user]
+        assert [row['item'] for row in mine] == [found.item_ids[item - 1] for item in best]
+        assert [row['title'] for row in mine] == [found.title(item) for item in best]
+        np.testing.assert_allclose([float(row['score']) for row in mine], scores[best], atol=1e-4)
+    rows = recommended(tmp_path / 'recs.csv', run, '--k', '40')
+    assert 'red, "fine" salt' in {row['title'] for row in rows}, 'quoted as CSV asks'
+
+
+def test_json_lines_say_what_csv_says(world, tmp_path):
+    rows = recommended(tmp_path / 'recs.csv', LF)
+    call('recommend', 'one', LF, '--precision', 'float32', '--out', tmp_path / 'recs.jsonl')
+    lines = (tmp_path / 'recs.jsonl').read_text().splitlines()
+    as_text = [{key: str(value) for key, value in json.loads(line).items()} for line in lines]
+    assert as_text == rows and len(rows) == 40 * 10
+
+
+def test_with_history_and_no_more_than_there_are(world, found, tmp_path):
+    rows = recommended(tmp_path / 'a.csv', LF, '--users', 'u3', '--k', '1000')
+    own = {found.item_ids[item - 1] for item in history(found, 'u3')}
+    assert len(rows) == found.n_items - len(own) and not own & {row['item'] for row in rows}
+    rows = recommended(tmp_path / 'a.csv', LF, '--users', 'u3', '--k', '1000', '--with-history')
+    assert {row['item'] for row in rows} == {*found.item_ids}
+
+
+def test_a_file_is_whole_or_absent(world, tmp_path, monkeypatch):
+    def stops(*_):
+        yield 'u', 1, 'i', 0.5, 'title'
+        raise UserError('stopped')
+    monkeypatch.setattr('common.recommend.best', stops)
+    with pytest.raises(UserError, match='stopped'):
+        recommended(tmp_path / 'recs.csv', LF)
+    assert not list(tmp_path.iterdir())
+
+
+def test_threads_keep_the_order_and_are_only_a_little_ahead():
+    begun, first = [], threading.Event()
+
+    def slow(number):
+        begun.append(number)
+        if number == 0:
+            first.wait(5)
+        return number * number
+    found = ahead(slow, range(30))
+    first.set()
+    assert next(found) == 0 and max(begun) <= 4
+    assert [0, *found] == [number ** 2 for number in range(30)]
+
+
+# ------------------------------------------------------------------------ for whom
+
+def test_users_named_or_in_a_file(world, tmp_path, capsys):
+    every = recommended(tmp_path / 'all.csv', LF)
+    wanted = [row for user in ('u7', 'u2') for row in every if row['user'] == user]
+    typed = recommended(tmp_path / 'a.csv', LF, '--users', 'u7', 'u2')
+    assert [(row['user'], row['item']) for row in typed] \
+        == [(row['user'], row['item']) for row in wanted]
+    (tmp_path / 'users.txt').write_text('u7\nshort\nu2\nnobody\n')
+    capsys.readouterr()
+    assert recommended(tmp_path / 'a.csv', LF, '--users', tmp_path / 'users.txt') == typed
+    assert capsys.readouterr().err == (
+        f'note: {tmp_path / "users.txt"}: short: left out by the filters of the data; '
+        '2 of 4 are left out\n')
+    for user, words in (('nobody', '--users: nobody: not in this dataset'),
+                        ('short', '--users: short: left out by the filters')):
+        with pytest.raises(UserError, match=words):
+            call('recommend', 'one', LF, '--users', 'u7', user)
+    (tmp_path / 'users.txt').write_text('nobody\n')
+    with pytest.raises(UserError, match='nobody to recommend to'):
+        call('recommend', 'one', LF, '--users', tmp_path / 'users.txt')
+
+
+def test_a_history_typed_in_is_that_of_the_user_who_has_it(world, found, capsys):
+    own = [found.item_ids[item - 1] for item in history(found, 'u5')]
+    capsys.readouterr()
+    call('recommend', 'one', LF, '--users', 'u5')
+    of_user = capsys.readouterr().out
+    call('recommend', 'one', LF, '--items', *own)
+    typed = capsys.readouterr().out
+    assert [line.split()[1:] for line in typed.splitlines()] \
+        == [line.split()[1:] for line in of_user.splitlines()] and 'new ' in typed
+    for item, words in (('y9', '--items: y9: not in this dataset'), ('x1', '--items: x1: .* --cold knows it')):
+        with pytest.raises(UserError, match=words):
+            call('recommend', 'one', LF, '--items', 'i1', item)
+
+
+def test_histories_of_new_users(world, tmp_path, capsys):
+    """By time where it is given, else as they stand; both formats alike."""
+    text = 'user,item,timestamp\nzoe,i2,30\nann,i9,5\nzoe,i1,4.5\nzoe,gone,31\nbob,gone,1\n'
+    (tmp_path / 'h.csv').write_text(text)
+    (tmp_path / 'h.jsonl').write_text('{"user": "zoe", "items": ["i1", "i2"]}\n'
+                                      '{"user": "ann", "items": ["i9"]}\n')
+    capsys.readouterr()
+    first = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.csv')
+    assert 'h.csv: gone: not in this dataset; 2 of 5 are left out' in capsys.readouterr().err
+    assert first == recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.jsonl')
+    typed = recommended(tmp_path / 'a.csv', LF, '--items', 'i1', 'i2')
+    assert [row['item'] for row in first if row['user'] == 'zoe'] == [row['item'] for row in typed]
+    assert [row['user'] for row in first] == ['zoe'] * 10 + ['ann'] * 10
+
+
+@pytest.mark.parametrize('name, text', [
+    ('h.csv', 'who,item\na,i1\n'), ('h.csv', 'user,item,timestamp\na,i1,soon\n'),
+    ('h.jsonl', '{"user": "a"}\n'), ('h.jsonl', '[1]\n'),
+    ('h.jsonl', '{"user": "a", "items": 7}\n'), ('h.jsonl', 'user,item\na,i1\n'),
+    ('h.csv', ''), ('h.csv', b'\xff\xfe\x00')])
+def test_histories_that_are_none(world, tmp_path, name, text):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match='the columns user, item|nobody to recommend to'):
+        call('recommend', 'one', LF, '--histories', path)
+
+
+def test_numbers_are_ids_too(tmp_path):
+    path = tmp_path / 'h.jsonl'
+    path.write_text('{"user": 7, "items": [1, "b"]}')
+    assert read_histories(path) == {'7': ['1', 'b']}
+
+
+# ------------------------------------------------------------------------ without training
+
+@pytest.mark.parametrize('run', ['popularity', 'item-knn', 'text-knn-lf', 'item+text-knn-lf'])
+def test_rankings_without_training(world, found, tmp_path, run):
+    """Their rank of the test item is that of their evaluation ("new": all but the history)."""
+    (tmp_path / 'h.jsonl').write_text(''.join(
+        json.dumps({'user': user, 'items': [found.item_ids[i - 1] for i in history(found, user)[:-1]]})
+        + '\n' for user in found.user_ids))
+    rows = recommended(tmp_path / 'a.csv', run, '--histories', tmp_path / 'h.jsonl', '--k', '99')
+    of_run = np.load(world / run / 'ranks.npz')
+    for user, (higher, ties) in list(zip(of_run['users'], of_run['new']))[:20]:
+        name, target = found.user_ids[user], found.item_ids[history(found, found.user_ids[user])[-1] - 1]
+        place = next(int(row['rank']) for row in rows
+                     if (row['user'], row['item']) == (name, target))
+        assert higher < place <= higher + ties + 1
+
+
+# ------------------------------------------------------------------------ cold items
+
+def rows_of(world, name='lf'):
+    """(rows of the catalogue, of the cold items) of an embedding file."""
+    content = load_pt(world / 'embeddings' / f'{name}.pt', 'embeddings')
+    assert content['cold_items'] == COLD and len(content['cold']) == 2
+    return content['matrix'][1:], content['cold']
+
+
+@pytest.mark.parametrize('scale', initial.SCALES)
+def test_more_rows_get_what_the_items_rows_give(scale):
+    """A cold row that equals an item's gets that item's row; the items' own do not change."""
+    torch.manual_seed(0)
+    matrix = torch.cat([torch.zeros(1, 6), 4 + torch.randn(30, 6)])
+    alone = initial.initial_table(matrix, scale, 0.4, 0, 30)
+    twin = initial.initial_table(torch.cat([matrix, matrix[[5, 9]]]), scale, 0.4, 0, 30)
+    assert torch.equal(twin[:31], alone)
+    if scale == 'permuted':  # its items have other items' rows
+        alone = initial.initial_table(matrix, 'centred', 0.4, 0, 30)
+    torch.testing.assert_close(twin[31:], alone[[5, 9]])
+    small = initial.components(torch.cat([matrix, matrix[[5, 9]]]), 3, 30)
+    torch.testing.assert_close(small[31:], small[[5, 9]])
+    torch.testing.assert_close(small[:31], initial.components(matrix, 3, 30))
+
+
+def test_cold_items_are_scored_by_the_rows_they_would_have_begun_with(world, found, tmp_path):
+    rows = recommended(tmp_path / 'a.csv', LF, '--cold', '--users', 'u5', '--k', '99')
+    assert {row['item'] for row in rows} > {*COLD} and len(rows) == 32 - len(history(found, 'u5'))
+    matrix, cold = (x.double() for x in rows_of(world))
+    values, axes = torch.linalg.eigh(torch.cov(matrix.T))
+    small = (torch.cat([matrix, cold]) - matrix.mean(0)) @ axes[:, -8:]
+    model, about = load_seq(world / LF, found)
+    torch.manual_seed(0)
+    norm = type(model).random_table(found.n_items, 8)[1:].norm(dim=1).mean()
+    factor = norm / small[:-2].norm(dim=1).mean()
+    # by the cosines with the first rows, as an axis has no sign of its own
+    begun = initial.starting_tables(type(model), found.n_items, initial.read_embeddings(
+        world / 'embeddings' / 'lf.pt', found, cold=True), about)[0]
+    expected = factor * small
+    torch.testing.assert_close((begun[1:] @ begun[1:].T).double(), expected @ expected.T,
+                               atol=1e-4, rtol=1e-3)
+    own = history(found, 'u5')
+    state = model.eval().requires_grad_(False).states(own, np.array([0, len(own)]))[0]
+    for item, title, row in zip(COLD, ('sea salt', 'tea'), begun[-2:]):
+        mine = next(line for line in rows if line['item'] == item)
+        assert float(mine['score']) == pytest.approx(float(state @ row), abs=1e-4)
+        assert mine['title'] == title
+    others = recommended(tmp_path / 'b.csv', LF, '--users', 'u5', '--k', '99')
+    assert [row['item'] for row in rows if row['item'] not in COLD] \
+        == [row['item'] for row in others]
+    typed = recommended(tmp_path / 'b.csv', LF, '--cold', '--items', 'i1', 'x1')
+    assert 'x1' not in {row['item'] for row in typed}, 'a history may hold them'
+
+
+def test_cold_items_without_training(world, found, tmp_path):
+    """Cosines of rows centred by the catalogue's mean; item-kNN knows nothing of them."""
+    rows = recommended(tmp_path / 'a.csv', 'text-knn-lf', '--cold', '--items', 'i4', '--k', '99')
+    matrix, cold = rows_of(world)
+    unit = F.normalize(torch.cat([matrix, cold]) - matrix.mean(0), dim=1)
+    cosine = unit @ unit[found.item_ids.index('i4')]
+    for place, item in ((-2, 'x1'), (-1, 'x2'), (found.item_ids.index('i8'), 'i8')):
+        mine = next(row for row in rows if row['item'] == item)
+        assert float(mine['score']) == pytest.approx(float(cosine[place]), abs=1e-4)
+    both = recommended(tmp_path / 'a.csv', 'item+text-knn-lf', '--cold', '--items', 'i4', '--k', '99')
+    assert {*COLD} < {row['item'] for row in both}
+
+
+def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatch):
+    for run, words in ((RANDOM, 'did not start from embeddings'), ('popularity', 'did not start'),
+                       (BERT, 'scores items by rows that cold items lack')):
+        with pytest.raises(UserError, match=f'--cold: {run} .*{words}'):
+            call('recommend', 'one', run, '--cold')
+    path = world / 'embeddings' / 'lf.pt'
+    before, content = path.read_bytes(), load_pt(path, 'embeddings')
+    content.pop('kind')
+    try:
+        save_pt(path, 'embeddings', **{**content, 'cold_items': ['x1']})
+        with pytest.raises(UserError, match="lf.pt: has no rows of today's cold items; export it"):
+            call('recommend', 'one', LF, '--cold')
+        head = content['head']
+        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.0001 * head['norm']}})
+        call('recommend', 'one', LF, '--cold', '--users', 'u1')
+        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.01 * head['norm']}})
+        with pytest.raises(UserError, match=f'lf.pt: was made again since {LF} was trained'):
+            call('recommend', 'one', LF, '--cold')
+        call('recommend', 'one', LF, '--users', 'u1')  # needs no embeddings
+    finally:
+        path.write_bytes(before)
+
+
+# ------------------------------------------------------------------------ neighbours
+
+@pytest.mark.parametrize('item', ['i4', 'x1'])
+def test_neighbours(world, found, capsys, item):
+    """Cosines of centred rows, of the catalogue alone, by hand."""
+    capsys.readouterr()
+    call('neighbours', 'one', '--item', item, '--k', '3')
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('nearest to ') and lines[0].endswith(f'({item})')
+    cells = [line.strip('| ') for line in lines if line.startswith('|')]
+    assert cells[0].split(' | ')[0] == 'LF' and len(cells) == 5
+    matrix, cold = rows_of(world)
+    unit = F.normalize(torch.cat([matrix, cold]) - matrix.mean(0), dim=1)
+    ids = found.item_ids + COLD
+    cosine = (unit @ unit[ids.index(item)])[:found.n_items]
+    order = [i for i in cosine.argsort(descending=True).tolist() if ids[i] != item][:3]
+    assert [line.split(' | ')[0] for line in cells[2:]] \
+        == [f'{cosine[i]:.2f} {found.title(i + 1)} ({ids[i]})' for i in order]
+    with pytest.raises(UserError, match='--item y9: no such item in one'):
+        call('neighbours', 'one', '--item', 'y9')
+
+
+# ------------------------------------------------------------------------ files for others, of others
+
+def test_exports_for_other_programs(world, found, tmp_path):
+    matrix, cold = rows_of(world)
+    for out in (tmp_path / 'lf.npy', tmp_path / 'lf.safetensors'):
+        export('--plm', world.parent.parent / 'plm', '--out', out)
+        rows = torch.from_numpy(np.load(out)) if out.suffix == '.npy' else load_file(out)['embeddings']
+        assert torch.equal(rows, torch.cat([matrix, cold]))
+    assert (tmp_path / 'lf.ids.txt').read_text().splitlines() == found.item_ids + COLD
+    assert len(list(tmp_path.iterdir())) == 4, 'and a lock'
+
+
+@pytest.fixture
+def rows(found, tmp_path):
+    """rows.npy and ids.txt, in an order of their own, with the cold items."""
+    ids = (found.item_ids + COLD)[::-1]
+    rows = np.random.default_rng(0).normal(size=(len(ids), 8)).astype(np.float64) + 2
+    np.save(tmp_path / 'rows.npy', rows)
+    (tmp_path / 'ids.txt').write_text('\n'.join(ids))
+    return ids, rows
+
+
+def own(tmp_path, out):
+    export('--from-npy', tmp_path / 'rows.npy', '--ids', tmp_path / 'ids.txt', '--out', out)
+
+
+def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_path, capsys):
+    """A table's start, rankings without training, recommendations, rows in the tables."""
+    ids, matrix = rows
+    out = world / 'embeddings' / 'own.pt'
+    try:
+        own(tmp_path, out)
+        own(tmp_path, out)
+        assert capsys.readouterr().out.endswith(f'{out} is up to date\n')
+        content = load_pt(out, 'embeddings')
+        place = [ids.index(key) for key in found.item_ids + COLD]
+        expected = torch.from_numpy(matrix[place]).float()
+        assert torch.equal(content['matrix'][1:], expected[:-2]) and not content['matrix'][0].any()
+        assert torch.equal(content['cold'], expected[-2:]) and content['cold_items'] == COLD
+        assert content['head']['plm'] == 'rows.npy'
+        train('own-freeze', scale='raw')
+        model, _ = load_seq(world / OWN, found)
+        assert torch.equal(model.item_embedding.weight[1:], expected[:-2])
+        assert recommended(tmp_path / 'a.csv', OWN, '--cold', '--users', 'u5')
+        call('untrained', 'one')
+        assert recommended(tmp_path / 'a.csv', 'item+text-knn-own', '--users', 'u5')
+        capsys.readouterr()
+        call('table', 'one')
+        table = capsys.readouterr().out
+        assert '| text-knn-own | ' in table and '| own-freeze-raw-8 | ' in table
+        assert 'Language model: ' in table and 'rows.npy' in table
+        call('neighbours', 'one', '--item', 'i4')
+        assert '| LF | OWN |' in capsys.readouterr().out
+    finally:
+        out.unlink()
+
+
+def test_without_rows_of_the_cold_items(world, found, rows, tmp_path):
+    ids, matrix = rows
+    np.save(tmp_path / 'rows.npy', matrix[2:])
+    (tmp_path / 'ids.txt').write_text('\n'.join(ids[2:]))
+    own(tmp_path, tmp_path / 'own.pt')
+    assert load_pt(tmp_path / 'own.pt', 'embeddings')['cold_items'] == []
+    initial.read_embeddings(tmp_path / 'own.pt', found)
+    with pytest.raises(UserError, match="no rows of today's cold items"):
+        initial.read_embeddings(tmp_path / 'own.pt', found, cold=True)
+
+
+def listed(change):
+    """A change of the ids."""
+    return lambda ids, rows: (change(ids), rows)
+
+
+def of_rows(change):
+    return lambda ids, rows: (ids, change(rows))
+
+
+def not_finite(rows):
+    rows[3, 2] = np.nan
+    return rows
+
+
+FAULTS = {
+    "ids.txt: lacks ids, 1 of them, the first 'i7'":
+        listed(lambda ids: ['x1' if key == 'i7' else key for key in ids]),
+    "ids.txt: has unknown or repeated ids, 1 of them, the first 'zz'":
+        lambda ids, rows: ([*ids, 'zz'], np.concatenate([rows, rows[:1]])),
+    "repeated ids, 1 of them, the first 'i7'":
+        lambda ids, rows: ([*ids, 'i7'], np.concatenate([rows, rows[:1]])),
+    "lacks ids, 1 of them, the first 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
+    r'rows.npy: has the shape \[31, 8\]; .* 32 lines of': of_rows(lambda rows: rows[1:]),
+    r'rows.npy: has the shape \[256\]': of_rows(lambda rows: rows.ravel()),
+    'rows.npy: gives embeddings that are not finite': of_rows(not_finite),
+    'rows.npy: is no matrix of numbers': of_rows(lambda rows: rows.astype(str)),
+    'rows.npy: is no matrix of numbers in': of_rows(lambda rows: rows.astype(object)),
+}
+
+
+@pytest.mark.parametrize('words', FAULTS)
+def test_what_is_wrong_with_rows_is_said(world, rows, tmp_path, words):
+    ids, matrix = FAULTS[words](*rows)
+    np.save(tmp_path / 'rows.npy', matrix, allow_pickle=True)
+    (tmp_path / 'ids.txt').write_text('\n'.join(ids))
+    with pytest.raises(UserError, match=words):
+        own(tmp_path, tmp_path / 'own.pt')
+    assert not (tmp_path / 'own.pt').exists()
+
+
+def test_from_npy_needs_ids(world, capsys):
+    with pytest.raises(SystemExit):
+        export('--from-npy', 'rows.npy', '--out', 'own.pt')
+    assert '--from-npy and --ids' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('kind', ['alike', 'but for rounding', 'zero'])
+def test_rows_that_are_all_alike_are_refused_before_anything_is_divided_by_them(
+        world, found, rows, tmp_path, kind):
+    ids, matrix = rows
+    matrix[:] = {'zero': 0, 'alike': matrix[0]}.get(
+        kind, matrix[0] * (1 + 1e-7 * matrix[:, :1]))
+    np.save(tmp_path / 'rows.npy', matrix)
+    own(tmp_path, tmp_path / 'own.pt')
+    with pytest.raises(UserError, match='own.pt: all items have the same row'):
+        initial.read_embeddings(tmp_path / 'own.pt', found)
