@@ -200,8 +200,7 @@ def main(args):
         out = pathlib.Path(args.out or folder / f'{stage}{layers}{items}-seed{seed}')
         identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
                     'tokens': tokens.fingerprint, 'start': weights_digest(model),
-                    'items': None if model.items is None else digest(model.items),
-                    'config': vars(model.config)}
+                    'items': None if model.items is None else digest(model.items)}
         run = Run(args, out, identity, code)
         with lock(out):
             if not run.finished():

@@ -172,8 +172,8 @@ def held_out_accuracy(model, sources, args):
     model.eval()
     right = 0.0
     groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
-    for number, users in enumerate(groups):
-        rng = np.random.default_rng([args.seed, 2, number])
+    for place, users in enumerate(groups):
+        rng = np.random.default_rng([args.seed, 2, place])
         _, share = contrastive(model, *sources.draw(users, rng, model))
         right += float(share) * len(users)
     model.train()

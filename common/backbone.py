@@ -119,8 +119,7 @@ def load_named(model, state, source):
 def weights_digest(model):
     """What a model's weights are and what acts on them, whatever file they came from."""
     weights = sum(sorted(model.state_dict().items()), ())
-    others = filter(None, [model.config.activation, model.config.head_activation])
-    return digest(*weights, *others)
+    return digest(vars(model.config), *weights)
 
 
 def start_model(checkpoint, plm, layers=None, seed=0):
