@@ -248,7 +248,8 @@ def loop(name, place, folder, watched, monkeypatch):
         train_seq.fit(world, model, run_of(folder, args), 0, 0.01)
 
 
-LOOPS = ['pretrain', 'finetune', 'sasrec bce', 'sasrec ce', 'bert4rec masked', 'gru4rec ce']
+LOOPS = ['pretrain', 'finetune', 'sasrec bce', 'sasrec ce', 'sasrec sampled', 'bert4rec masked',
+         'gru4rec ce', 'gru4rec bce']
 
 
 @pytest.mark.parametrize('name', LOOPS)
