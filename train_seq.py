@@ -195,9 +195,19 @@ def one_run(world, about, start_from):
         ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
-        return run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
-                         device=str(world.machine.device),
-                         parameters=sum(p.numel() for p in model.parameters()))
+        row = run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
+                        device=str(world.machine.device),
+                        parameters=sum(p.numel() for p in model.parameters()))
+    warn(data, row)
+    return row
+
+
+def warn(data, row):
+    """Say where a model did no better on validation than counting how often items were bought."""
+    from common.baselines import popularity_value
+    bound = popularity_value(data)
+    if row['valid'] <= bound:
+        print(f'{row["run"]}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
 
 
 # ------------------------------------------------------------------------ main

@@ -957,6 +957,15 @@ def test_finished_runs_are_found_and_changed_ones_done_again(toy, capsys):
     assert 'made with other options.epochs' in capsys.readouterr().out, '--keep is about code alone'
 
 
+@pytest.mark.parametrize('bound, told', [(1.0, True), (-1.0, False)])
+def test_what_does_not_beat_popularity_says_so(toy, capsys, monkeypatch, bound, told):
+    """After its result, and only where counting reaches at least as much on validation."""
+    monkeypatch.setattr('common.baselines.popularity_value', lambda data: bound)
+    run()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith('NO BETTER THAN POPULARITY on validation (100.00)') == told
+
+
 def test_new_data_makes_a_run_again(toy, capsys):
     data, folder = toy
     run()
