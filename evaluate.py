@@ -3,7 +3,7 @@
     python evaluate.py untrained drugstore              # popularity, nearest neighbours: a run each
     python evaluate.py table drugstore                  # prints and writes results.md, two pictures
     python evaluate.py compare drugstore RUN_A RUN_B    # names of folders in runs/drugstore/
-    python evaluate.py inspect drugstore RUN ...        # size, time, cold items of saved ID models
+    python evaluate.py inspect drugstore RUN ...        # size, items new to training
     python evaluate.py recommend drugstore RUN --k 20 --out recs.csv       # all users
     python evaluate.py recommend drugstore RUN --items 27334 30012         # after these
     python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
@@ -18,10 +18,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 
 from common.backbone import load_recformer, start_model, untouched
-from common.baselines import untrained
+from common.baselines import directions, untrained
 from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
                             draw_lines, findings, learning, numbers)
@@ -74,8 +73,7 @@ def show_neighbours(args, data, folder):
         raise UserError(f'--item {args.item}: no such item in {data.name}')
     item, columns = ids.index(args.item) + 1, []
     for name, found in embeddings_of(data, folder, cold).items():
-        mean = found.matrix[1:data.n_items + 1].mean(0)
-        rows = F.normalize(found.matrix - mean, dim=1)
+        rows = directions(found.matrix, data.n_items + 1)
         cosine = rows[:data.n_items + 1] @ rows[item]
         near = [i for i in cosine.argsort(descending=True).tolist() if i not in (0, item)]
         column = [f'{cosine[i]:.2f} {data.title(i)} ({ids[i - 1]})' for i in near[:args.k]]
@@ -94,9 +92,8 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def current_rows(data):
-    """The rows of this version of the data."""
-    rows = load_rows(data.name)
+def current_of(rows, data):
+    """Those rows that are of this version of the data."""
     current = [row for row in rows if row['data'] == data.fingerprint]
     if len(current) < len(rows):
         print(f'{len(rows) - len(current)} runs of another version of the data are left out')
@@ -105,10 +102,11 @@ def current_rows(data):
 
 def show_tables(args, data, folder):
     """Print results.md, made of whatever rows there are; draw bars and learning curves."""
-    rows = current_rows(data)
+    every = load_rows(data.name)
+    rows = current_of(every, data)
     if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', load_rows(data.name))
+    save_json(folder / 'results.json', every)
     finish(folder / 'results.md', render(data, rows))
     cells = cells_of(rows)
     draw_bars(folder / 'results.png', cells)
@@ -201,7 +199,6 @@ def show_attention(args, data, folder):
     finish(folder / 'figure1.md', text)
     words = [tuned.words.backend.id_to_token(int(token)) for token in packed.tokens]
     draw_attention(folder / 'figure1.png', maps, packed, words, likes[shown])
-    print(f'the maps of one user: {folder / "figure1.png"}')
 
 
 def over_tuning(cells, word):
@@ -220,7 +217,7 @@ def over_tuning(cells, word):
 def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
     pt-share<percent of the source users> or pt-step<number>."""
-    cells = cells_of(current_rows(data))
+    cells = cells_of(current_of(load_rows(data.name), data))
     found = {word: over_tuning(cells, word) for word in MOMENTS}
     if not any(found.values()):
         raise UserError(f'{folder}: no runs from a share of the source users; '

@@ -72,11 +72,17 @@ def row_sums(matrix):
     return add_up
 
 
-def text_knn(matrix, end=None):
-    """score(j) = sum over the history's items i other than j of weight(i) cos(E_i, E_j), of rows
-    [n + 1, H] from which the mean row is taken away (of those before `end`: not of cold items)."""
+def directions(matrix, end=None):
+    """Rows [n + 1, H] less their mean (of those before `end`: not of cold items), of length 1; row
+    0 zeros."""
     centred = matrix[1:] - matrix[1:end].mean(0)
-    unit = F.pad(F.normalize(centred, dim=1), (0, 0, 1, 0))
+    return F.pad(F.normalize(centred, dim=1), (0, 0, 1, 0))
+
+
+def text_knn(matrix, end=None):
+    """score(j) = sum over the history's items i other than j of weight(i) cos(E_i, E_j), of the
+    directions of the rows."""
+    unit = directions(matrix, end)
     own = unit.square().sum(1)
 
     def score(weights):
@@ -160,7 +166,9 @@ def untrained(data, embeddings):
     for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
         valid = {}
-        for weight, decay in product(scorers, DECAYS):
+        # popularity looks at no history
+        decays = DECAYS[:1] if name == 'popularity' else DECAYS
+        for weight, decay in product(scorers, decays):
             ranks = ranks_of(part, 'valid', scorers[weight], decay)
             valid[weight, decay] = value_of(ranks)
         weight, decay = max(valid, key=valid.get)

@@ -170,6 +170,7 @@ def draw_bars(path, cells):
     colours = [f'C{titles.index(cell.title)}' for cell in cells]
     popularity = [cell for cell in cells if cell.label == 'popularity']
     width = 6 + 0.08 * max(map(len, names))
+    best = best_of(cells)
     with picture(path, width, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(AGAINST), sharey=True)
         for axis, ranking in zip(axes, AGAINST):
@@ -177,8 +178,7 @@ def draw_bars(path, cells):
             means, spreads = zip(*values)
             axis.barh(names, means, xerr=spreads, color=colours)
             title = f'{SHOWN} in percent, {AGAINST[ranking]}'
-            best = best_of(cells)[ranking]
-            lines = filter(None, (best, *popularity))
+            lines = filter(None, (best[ranking], *popularity))
             for style, cell in zip(('dashed', 'dotted'), lines):
                 value, _ = cell.value(ranking)
                 axis.axvline(value, color='black', linestyle=style)

@@ -268,12 +268,15 @@ class RecFormer(Model):
         groups = self.passes(packed)
         if 0 < len(groups) <= kept:
             groups = [self.machine.share(len(packed.lengths))]
+
+        def states(part, _):
+            return self(part)
         for group in progress(groups, desc=label, unit='batch', disable=not label):
             part = packed.rows(group)
             if len(groups) == 1:
                 x = self(part)
             else:  # the word table says whose random numbers
-                x = remade(lambda part, _: self(part), part, self.word_table, draws=True)
+                x = remade(states, part, self.word_table, draws=True)
             out.index_copy_(0, self.machine.put(group), x.float())
         return self.machine.sum(out)
 

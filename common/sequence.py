@@ -31,8 +31,8 @@ class ItemTable(nn.Module):
 
     def of(self, ids):
         """Rows of these items."""
-        found = F.embedding(ids, self.weight)
-        return found if self.text is None else found + F.embedding(ids, self.text)
+        found = rows(self.weight, ids)
+        return found if self.text is None else found + rows(self.text, ids)
 
 
 class SequenceModel(Model):
@@ -109,8 +109,7 @@ class SequenceModel(Model):
         items, offsets, targets = data.split(which, users)
         score = product_scorer(self.all_states(items, offsets), *self.scorer())
         negatives = data.negatives if negatives is None else negatives
-        chunk = max(2 ** 24, 32 * data.n_items)  # a pass over millions of rows serves 32 users
-        return rank_counts(score, data.n_items, targets, negatives, (items, offsets), chunk)
+        return rank_counts(score, data.n_items, targets, negatives, (items, offsets))
 
     def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.

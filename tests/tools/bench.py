@@ -69,9 +69,9 @@ class Work:
 
 @dataclass
 class Row:
-    """work(ours) -> Work; alone: no baseline; once: neither warmed up nor repeated. Targets: `share`
-    of the machine's product rate at least; at most `memory` of the baseline's memory; at most so
-    many MB, ms, MB sent."""
+    """work(ours) -> Work; alone: no baseline; once: neither warmed up nor repeated. Targets:
+    `share` of the machine's product rate at least; at most `memory` of the baseline's memory; at
+    most so many MB, ms, MB sent."""
     work: Callable
     share: float | None = None
     memory: float | None = None
@@ -182,7 +182,6 @@ def opening(ours, items=937000, users=530600):
     place = Path(folder.name, 'mine')
     place.mkdir()
     rows, offsets = histories(users, 8.8, items)
-    rng = np.random.default_rng(2)
     with open(place / 'interactions.csv', 'w') as f:
         f.write('user,item,timestamp\n')
         for user in range(users):

@@ -21,7 +21,8 @@ from tests.tools.bench import BASE, MINILM, PER_ITEM, encode, epoch_flops, lm_fl
 
 EPOCHS_PT, EPOCHS_FT = 32, 10  # at most (RecFormer); assumed, as early stopping may end it
 ROW_BYTES, ROWS_A_SECOND = 45, 75_000  # of preparation: a rating that is read, one core
-PREPARED = {'pantry': 471_615, 'arts': 2_875_917, 'pretraining': 51_311_621}  # ratings that are read
+# ratings that are read
+PREPARED = {'pantry': 471_615, 'arts': 2_875_917, 'pretraining': 51_311_621}
 
 
 class Size(NamedTuple):
