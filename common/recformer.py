@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import offsets_of, take
+from common.arrays import take
 from common.layers import Model, additive, attend, dropout, half, remade, rows
 from common.progress import progress
 from common.text import RECTANGLE, micro_batches, pack
@@ -66,30 +66,36 @@ class Batch:
         self.types = machine.put(packed.types)
         self.item_positions = machine.put(packed.item_positions)
         lengths = machine.put(packed.lengths)
-        row = torch.arange(len(packed.tokens), device=machine.device)
+        arange = partial(torch.arange, device=machine.device)
+        row = arange(len(packed.tokens))
         owner = torch.repeat_interleave(lengths, output_size=len(row))  # sequence of a token
         self.cls = lengths.cumsum(0) - lengths
         self.positions = row - self.cls[owner]
         longest = packed.lengths.max()
-        column = torch.arange(longest, device=machine.device)
+        column = arange(longest)
         self.real = column < lengths[:, None]
         self.all = self.cls[:, None] + column * self.real
 
-        width = longest if longest <= RECTANGLE else BLOCK
-        first = offsets_of(-(-packed.lengths // width) * width)  # slot of each sequence
-        self.place = machine.put(first[:-1])[owner] + self.positions
-        slots = row.new_full([first[-1]], -1).index_copy(0, self.place, row)  # -1: stays empty
-        queries = slots.view(-1, width)
-        of_block = owner[queries[:, :1]]  # its first slot is never empty
-        cls, length = self.cls[of_block], lengths[of_block]
+        whole = longest <= RECTANGLE
+        width = longest if whole else BLOCK
+        blocks = -(-lengths // width)
+        first = blocks.cumsum(0) - blocks  # block of each sequence
+        self.place = first[owner] * width + self.positions
+        count = int(np.sum(-(-packed.lengths // width)))
+        of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
+        begin = (arange(count) - first[of_block]) * width
         side = window // 2
-        keys, begin = queries, -side  # column where the window of a block's first query begins
-        if longest > RECTANGLE:
-            reach = F.pad(slots, (side, side), value=-1).unfold(0, width + 2 * side, width)
-            keys, begin = torch.cat([cls, reach], 1), 1
-        known = (keys > cls) & (keys < cls + length)
-        self.queries, self.keys = queries.maximum(cls), keys.where(known, cls)
-        near = known.new_ones(width, keys.shape[1]).triu(begin).tril(begin + 2 * side)
+        query = begin[:, None] + arange(width)  # a token's number in its
+        key = query                                                  # sequence
+        if not whole:
+            reach = arange(-side, width + side)
+            key = F.pad(begin[:, None] + reach, (1, 0))
+        cls = self.cls[of_block, None]
+        last = lengths[of_block, None] - 1
+        self.queries = cls + query.minimum(last)
+        self.keys = cls + key.clamp_min(0).minimum(last)
+        near = (query[0, :, None] - key[0]).abs() <= side  # the same in every block
+        known = (key > 0) & (key <= last)
         near[:, 0] = known[:, 0] = True  # CLS
         # a sum is the only pass over the mask's size: 0 + 0, or -inf from either side
         self.mask = (additive(near) + additive(known)[:, None])[:, None]
@@ -303,14 +309,15 @@ class RecFormer(Model):
     @torch.no_grad()
     def cls_attention(self, packed):
         """Attention weights of CLS in every layer: [layers, B, h, L]."""
-        with self.machine.autocast():
-            batch = Batch(packed, self.config.window, self.machine)
-            x = half(self.longformer.embeddings(batch))
-            found = []
-            for layer in self.layers:
-                weights, _ = layer.attention.self.cls_weights(half(x), batch)
-                found.append(weights)
-                x = layer(x, batch)
+        found = []
+
+        def keep(attention, given, _):
+            weights, _ = attention.cls_weights(*given)
+            found.append(weights)
+        hooks = [layer.attention.self.register_forward_hook(keep) for layer in self.layers]
+        self(packed, np.arange(len(packed.tokens)))
+        for hook in hooks:
+            hook.remove()
         return torch.stack(found)
 
 
