@@ -15,7 +15,7 @@ from common.text import Words, load_words
 # Settings of a config.json that must have one of these values, or be absent. What becomes of every
 # other is in tests/test_backbone.py.
 ALLOWED = {'model_type': 'bert roberta longformer xlm-roberta camembert',
-           'hidden_act': 'gelu gelu_new relu silu', 'position_embedding_type': 'absolute',
+           'hidden_act': 'gelu', 'position_embedding_type': 'absolute',
            'is_decoder': 'False', 'add_cross_attention': 'False', 'tie_word_embeddings': 'True'}
 # How names are renamed, one rule after the other (a pattern at the name's beginning). In published
 # files: wrappers of DeepSpeed, torch.compile, DataParallel, Lightning; a model without its head.
@@ -70,12 +70,10 @@ def from_backbone(path, layers=None):
     if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     encoder.layer = encoder.layer[:layers]
-    bert, activation = b.model_type == 'bert', None if b.hidden_act == 'gelu' else b.hidden_act
-    offset = 0 if bert else (b.pad_token_id or 0) + 1
+    offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
-               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob, activation=activation,
-               head_activation=activation if bert else None)
+               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
     rules = {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD}
     given = renamed(backbone.state_dict(), rules)
     given = renamed(given, GLOBAL) | given

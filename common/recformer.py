@@ -25,9 +25,6 @@ from common.text import RECTANGLE, micro_batches, pack
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 TEMPERATURE = 0.05  # RecFormer
 KEPT = 4  # passes whose worth of CLS is encoded at once: time against memory
-# None: gelu, so that a model which knew nothing else keeps its identity
-ACTIVATIONS = {None: F.gelu, 'gelu_new': partial(F.gelu, approximate='tanh'), 'relu': F.relu,
-               'silu': F.silu}
 
 
 @dataclass
@@ -45,8 +42,6 @@ class Config:
     window: int = 64         # RecFormer: 32 tokens to each side
     max_items: int = 50      # of a history (RecFormer)
     max_tokens: int = 1024   # of a history (RecFormer)
-    activation: str = None       # of the feed-forward layers: of ACTIVATIONS
-    head_activation: str = None  # of the masked-language-model head
 
 
 class Batch:
@@ -167,7 +162,6 @@ class Layer(nn.Module):
                                         'output': Output(c.hidden, c)})
         self.output = Output(c.intermediate, c)
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
-        self.activation = ACTIVATIONS[c.activation]
 
     def forward(self, x, batch, wanted=slice(None)):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
@@ -179,7 +173,7 @@ class Layer(nn.Module):
         return self.output(remade(self.feed_forward, self.intermediate.dense(x)), x)
 
     def feed_forward(self, y):
-        return self.output.dense(self.activation(y))
+        return self.output.dense(F.gelu(y))
 
 
 class Embeddings(nn.Module):
@@ -252,8 +246,7 @@ class RecFormer(Model):
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
         with self.machine.autocast():
-            activation = ACTIVATIONS[self.config.head_activation]
-            x = self.lm_head.layer_norm(activation(self.lm_head.dense(states)))
+            x = self.lm_head.layer_norm(F.gelu(self.lm_head.dense(states)))
             return F.linear(x, self.word_table, self.lm_head.bias)
 
     def passes(self, packed):

@@ -143,10 +143,10 @@ def test_published_files_whose_names_do_not_add_up_are_refused(tuned, tmp_path, 
 KINDS = {'bert': BertConfig, 'roberta': RobertaConfig, 'longformer': LongformerConfig,
          'xlm-roberta': XLMRobertaConfig, 'camembert': CamembertConfig}
 # What becomes of every setting of these five. Honoured: it is in our Config, or its tensors are.
-HONOURED = set('vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act '
+HONOURED = set('vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size '
                'hidden_dropout_prob max_position_embeddings layer_norm_eps pad_token_id'.split())
 REFUSED = {'is_decoder': True, 'add_cross_attention': True, 'tie_word_embeddings': False,
-           'position_embedding_type': 'relative_key', 'hidden_act': 'tanh', 'model_type': 'electra'}
+           'position_embedding_type': 'relative_key', 'hidden_act': 'gelu_new', 'model_type': 'electra'}
 # Of no effect on the states; each with a value that is not its default.
 NO_EFFECT = {
     'type_vocab_size': 3,               # row 0 alone is used: there is one segment
@@ -187,13 +187,12 @@ def states_of(theirs, p):
     return found.hidden_states[-1][:, :ids.shape[1]][mask.bool()], found.logits[mask.bool()]
 
 
-SETTINGS = {'no effect': NO_EFFECT, 'gelu_new': {'hidden_act': 'gelu_new'}, 'silu': {'hidden_act': 'silu'},
-            'relu': dict(hidden_act='relu', layer_norm_eps=0.1, num_attention_heads=4, pad_token_id=3)}
-CASES = [(kind, name) for kind in KINDS for name in SETTINGS
-         if kind in ('bert', 'roberta') or name in ('no effect', 'relu')]
+SETTINGS = {'no effect': NO_EFFECT,
+            'some effect': dict(layer_norm_eps=0.1, num_attention_heads=4, pad_token_id=3)}
 
 
-@pytest.mark.parametrize('kind,settings', CASES)
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('settings', SETTINGS)
 def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
     known = {field.name for field in fields(KINDS[kind])} - {'architectures'}
     chosen = {name: value for name, value in SETTINGS[settings].items() if name in known}
@@ -212,7 +211,7 @@ def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
         save_recformer(tmp_path / 'model.pt', model)
         again = load_recformer(tmp_path / 'model.pt').eval()
         assert torch.equal(again(p), model(p)) and again.config == model.config
-        then, model.config.activation = weights_digest(model), None
+        then, model.config.heads = weights_digest(model), 2
         assert weights_digest(again) == then != weights_digest(model)
 
 
@@ -342,7 +341,7 @@ def test_a_moved_language_model_is_the_same_and_a_changed_one_is_not(world, caps
     (world / 'plm').rename(world / 'moved')
     assert 'is up to date' in export(world, world / 'moved', capsys)
     config = world / 'moved' / 'config.json'
-    config.write_text(config.read_text().replace('"gelu"', '"relu"'))
+    config.write_text(config.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-05'))
     assert 'written to' in export(world, world / 'moved', capsys)
     model = AutoModelForMaskedLM.from_pretrained(world / 'moved')
     with torch.no_grad():
