@@ -30,3 +30,8 @@ def newest(items, offsets, most):
 def row_numbers(lengths):
     """The row of every element of rows of these lengths: int64 [sum]."""
     return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def parts(n, most):
+    """Numbers 0 ... n - 1 in parts of almost equal size, each of at most `most`."""
+    return np.array_split(np.arange(n), -(-n // most))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import newest, ragged, row_numbers, take
+from common.arrays import newest, parts, ragged, row_numbers, take
 from common.files import UserError
 from common.layers import Model, additive, attend, dropout, half, rows
 from common.metrics import product_scorer, rank_counts
@@ -97,10 +97,9 @@ class SequenceModel(Model):
         """`states` of many histories, in parts: float32 [B, H]. The model is in evaluation mode
         from here on."""
         self.eval()
-        users = np.arange(len(offsets) - 1)
-        parts = np.array_split(users, -(-len(users) // at_once))
+        users = parts(len(offsets) - 1, at_once)
         with self.machine.autocast():
-            found = [self.states(*take(items, offsets, part)) for part in parts]
+            found = [self.states(*take(items, offsets, part)) for part in users]
         return torch.cat(found).float()
 
     def ranks(self, data, which, users=None, negatives=None):
@@ -128,17 +127,17 @@ class SequenceModel(Model):
         if kind == 'ce':
             x, table = LookUp.apply(self.item_embedding(), given)
             return softmax_loss(self(x, lengths), table, None, target)
-        sampled = kind == 'sampled'
-        n = len(self.item_embedding.weight) - 1
-        if sampled:  # shared by all positions: a product instead of a look-up for each
-            wrong = self.ids(1 + rng.choice(n, min(n, negatives), replace=False))
-        else:
+        if kind == 'bce':
             wrong = self.ids(negatives[place + 1])
-        found = self.item_embedding.of(torch.cat([given, target, wrong]))
-        x, right, others = found.split([len(given), len(given), len(wrong)])
+        else:  # shared by all positions: a product instead of a look-up for each
+            n = len(self.item_embedding.weight) - 1
+            wrong = self.ids(1 + rng.choice(n, min(n, negatives), replace=False))
+        ids = [given, target, wrong]
+        found = self.item_embedding.of(torch.cat(ids))
+        x, right, others = found.split(list(map(len, ids)))
         x = self(x, lengths)
         up = (x * right).sum(1).float()
-        if not sampled:
+        if kind == 'bce':
             down = (x * others).sum(1).float()
             return F.softplus(-up).mean() + F.softplus(down).mean()
         down = F.linear(half(x), half(others)).float()
