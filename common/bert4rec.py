@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import newest, ragged, row_numbers
-from common.layers import rows
-from common.sequence import ALL, AttentionBlock, AttentionModel, softmax_loss
+from common.layers import ALL, rows
+from common.sequence import AttentionBlock, AttentionModel, softmax_loss
 
 MASK_SHARE = 0.15  # of the items (paper's code)
 LAST_ONLY = 0.09  # of the draws (paper's code)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from common.layers import rows
-from common.sequence import ALL, SequenceModel
+from common.layers import ALL, rows
+from common.sequence import SequenceModel
 
 
 class GRU4Rec(SequenceModel):

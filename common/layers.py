@@ -58,6 +58,9 @@ class Model(nn.Module):
         return self.to(machine.device)
 
 
+ALL = slice(None)  # of the rows
+
+
 def half(x):
     """x in autocast's type, where that is on: cast once for several products."""
     if torch.is_autocast_enabled(x.device.type):
@@ -132,3 +135,22 @@ def attend(q, k, v, mask, p=0.0, training=False):
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     weights = scores.add_(mask).softmax(-1, dtype=q.dtype)
     return dropout(weights, p, training) @ v
+
+
+def split_heads(y, heads):
+    """[..., T, H] -> [..., h, T, d]."""
+    return y.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def attend_packed(q, k, v, layout, heads, wanted=ALL, p=0.0, training=False):
+    """Attention of T tokens, one sequence after the other: [T, H], or of the rows `wanted` [R].
+
+    q, k, v [T, H]. layout: `queries` [N, Q] and `keys` [N, K], the rows that stand in N blocks;
+    `mask` as of `additive`; `place` [T], where token t stands among the N * Q queries.
+    """
+    query = split_heads(rows(q, layout.queries), heads)
+    key = split_heads(rows(k, layout.keys), heads)
+    value = split_heads(rows(v, layout.keys), heads)
+    y = attend(query, key, value, layout.mask, p, training)
+    y = y.transpose(1, 2).flatten(2)  # [N, Q, H]
+    return rows(y.flatten(0, 1), layout.place[wanted])

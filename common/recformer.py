@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import parts, take
-from common.layers import Model, additive, attend, dropout, half, remade, rows
+from common.layers import ALL, Model, additive, attend_packed, dropout, half, remade, rows
 from common.progress import progress
 from common.text import RECTANGLE, micro_batches, pack
 
@@ -50,10 +50,10 @@ class Batch:
 
     Global attention: `all` [B, L] are rows of the packed tokens, `real` [B, L] those that exist.
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are
-    rows of the packed tokens, `mask` [N, 1, Q, K] is 0 where a query attends, else -inf, `place`
-    [T] finds token t in the blocks' outputs [N * Q]. Every query attends the CLS of its sequence
-    (column 0) and, as distances allow, window / 2 tokens to each side. Where all sequences are
-    short a block is a whole sequence; else the keys are CLS and what the block's windows reach.
+    rows of the packed tokens; `mask` [N, 1, Q, K] and `place` [T]: see `attend_packed`. Every query
+    attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to each
+    side. Where all sequences are short a block is a whole sequence; else the keys are CLS and what
+    the block's windows reach.
     """
 
     def __init__(self, packed, window, machine):
@@ -114,14 +114,8 @@ class WindowedAttention(nn.Module):
     def mix(self, x, q, k, v, batch):
         """Windowed attention with a CLS as any other token, then the outputs of each CLS replaced.
         Weights get no dropout (README, differences)."""
-        y = attend(self.in_blocks(q, batch.queries), self.in_blocks(k, batch.keys),
-                   self.in_blocks(v, batch.keys), batch.mask)
-        y = rows(y.transpose(1, 2).flatten(2).flatten(0, 1), batch.place)
+        y = attend_packed(q, k, v, batch, self.heads)
         return y.index_copy(0, batch.cls, self.cls(x, batch))
-
-    def in_blocks(self, y, index):
-        """[T, H] -> [N, h, Q or K, d]."""
-        return rows(y, index).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def cls_weights(self, x, batch):
         """Attention of each CLS over its tokens: (weights [B, h, L], their states [B, L, H])."""
@@ -163,7 +157,7 @@ class Layer(nn.Module):
         self.output = Output(c.intermediate, c)
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
 
-    def forward(self, x, batch, wanted=slice(None)):
+    def forward(self, x, batch, wanted=ALL):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         if wanted is batch.cls:  # no windowed attention
             y = self.attention.self.cls(half(x), batch)

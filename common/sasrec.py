@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.layers import rows
-from common.sequence import ALL, AttentionBlock, AttentionModel
+from common.layers import ALL, rows
+from common.sequence import AttentionBlock, AttentionModel
 
 
 class SASRecBlock(AttentionBlock):

@@ -10,11 +10,11 @@ from torch import nn
 
 from common.arrays import newest, parts, ragged, row_numbers, take
 from common.files import UserError
-from common.layers import Model, additive, attend, dropout, half, rows
+from common.layers import (ALL, Model, additive, attend_packed, dropout, half, rows,
+                           split_heads)
 from common.metrics import product_scorer, rank_counts
 
 WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
-ALL = slice(None)  # of the rows
 
 
 class ItemTable(nn.Module):
@@ -191,10 +191,9 @@ class AttentionBlock(nn.Module):
 class Layout:
     """Where the T items of B sequences stand when attention lays them out; for every layer alike.
 
-    Whole sequences fill S squares of W places, W = WIDTH or the longest: `items` [S, W] are rows of
-    the packed items, `mask` [S, 1, W, W] is 0 where a query (second last) attends a key, else -inf;
-    `place` [T] finds item t in the squares' outputs; `position` [T]: the newest item has the last
-    position, max_items - 1.
+    Whole sequences fill S squares of W places, W = WIDTH or the longest: `queries`, which are the
+    `keys` too, [S, W]; `mask` [S, 1, W, W]; `place` [T] (see `attend_packed`). `position` [T]: the
+    newest item has the last one, max_items - 1.
     """
 
     def __init__(self, lengths, max_items, causal, machine):
@@ -211,7 +210,7 @@ class Layout:
         owner = items - 1  # whose place it is; -1: nobody's
         items.flat[place] = np.arange(len(place))
         owner.flat[place] = row_numbers(lengths)
-        self.items = machine.put(items)
+        self.queries = self.keys = machine.put(items)
         self.place = machine.put(place)
         self.position = machine.put(ragged(max_items - lengths, lengths))
         owner = machine.put(owner)
@@ -234,24 +233,19 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
 
-    def split(self, y):
-        """[..., W, H] -> [..., h, W, d]."""
-        return y.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-
     def forward(self, q, x, layout, wanted=ALL):
         x_half = half(x)
         q = x_half if q is x else half(q)
-        made = self.query(q), self.key(x_half), self.value(x_half)
-        three = [self.split(rows(y, layout.items)) for y in made]
-        y = attend(*three, layout.mask, self.dropout, self.training)
-        y = y.transpose(1, 2).flatten(2).flatten(0, 1)
-        return self.out(rows(y, layout.place[wanted]))
+        y = attend_packed(self.query(q), self.key(x_half), self.value(x_half), layout,
+                          self.heads, wanted, self.dropout, self.training)
+        return self.out(y)
 
     def weights(self, q, x):
         """Attention weights of the queries q [Q, H] of one sequence over x [T, H]: [h, Q, T]."""
-        query = self.split(self.query(q))
-        key = self.split(self.key(x))
-        return (query @ key.transpose(1, 2) / query.shape[2] ** 0.5).softmax(2)
+        query = split_heads(self.query(q), self.heads)
+        key = split_heads(self.key(x), self.heads)
+        scores = query @ key.mT / query.shape[2] ** 0.5
+        return scores.softmax(2)
 
 
 # ------------------------------------------------------------------------ softmax over all items

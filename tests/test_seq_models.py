@@ -308,7 +308,7 @@ def test_the_newest_item_has_the_last_position():
 
 def test_sequences_that_do_not_fit_begin_the_next_square():
     layout = layout_of([40, 30, 20], True)
-    assert layout.items.shape == (2, sequence.WIDTH)
+    assert layout.queries.shape == (2, sequence.WIDTH)
     assert layout.place.tolist() == [*range(40), *range(64, 64 + 50)]
     long = layout_of([3, 70, 60], True)
     assert long.items.shape == (3, 70), 'a longer sequence makes the squares larger'
