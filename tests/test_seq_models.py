@@ -311,7 +311,7 @@ def test_sequences_that_do_not_fit_begin_the_next_square():
     assert layout.queries.shape == (2, sequence.WIDTH)
     assert layout.place.tolist() == [*range(40), *range(64, 64 + 50)]
     long = layout_of([3, 70, 60], True)
-    assert long.items.shape == (3, 70), 'a longer sequence makes the squares larger'
+    assert long.queries.shape == (3, 70), 'a longer sequence makes the squares larger'
 
 
 def test_gru4rec_equals_torchs_gru_with_its_weights():
