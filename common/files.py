@@ -100,10 +100,10 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
-def file_stamp(path, known=None):
+def file_stamp(path, known={}):
     """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, where the content is still
     that. An untouched file is not read again."""
-    status, known = os.stat(path), known or {}
+    status = os.stat(path)
     stamp = {'size': status.st_size, 'time': status.st_mtime_ns}
     if stamp.items() <= known.items():
         return known

@@ -105,9 +105,9 @@ def canonical_file(folder, stem):
 
 
 def read_items(path):
-    """{id: JSON of [[name, value], ...]} from items.jsonl: one object a line, `id` and text
-    attributes in reading order. As text they take half of the memory. Attributes that are objects
-    are left out and counted."""
+    """{id: JSON of [[name, value], ...]}, ids in order, from items.jsonl: one object a line, `id`
+    and text attributes in reading order. As text they take half of the memory. Attributes that are
+    objects are left out and counted."""
     found = {}
 
     def add(given):
@@ -120,7 +120,7 @@ def read_items(path):
     tell_objects(path, sum(readable(path, objects(path), add)))
     if not found:
         raise UserError(f'{path}: holds no items')
-    return found
+    return dict(sorted(found.items()))
 
 
 def tell_objects(path, count):
@@ -157,26 +157,22 @@ def as_text(value):
 
 def read_interactions(path, known):
     """The columns user, item (int32 [N]) and time (int64 [N], microseconds) of the rows whose item
-    is known; the ids of users and of items (lists; numbers are their places); how many rows have an
-    unknown item."""
+    is known; the ids of users and of items (lists; numbers are their places; items' are `known`);
+    how many rows have an unknown item."""
     rows = csv_rows(path)
     _, header = next(rows, (0, ['nothing']))
     if [cell.strip().lower() for cell in header] != HEADER.split(','):
         raise UserError(f'{path}: line 1 must be {HEADER}; it is {",".join(header)[:80]}')
-    users, items = {}, {}
-    columns = array('i'), array('i'), array('q')  # 16 bytes a row
-
-    def add(row):
-        user, item, time = event(row)
-        if item not in known:
-            return 1
+    users, items = {}, {key: number for number, key in enumerate(known)}
+    columns, unknown = (array('i'), array('i'), array('q')), 0  # 16 bytes a row
+    for user, item, time in readable(path, rows, event):
+        if item not in items:
+            unknown += 1
+            continue
         columns[0].append(users.setdefault(user, len(users)))
-        columns[1].append(items.setdefault(item, len(items)))
+        columns[1].append(items[item])
         columns[2].append(time)
-        return 0
-
-    unknown = sum(readable(path, rows, add))
-    if not items:
+    if not users:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
                         f'({unknown} rows with unknown items)')
     columns = [np.frombuffer(column, column.typecode) for column in columns]
