@@ -27,8 +27,7 @@ def sparse(items, offsets, values, n):
     that a row has twice are added up."""
     lengths = np.diff(offsets)
     index = np.stack([row_numbers(lengths), items])
-    size = len(lengths), n + 1
-    found = torch.sparse_coo_tensor(index, values, size, check_invariants=False)
+    found = torch.sparse_coo_tensor(index, values, (len(lengths), n + 1), check_invariants=False)
     return found.float().coalesce()
 
 
@@ -37,8 +36,7 @@ def sparse(items, offsets, values, n):
 def popularity(data):
     """How often items occur in training parts, whatever the history."""
     items, _ = data.training()
-    counts = np.bincount(items, minlength=data.n_items + 1)
-    row = torch.from_numpy(counts).float()
+    row = torch.from_numpy(items).bincount(minlength=data.n_items + 1).float()
 
     def score(weights):
         return row.repeat(len(weights), 1)
@@ -141,11 +139,11 @@ def some_of(data, scores=2 ** 29):
 
 def ranks_of(data, which, scorer, decay=1.0):
     """Ranks of the evaluated users' targets under a scorer; on 'valid' the sampled ones alone."""
-    items, offsets, targets = data.split(which)
+    *histories, targets = data.split(which)
 
     def score(users):
-        return scorer(weighted(*take(items, offsets, users), decay, data.n_items))
-    history = None if which == 'valid' else (items, offsets)
+        return scorer(weighted(*take(*histories, users), decay, data.n_items))
+    history = None if which == 'valid' else histories
     # a scorer makes several matrices of a chunk's size
     return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
 
@@ -165,17 +163,17 @@ def untrained(data, embeddings):
     part = some_of(data)
     for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
-        valid = {}
         # popularity looks at no history
         decays = DECAYS[:1] if name == 'popularity' else DECAYS
-        for weight, decay in product(scorers, decays):
-            ranks = ranks_of(part, 'valid', scorers[weight], decay)
-            valid[weight, decay] = value_of(ranks)
+        valid = {(weight, decay): value_of(ranks_of(part, 'valid', scorers[weight], decay))
+                 for weight, decay in product(scorers, decays)}
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
-        fields = {'init': init, 'seconds': round(time.monotonic() - began, 1),
-                  'valid': valid[weight, decay], 'weight': weight, 'decay': decay}
-        yield name, fields, ranks
+        yield name, {'init': init,
+                     'seconds': round(time.monotonic() - began, 1),
+                     'valid': valid[weight, decay],
+                     'weight': weight,
+                     'decay': decay}, ranks
 
 
 def untrained_lines(data):
