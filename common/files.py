@@ -92,11 +92,10 @@ def digest(*parts):
             part = part.numpy(force=True)
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
-            h.update(part.ravel().view('u1'))  # no copy where it is in order
-        elif isinstance(part, bytes):
-            h.update(part)
-        else:
-            h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+            part = part.ravel().view('u1')  # no copy where it is in order
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        h.update(part)
     return h.hexdigest()[:16]
 
 
@@ -218,13 +217,11 @@ def lock(folder, wait=False):
         return
     with open(path, 'a') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f'{folder} is in use by {path.read_text().strip()}: wait for it or '
                             'stop it') from None
-        f.truncate(0)
-        f.write(f'process {os.getpid()} ({" ".join(sys.argv)})')
-        f.flush()
+        path.write_text(f'process {os.getpid()} ({" ".join(sys.argv)})')
         yield
 
 

@@ -28,6 +28,7 @@ PAIRS = ('X.inter X.item, u.data u.item, ratings.dat movies.dat, ratings.csv mov
          'X.csv meta_X.json, X.json meta_X.json, X_5.json meta_X.json, '
          'X.csv meta_X.jsonl, X.jsonl meta_X.jsonl, interactions.csv items.csv, '
          'interactions.tsv items.tsv, interactions.csv items.jsonl, interactions.tsv items.jsonl')
+JSON, CSV = {'.json', '.jsonl'}, {'.csv', '.tsv'}
 # What a column is called, the first that is there counts; `id` is an item's in the file of texts.
 ITEM = 'item item_id itemId movieId movie_id parent_asin asin product_id'
 COLUMNS = {'user': 'user user_id userId reviewerID customer_id', 'item': ITEM, 'id': f'{ITEM} id',
@@ -75,7 +76,7 @@ codecs.register_error('latin', latin)
 
 def is_json(path):
     """Whether a file holds objects of JSON, and not a table."""
-    return path.name.removesuffix('.gz').endswith(('.json', '.jsonl'))
+    return not JSON.isdisjoint(path.suffixes)
 
 
 def table(path):
@@ -86,7 +87,7 @@ def table(path):
         return list(first), objects(path, 'latin')
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
-    if path.name.removesuffix('.gz').endswith(('.csv', '.tsv')):
+    if not CSV.isdisjoint(path.suffixes):
         rows = csv_rows(path, 'latin', mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
@@ -238,8 +239,8 @@ def canonical_from_amazon(folder, filters):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
     category, expected = AMAZON[folder.name]
-    pair = (raw_file(folder.name, f'categoryFilesSmall/{category}.csv'),
-            raw_file(folder.name, f'metaFiles2/meta_{category}.json.gz'))
+    remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
+    pair = [raw_file(folder.name, remote) for remote in remotes]
     if 'ELEPHANT_ANY_VERSION' in os.environ:
         expected = None
     canonical_from(folder, pair, {}, filters, expected)

@@ -12,7 +12,6 @@ import os
 import sys
 from array import array
 from datetime import UTC, datetime, timedelta
-from operator import itemgetter
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -51,7 +50,7 @@ def lines(path, errors='strict'):
 def csv_rows(path, errors='strict', delimiter=','):
     """(line number, cells) of each row of a CSV file that holds something. UserError: a quote that
     never ends, or goes on after its end."""
-    text = map(itemgetter(1), lines(path, errors))
+    text = (line for _, line in lines(path, errors))
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         for row in rows:
@@ -215,16 +214,16 @@ def microseconds(stamp):
 
 def download(url, path):
     """Fetch `url` to `path`, going on where an earlier download broke off."""
-    # the last byte is asked for again, so that there is one to send where nothing else is left
-    have = max(0, path.stat().st_size - 1) if path.exists() else 0
-    answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
-    if not answer.url.startswith(SAFE):
-        raise UserError(f'{url}: leads to {answer.url}; only https')
-    bar = progress(total=answer.length, unit='B', unit_scale=True, desc=path.name)
-    with answer, bar, open(path, 'ab') as f:
+    with open(path, 'ab') as f:
+        # the last byte is asked for again, so that there is one to send where nothing else is left
+        have = max(0, f.tell() - 1)
+        answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
+        if not answer.url.startswith(SAFE):
+            raise UserError(f'{url}: leads to {answer.url}; only https')
         f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
-        while chunk := answer.read(2 ** 20):
-            bar.update(f.write(chunk))
+        with answer, progress(total=answer.length, unit='B', unit_scale=True, desc=path.name) as bar:
+            while chunk := answer.read(2 ** 20):
+                bar.update(f.write(chunk))
     if answer.length:
         raise UserError(f'{url}: the download broke off; run the same command again to go on '
                         f'from {path}')
