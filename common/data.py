@@ -5,10 +5,10 @@
 Ids: items 1..n in the order of `item_ids` (sorted as text), 0 = padding, the same everywhere;
 users are rows 0..U-1. Ends with what two rankings that need no training reach on these data.
 """
-import contextlib
 import io
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import compress
@@ -20,7 +20,7 @@ from common.arrays import offsets_of, ragged
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
 from common.formats import canonical_from_amazon, convert, named_columns
-from common.options import COUNT, POSITIVE, number, option, options_parser
+from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
 from common.sources import AMAZON, canonical_file, read_interactions, read_items
 
@@ -164,7 +164,7 @@ def evaluated_users(items, offsets):
 def filtered(user, item, time, min_user, min_item, sample):
     """The three columns without the users and items that go, by user, time and place in the
     file."""
-    rows = core(user, item, min_user, min_item)
+    rows = core(user, item, max(3, min_user), min_item)
     alive = np.unique(user[rows])
     if 0 < sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
@@ -187,7 +187,7 @@ def build(folder, filters, identity):
     items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f'{path}: no user has {filters[0]} interactions (--min-user), the '
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user), the '
                         'last two with items of training sequences; there is nothing to evaluate')
     user_names = [user_ids[u] for u in users]
     catalogue = list(compress(item_ids, kept))
@@ -222,7 +222,7 @@ def filters_of(folder, given):
     """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's. All
     None: those of last time."""
     if set(given) == {None}:
-        with contextlib.suppress(UserError):
+        with suppress(UserError):
             return head_of(folder)['identity']['filters']
     pairs = zip(given, FILTERS.get(folder.name, DEFAULT))
     return [default if value is None else value for value, default in pairs]
@@ -248,7 +248,7 @@ def prepare(name, given):
         raise UserError(f'unknown dataset {name}: known are drugstore, grocery, '
                         f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
                         f'into {folder}')
-    with contextlib.suppress(UserError):  # it is made now
+    with suppress(UserError):  # it is made now
         return load(name, filters)
     with lock(folder):
         identity = identity_of(folder, filters, {})
@@ -305,7 +305,7 @@ def report(data):
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('name', help=f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
-    option(p, '--min-user', number(int, 3), None,
+    option(p, '--min-user', POSITIVE, None,
            'fewest interactions of a user (paper: 4, sources 5; at least 3)')
     option(p, '--min-item', POSITIVE, None,
            'fewest interactions of an item (paper: source domains 5, else 1)')

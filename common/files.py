@@ -2,7 +2,6 @@
 
 Every output is written beside its final name and renamed. Every `.pt` says what it is (`kind`).
 """
-import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def stop(number, _):
 
 # ------------------------------------------------------------------------ identities
 
-@contextlib.contextmanager
+@contextmanager
 def unpacked(path):
     """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged."""
     opener = gzip.open if str(path).endswith('.gz') else open
@@ -123,7 +123,7 @@ def provenance():
 
 # ------------------------------------------------------------------------ writing
 
-@contextlib.contextmanager
+@contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = Path(path)
@@ -205,12 +205,12 @@ def load_pt(path, kind, device='cpu'):
     return content
 
 
-@contextlib.contextmanager
+@contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
-    path = Path(folder, '.lock')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / '.lock'
     follower = int(os.environ.get('RANK', 0)) and not wait  # of torchrun's the first holds it
     if follower or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
         yield

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from array import array
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -29,7 +29,6 @@ LONGEST_TEXT = 2000    # characters kept of an attribute: far more than its 32 t
 HEADER = 'user,item,timestamp'
 SAFE = 'https://', 'http://127.0.0.1:'
 NETWORK = URLError, ConnectionError, TimeoutError, http.client.HTTPException
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 UNREADABLE = AttributeError, LookupError, RecursionError, TypeError, ValueError
 
 
@@ -94,7 +93,7 @@ def readable(path, rows, parse, most=0.0):
 
 def canonical_file(folder, stem):
     """The file `stem` or `stem`.gz; UserError where neither or both are there."""
-    found = [path for path in (folder / stem, folder / f'{stem}.gz') if path.exists()]
+    found = [*folder.glob(stem), *folder.glob(f'{stem}.gz')]
     if not found:
         raise UserError(f'{folder / stem}: no such file (nor .gz); '
                         'data/README.md says what it must hold')
@@ -182,8 +181,7 @@ def event(cells):
     """(user, item, microseconds) of three texts. ValueError: its text goes on after "line 7"."""
     if len(cells) != 3:
         raise ValueError(f' has {len(cells)} columns, not 3 ({HEADER})')
-    user, item, stamp = cells
-    user, item = user.strip(' \t'), item.strip(' \t')
+    user, item, stamp = (cell.strip(' \t') for cell in cells)
     if not user or not item:
         raise ValueError(' has an empty user or item')
     try:
@@ -201,8 +199,8 @@ def microseconds(stamp):
         value = float(stamp)
     except ValueError:
         moment = datetime.fromisoformat(stamp.strip())
-        since = moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH
-        return since // timedelta(microseconds=1)
+        seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+        return round(seconds * 1e6)
     for factor in (1e6, 1e3, 1, 1e-3):
         found = value * factor
         if -1e17 < found < 1e17:
