@@ -240,7 +240,7 @@ def canonical_from_amazon(folder, filters):
         return
     category, expected = AMAZON[folder.name]
     remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
-    pair = [raw_file(folder.name, remote) for remote in remotes]
+    pair = [raw_file(category, remote) for remote in remotes]
     if 'ELEPHANT_ANY_VERSION' in os.environ:
         expected = None
     canonical_from(folder, pair, {}, filters, expected)

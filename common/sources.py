@@ -161,19 +161,19 @@ def read_interactions(path, known):
     _, header = next(rows, (0, ['nothing']))
     if [cell.strip().lower() for cell in header] != HEADER.split(','):
         raise UserError(f'{path}: line 1 must be {HEADER}; it is {",".join(header)[:80]}')
-    users, items = {}, {key: number for number, key in enumerate(known)}
-    columns, unknown = (array('i'), array('i'), array('q')), 0  # 16 bytes a row
+    users, items, unknown = {}, {key: number for number, key in enumerate(known)}, 0
+    of_user, of_item, times = array('i'), array('i'), array('q')  # 16 bytes a row
     for user, item, time in readable(path, rows, event):
-        if item not in items:
+        if item in items:
+            of_user.append(users.setdefault(user, len(users)))
+            of_item.append(items[item])
+            times.append(time)
+        else:
             unknown += 1
-            continue
-        columns[0].append(users.setdefault(user, len(users)))
-        columns[1].append(items[item])
-        columns[2].append(time)
     if not users:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
                         f'({unknown} rows with unknown items)')
-    columns = [np.frombuffer(column, column.typecode) for column in columns]
+    columns = [np.asarray(column) for column in (of_user, of_item, times)]
     return columns, list(users), list(items), unknown
 
 
@@ -227,7 +227,7 @@ def download(url, path):
                         f'from {path}')
 
 
-def raw_file(name, remote):
+def raw_file(category, remote):
     """data/raw/<file name> (or .gz), downloaded from the first host that has it where it is not
     there. Errors: UserError, which says what to put where."""
     path = data_root() / 'raw' / os.path.basename(remote)
@@ -247,7 +247,6 @@ def raw_file(name, remote):
             if getattr(error, 'code', None) == 416:  # the part is longer than the file
                 part.unlink(missing_ok=True)
             print(f'{url}: {error}', file=sys.stderr)
-    category = AMAZON[name][0]
-    raise UserError(f'{name} could not be downloaded: put {category}.csv and '
+    raise UserError(f'{path.name} could not be downloaded: put {category}.csv and '
                     f'meta_{category}.json.gz (Amazon 2018, ratings only and metadata) into '
                     f'{path.parent}, or run drugstore, which needs neither')
