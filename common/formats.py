@@ -16,6 +16,7 @@ import re
 import zlib
 from array import array
 from html import unescape
+from operator import itemgetter
 
 from common.files import UserError, file_stamp, load_json, save_json, whole
 from common.runs import code_digest
@@ -74,17 +75,12 @@ def latin(error):
 codecs.register_error('latin', latin)
 
 
-def is_json(path):
-    """Whether a file holds objects of JSON, and not a table."""
-    return not JSON.isdisjoint(path.suffixes)
-
-
 def table(path):
-    """(names of the columns, (line number, row) of each): a row is a dictionary, or None where its
-    cells are too many or too few; of JSON it is whatever a line holds."""
-    if is_json(path):
+    """({column: its place in a row}, (line number, row) of each). A row is a list of cells, None
+    where they are too many or too few; or of JSON an object, whose places are its names."""
+    if not JSON.isdisjoint(path.suffixes):
         first = next((row for _, row in objects(path, 'latin') if isinstance(row, dict)), {})
-        return list(first), objects(path, 'latin')
+        return dict(zip(first, first)), objects(path, 'latin')
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
     if not CSV.isdisjoint(path.suffixes):
@@ -95,10 +91,11 @@ def table(path):
              if re.fullmatch(first, head.strip())]
     header = known[0] if known else next(rows, (0, []))[1]
     names = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
-    if len(set(names)) < len(names):
+    places = {name: place for place, name in enumerate(names)}
+    width = len(names)
+    if len(places) < width:
         raise UserError(f'{path}: two columns have one name: {", ".join(names)}')
-    return names, ((n, dict(zip(names, row)) if len(row) == len(names) else None)
-                   for n, row in rows)
+    return places, ((n, row if len(row) == width else None) for n, row in rows)
 
 
 def column(path, names, role, named):
@@ -113,11 +110,14 @@ def column(path, names, role, named):
 
 def interactions(path, named):
     """(user, item, time), as texts, of each row of a file of interactions."""
-    names, rows = table(path)
-    wanted = [column(path, names, role, named) for role in ('user', 'item', 'time')]
+    places, rows = table(path)
+    roles = 'user', 'item', 'time'
+    pick = itemgetter(*[places[column(path, places, role, named)] for role in roles])
 
     def parse(row):
-        cells = [as_text(row[name]) for name in wanted]
+        cells = pick(row)
+        if isinstance(row, dict):
+            cells = list(map(as_text, cells))
         user, item, _ = event(cells)
         return user, item, cells[2]
 
@@ -126,12 +126,12 @@ def interactions(path, named):
 
 def items(path, named):
     """(id, [(name, text)], number of objects left out) of each row of a file of texts."""
-    names, rows = table(path)
-    key = column(path, names, 'id', named)
+    places, rows = table(path)
+    key = column(path, places, 'id', named)
 
     def parse(row):
-        if not is_json(path):
-            row = tidy(row)
+        if isinstance(row, list):
+            row = tidy(dict(zip(places, row)))
         elif key.endswith('asin'):
             row = {key: row[key], **product(row)}
         return item_of(row, key)
