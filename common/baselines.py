@@ -27,7 +27,8 @@ def sparse(items, offsets, values, n):
     that a row has twice are added up."""
     lengths = np.diff(offsets)
     index = np.stack([row_numbers(lengths), items])
-    found = torch.sparse_coo_tensor(index, values, (len(lengths), n + 1), check_invariants=False)
+    size = len(lengths), n + 1
+    found = torch.sparse_coo_tensor(index, values, size, check_invariants=False)
     return found.float().coalesce()
 
 
@@ -48,7 +49,8 @@ def item_knn(data):
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
     had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
-    over_items, over_users = row_sums(had), row_sums(had.t().coalesce())
+    over_items = row_sums(had)
+    over_users = row_sums(had.t().coalesce())
     counts = had.indices()[1].bincount(minlength=data.n_items + 1)
     norm = counts.clamp_min(1).sqrt()[:, None]
 
@@ -104,7 +106,8 @@ def weighted_sum(first, second, weight):
         return scores / scores.amax(1, keepdim=True).clamp_min(1e-12)
 
     def score(weights):
-        return top(first(weights)) + weight * top(second(weights))
+        one, other = first(weights), second(weights)
+        return top(one) + weight * top(other)
     return score
 
 
@@ -112,7 +115,8 @@ def all_scorers(data, embeddings, end=None):
     """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
     [n + 1, H]}, `end` as in text_knn."""
     items = item_knn(data)
-    found = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
+    found = {'popularity': (None, {None: popularity(data)}),
+             'item-knn': (None, {None: items})}
     for init, matrix in embeddings.items():
         text = text_knn(matrix, end)
         both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
@@ -165,12 +169,15 @@ def untrained(data, embeddings):
         began = time.monotonic()
         # popularity looks at no history
         decays = DECAYS[:1] if name == 'popularity' else DECAYS
-        valid = {(weight, decay): value_of(ranks_of(part, 'valid', scorers[weight], decay))
-                 for weight, decay in product(scorers, decays)}
+        valid = {}
+        for weight, decay in product(scorers, decays):
+            ranks = ranks_of(part, 'valid', scorers[weight], decay)
+            valid[weight, decay] = value_of(ranks)
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
+        seconds = round(time.monotonic() - began, 1)
         yield name, {'init': init,
-                     'seconds': round(time.monotonic() - began, 1),
+                     'seconds': seconds,
                      'valid': valid[weight, decay],
                      'weight': weight,
                      'decay': decay}, ranks

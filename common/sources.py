@@ -181,7 +181,8 @@ def event(cells):
     """(user, item, microseconds) of three texts. ValueError: its text goes on after "line 7"."""
     if len(cells) != 3:
         raise ValueError(f' has {len(cells)} columns, not 3 ({HEADER})')
-    user, item, stamp = [cell.strip(' \t') for cell in cells]
+    user, item, stamp = cells
+    user, item = user.strip(' \t'), item.strip(' \t')
     if not user or not item:
         raise ValueError(' has an empty user or item')
     try:
