@@ -220,7 +220,8 @@ def download(url, path):
         if not answer.url.startswith(SAFE):
             raise UserError(f'{url}: leads to {answer.url}; only https')
         f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
-        with answer, progress(total=answer.length, unit='B', unit_scale=True, desc=path.name) as bar:
+        bar = progress(total=answer.length, unit='B', unit_scale=True, desc=path.name)
+        with answer, bar:
             while chunk := answer.read(2 ** 20):
                 bar.update(f.write(chunk))
     if answer.length:
