@@ -37,8 +37,7 @@ def sparse(items, offsets, values, n):
 def popularity(data):
     """How often items occur in training parts, whatever the history."""
     items, _ = data.training()
-    counts = np.bincount(items, minlength=data.n_items + 1)
-    row = torch.from_numpy(counts).float()
+    row = torch.from_numpy(items).bincount(minlength=data.n_items + 1).float()
 
     def score(weights):
         return row.repeat(len(weights), 1)
@@ -50,7 +49,8 @@ def item_knn(data):
     the sets of users who have i and j in their training parts."""
     items, offsets = data.training()
     had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
-    over_items, over_users = row_sums(had), row_sums(had.t().coalesce())
+    over_items = row_sums(had)
+    over_users = row_sums(had.t().coalesce())
     counts = had.indices()[1].bincount(minlength=data.n_items + 1)
     norm = counts.clamp_min(1).sqrt()[:, None]
 
@@ -106,7 +106,8 @@ def weighted_sum(first, second, weight):
         return scores / scores.amax(1, keepdim=True).clamp_min(1e-12)
 
     def score(weights):
-        return top(first(weights)) + weight * top(second(weights))
+        one, other = first(weights), second(weights)
+        return top(one) + weight * top(other)
     return score
 
 
@@ -114,7 +115,8 @@ def all_scorers(data, embeddings, end=None):
     """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
     [n + 1, H]}, `end` as in text_knn."""
     items = item_knn(data)
-    found = {'popularity': (None, {None: popularity(data)}), 'item-knn': (None, {None: items})}
+    found = {'popularity': (None, {None: popularity(data)}),
+             'item-knn': (None, {None: items})}
     for init, matrix in embeddings.items():
         text = text_knn(matrix, end)
         both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
@@ -141,11 +143,11 @@ def some_of(data, scores=2 ** 29):
 
 def ranks_of(data, which, scorer, decay=1.0):
     """Ranks of the evaluated users' targets under a scorer; on 'valid' the sampled ones alone."""
-    items, offsets, targets = data.split(which)
+    *histories, targets = data.split(which)
 
     def score(users):
-        return scorer(weighted(*take(items, offsets, users), decay, data.n_items))
-    history = None if which == 'valid' else (items, offsets)
+        return scorer(weighted(*take(*histories, users), decay, data.n_items))
+    history = None if which == 'valid' else histories
     # a scorer makes several matrices of a chunk's size
     return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
 
@@ -165,17 +167,20 @@ def untrained(data, embeddings):
     part = some_of(data)
     for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
-        valid = {}
         # popularity looks at no history
         decays = DECAYS[:1] if name == 'popularity' else DECAYS
+        valid = {}
         for weight, decay in product(scorers, decays):
             ranks = ranks_of(part, 'valid', scorers[weight], decay)
             valid[weight, decay] = value_of(ranks)
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
-        fields = {'init': init, 'seconds': round(time.monotonic() - began, 1),
-                  'valid': valid[weight, decay], 'weight': weight, 'decay': decay}
-        yield name, fields, ranks
+        seconds = round(time.monotonic() - began, 1)
+        yield name, {'init': init,
+                     'seconds': seconds,
+                     'valid': valid[weight, decay],
+                     'weight': weight,
+                     'decay': decay}, ranks
 
 
 def untrained_lines(data):

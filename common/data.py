@@ -5,12 +5,13 @@
 Ids: items 1..n in the order of `item_ids` (sorted as text), 0 = padding, the same everywhere;
 users are rows 0..U-1. Ends with what two rankings that need no training reach on these data.
 """
-import contextlib
 import io
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -31,23 +32,31 @@ DEFAULT = 4, 1, 0
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
+NOTES = {  # counts that are told where there are any
+    'rows_unknown_item': 'rows dropped, as their item has no text',
+    'rows_repeated': 'rows dropped, as they repeat another',
+    'cold': 'items nobody has (they can be recommended, see evaluate.py recommend --cold)',
+    'same_text': 'items whose text another item has too',
+    'few_negatives': 'warning: users with fewer than 100 negatives, as the catalogue is small'}
+
+
+def as_lines(texts):
+    """Texts of JSON, one a line, as the bytes of one member of prepared.npz."""
+    return np.frombuffer('\n'.join(texts).encode(), np.uint8)
 
 
 def stored(folder, name):
-    """The values, an iterator, of a member of prepared.npz that as_lines() made."""
-    return map(json.loads, io.BytesIO(prepared(folder, name)[name].tobytes()))
+    """Yield the values of a member that as_lines() made; a list of pairs as one of tuples."""
+    for line in io.BytesIO(prepared(folder, name)[name]):
+        value = json.loads(line)
+        yield list(map(tuple, value)) if isinstance(value, list) else value
 
 
-def member(name, convert=list):
+def member(name):
     """A property of a Dataset: the values of a member, read when they are first asked for."""
     def read(data):
-        return convert(stored(data.folder, name))
+        return list(stored(data.folder, name))
     return cached_property(read)
-
-
-def as_pairs(items):
-    """Lists of [name, value] as lists of tuples."""
-    return [list(map(tuple, item)) for item in items]
 
 
 @dataclass
@@ -64,13 +73,14 @@ class Dataset:
     counts: dict
     fingerprint: str       # digest of all of the above but counts, and of the items' texts
     folder: Path
+    identity: dict = None  # what it was prepared from, see identity_of
 
     # of item i at i - 1: list of (name, value) in reading order
-    attributes = member('attributes', as_pairs)
+    attributes = member('attributes')
     # Items that have a text but are in nobody's sequence: sorted text ids, and their attributes in
     # that order. They are none of the items 1..n, and the fingerprint knows nothing of them.
     cold_ids = member('cold_ids')
-    cold_attributes = member('cold_attributes', as_pairs)
+    cold_attributes = member('cold_attributes')
     # text ids of users of interactions.csv whom the filters or the sample left out
     dropped_users = member('dropped_users')
 
@@ -87,14 +97,14 @@ class Dataset:
         targets [users]. 'valid': training part -> validation item; 'test': training part and
         validation item -> test item."""
         users = self.evaluated if users is None else users
-        kept = self.lengths[users] - {'valid': 2, 'test': 1}[which]
-        begin = self.offsets[users]
-        return self.items[ragged(begin, kept)], offsets_of(kept), self.items[begin + kept]
+        leave = {'valid': 2, 'test': 1}[which]
+        targets = self.items[self.offsets[users + 1] - leave]
+        return *self.training(leave, users), targets
 
-    def training(self, leave=2):
+    def training(self, leave=2, users=slice(None)):
         """All users' sequences but their last `leave` items: ragged (items, offsets)."""
-        kept = self.lengths - leave
-        return self.items[ragged(self.offsets[:-1], kept)], offsets_of(kept)
+        kept = self.lengths[users] - leave
+        return self.items[ragged(self.offsets[:-1][users], kept)], offsets_of(kept)
 
     def title(self, item):
         """The first attribute of an item that says something, else its id."""
@@ -134,12 +144,12 @@ def draw_evaluation_negatives(items, offsets, users, n):
     catalogue has no more. The same on every call."""
     rng = np.random.default_rng(NEGATIVE_SEED)
     out = np.zeros((len(users), NEGATIVES), np.int32)
-    for row, user in enumerate(users):
+    for row, user in zip(out, users):
         own = set(items[offsets[user]:offsets[user + 1]].tolist())
         # drawn in random order, so what is left after the user's own is uniform too
-        draw = rng.choice(n, min(n, NEGATIVES + len(own)), replace=False) + 1
-        draw = [item for item in draw.tolist() if item not in own][:NEGATIVES]
-        out[row, :len(draw)] = draw
+        drawn = rng.choice(n, min(n, NEGATIVES + len(own)), replace=False) + 1
+        others = [item for item in drawn.tolist() if item not in own]
+        row[:len(others)] = others[:NEGATIVES]
     return out
 
 
@@ -171,78 +181,77 @@ def build(folder, filters, identity):
     repeated = repeats(columns)
     columns = [np.delete(column, repeated) for column in columns]
     user, item, time = filtered(*columns, *filters)
-    if not len(user):
-        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions; '
-                        'lower --min-user (3 at least)')
     users, lengths = np.unique(user, return_counts=True)
-    catalogue = sorted(item_ids[i] for i in np.unique(item))
-    number = {key: i for i, key in enumerate(catalogue, 1)}
-    items = np.array([number.get(key, 0) for key in item_ids], np.int32)[item]
     offsets = offsets_of(lengths)
+    kept = np.bincount(item) > 0
+    items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f"{path}: no user's last two items both occur in a training sequence; "
-                        'there is nothing to evaluate')
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user), the '
+                        'last two with items of training sequences; there is nothing to evaluate')
+    user_names = [user_ids[u] for u in users]
+    catalogue = list(compress(item_ids, kept))
+    attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
     # a user's first item has no neighbour before it
     tied = np.delete(np.diff(time, prepend=-1) == 0, offsets[:-1])
-    attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
-    cold = sorted(texts)
     # hashes, as the values of a million items would take much memory
     different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
     counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(items),
               'avg_len': lengths.mean(), 'evaluated': len(evaluated),
               'tied_neighbours': tied.mean(), 'rows_unknown_item': unknown,
-              'rows_repeated': len(repeated), 'distinct_texts': len(different), 'cold': len(cold)}
-    names = [user_ids[u] for u in users]
-    fingerprint = digest(catalogue, f'[{", ".join(attributes)}]'.encode(), names, items, offsets,
-                         evaluated, negatives)
-    head = {'identity': identity, 'item_ids': catalogue, 'user_ids': names, 'counts': counts,
+              'rows_repeated': len(repeated), 'cold': len(texts),
+              'same_text': len(catalogue) - len(different),
+              'few_negatives': int((negatives[:, -1] == 0).sum())}
+    fingerprint = digest(catalogue, f'[{", ".join(attributes)}]'.encode(), user_names, items,
+                         offsets, evaluated, negatives)
+    head = {'identity': identity, 'item_ids': catalogue, 'user_ids': user_names, 'counts': counts,
             'fingerprint': fingerprint}
+    dropped = np.delete(np.array(user_ids, object), users)
     return {
         'head': as_lines([json.dumps(head)]),
         'items': items, 'offsets': offsets, 'evaluated': evaluated, 'negatives': negatives,
         'attributes': as_lines(attributes),
-        'cold_ids': as_lines(map(json.dumps, cold)),
-        'cold_attributes': as_lines(map(texts.get, cold)),
-        'dropped_users': as_lines(map(json.dumps, np.delete(np.array(user_ids, object), users)))}
+        'cold_ids': as_lines(map(json.dumps, texts)), 'cold_attributes': as_lines(texts.values()),
+        'dropped_users': as_lines(map(json.dumps, dropped))}
 
 
 # ------------------------------------------------------------------------ prepared.npz
 
-def filters_of(name, given):
-    """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's."""
-    pairs = zip(given, FILTERS.get(name, DEFAULT))
+def filters_of(folder, given):
+    """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's. All
+    None: those of last time."""
+    if set(given) == {None}:
+        with suppress(UserError):
+            return head_of(folder)['identity']['filters']
+    pairs = zip(given, FILTERS.get(folder.name, DEFAULT))
     return [default if value is None else value for value, default in pairs]
 
 
-def identity_of(folder, given, known):
+def identity_of(folder, filters, known):
     """What prepared.npz is made from: stamps of the two canonical files (`known`: an earlier
     identity, which saves reading untouched files), filters, and code."""
-    stamps = {stem: file_stamp(canonical_file(folder, stem), known.get(stem))
-              for stem in ('interactions.csv', 'items.jsonl')}
-    return {**stamps, 'given': list(given), 'filters': filters_of(folder.name, given),
-            'code': list(map(code_digest, CODE))}
+    identity = {'filters': filters, 'code': list(map(code_digest, CODE))}
+    for stem in ('interactions.csv', 'items.jsonl'):
+        identity[stem] = file_stamp(canonical_file(folder, stem), known.get(stem, {}))
+    return identity
 
 
 def prepare(name, given):
     """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
-    filters that the user named, None for each that he did not; all None: those of last time."""
+    filters that the user named, None for each that he did not."""
     folder = folder_of(name)
-    if set(given) == {None}:
-        with contextlib.suppress(UserError):
-            given = head_of(folder)['identity'].get('given', given)
-    filters = filters_of(name, given)
+    filters = filters_of(folder, given)
     if name in AMAZON:
-        canonical_from_amazon(name, folder, *filters[:2])
+        canonical_from_amazon(folder, filters[:2])
     elif not folder.is_dir():
         raise UserError(f'unknown dataset {name}: known are drugstore, grocery, '
                         f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
                         f'into {folder}')
-    with contextlib.suppress(UserError):  # it is made now
-        return load(name, given)
+    with suppress(UserError):  # it is made now
+        return load(name, filters)
     with lock(folder):
-        identity = identity_of(folder, given, {})
+        identity = identity_of(folder, filters, {})
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
@@ -252,24 +261,18 @@ def prepared(folder, *names):
     return load_npz(folder / 'prepared.npz', names, f'run python -m common.data {folder.name}')
 
 
-def as_lines(texts):
-    """Texts of JSON, one a line, as the bytes of one member."""
-    return np.frombuffer('\n'.join(texts).encode(), np.uint8)
-
-
 def head_of(folder):
     """What prepared.npz says of itself: identity, ids, counts, fingerprint."""
     return next(stored(folder, 'head'))
 
 
-def load(name, given=None):
+def load(name, filters=None):
     """The prepared dataset. UserError where it is not there, or where the canonical files, the code
-    or the filters (`given`; None: as they were given) have changed since."""
+    or the filters (None: they are as they were) have changed since."""
     folder = folder_of(name)
     head = head_of(folder)
-    then = head.pop('identity')
-    now = identity_of(folder, given or then.get('given', DEFAULT), then)
-    if now != then:
+    then = head['identity']
+    if identity_of(folder, filters or then['filters'], then) != then:
         raise UserError(f'{folder}: its files, or the code that prepares them, have changed since '
                         f'it was prepared: run python -m common.data {name}')
     return Dataset(name, folder=folder, **head, **prepared(folder, *ARRAYS))
@@ -288,21 +291,14 @@ def report(data):
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
         found, note = round(c[key], 1), ''
         if key in known:
-            note = f'   paper {known[key]:,}'
-            if found != known[key]:
-                note += '   warning: differs'
+            differs = '' if found == known[key] else '   warning: differs'
+            note = f'   paper {known[key]:,}{differs}'
         print(f'  {key:13}{found:>12,}{note}')
     print(f'  neighbours with the same timestamp: {c["tied_neighbours"]:.1%} (the file\'s order)')
-    for what, count in {
-        'rows dropped, as their item has no text': c['rows_unknown_item'],
-        'rows dropped, as they repeat another': c['rows_repeated'],
-        'items nobody has (they can be recommended, see evaluate.py recommend --cold)': c['cold'],
-        'items whose text another item has too': c['items'] - c['distinct_texts'],
-        f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small':
-            (data.negatives[:, -1] == 0).sum()}.items():
-        if count:
-            print(f'  {what}: {count:,}')
-    if c['distinct_texts'] < 2:
+    for key, what in NOTES.items():
+        if c[key]:
+            print(f'  {what}: {c[key]:,}')
+    if c['items'] - c['same_text'] == 1:
         print('  warning: all items have the same text, or none; a language model learns nothing')
 
 
@@ -329,9 +325,8 @@ def main(args):
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    filters = head_of(data.folder)['identity']['filters']
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user '
-          f'and of an item, users sampled (0 = all): {filters}')
+          f'and of an item, users sampled (0 = all): {data.identity["filters"]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

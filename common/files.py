@@ -2,7 +2,6 @@
 
 Every output is written beside its final name and renamed. Every `.pt` says what it is (`kind`).
 """
-import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -13,6 +12,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def stop(number, _):
 
 # ------------------------------------------------------------------------ identities
 
-@contextlib.contextmanager
+@contextmanager
 def unpacked(path):
     """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged."""
     opener = gzip.open if str(path).endswith('.gz') else open
@@ -92,18 +92,17 @@ def digest(*parts):
             part = part.numpy(force=True)
         if isinstance(part, np.ndarray):
             h.update(f'{part.dtype.str}{part.shape}'.encode())
-            h.update(part.ravel().view('u1'))  # no copy where it is in order
-        elif isinstance(part, bytes):
-            h.update(part)
-        else:
-            h.update(json.dumps(part, sort_keys=True, ensure_ascii=False).encode())
+            part = part.ravel().view('u1')  # no copy where it is in order
+        elif not isinstance(part, bytes):
+            part = json.dumps(part, sort_keys=True, ensure_ascii=False).encode()
+        h.update(part)
     return h.hexdigest()[:16]
 
 
-def file_stamp(path, known=None):
+def file_stamp(path, known={}):
     """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, where the content is still
     that. An untouched file is not read again."""
-    status, known = os.stat(path), known or {}
+    status = os.stat(path)
     stamp = {'size': status.st_size, 'time': status.st_mtime_ns}
     if stamp.items() <= known.items():
         return known
@@ -124,7 +123,7 @@ def provenance():
 
 # ------------------------------------------------------------------------ writing
 
-@contextlib.contextmanager
+@contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
     path = Path(path)
@@ -206,25 +205,23 @@ def load_pt(path, kind, device='cpu'):
     return content
 
 
-@contextlib.contextmanager
+@contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
-    path = Path(folder, '.lock')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / '.lock'
     follower = int(os.environ.get('RANK', 0)) and not wait  # of torchrun's the first holds it
     if follower or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
         yield
         return
     with open(path, 'a') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f'{folder} is in use by {path.read_text().strip()}: wait for it or '
                             'stop it') from None
-        f.truncate(0)
-        f.write(f'process {os.getpid()} ({" ".join(sys.argv)})')
-        f.flush()
+        path.write_text(f'process {os.getpid()} ({" ".join(sys.argv)})')
         yield
 
 

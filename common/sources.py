@@ -11,8 +11,7 @@ import math
 import os
 import sys
 from array import array
-from datetime import UTC, datetime, timedelta
-from operator import itemgetter
+from datetime import UTC, datetime
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
@@ -30,7 +29,6 @@ LONGEST_TEXT = 2000    # characters kept of an attribute: far more than its 32 t
 HEADER = 'user,item,timestamp'
 SAFE = 'https://', 'http://127.0.0.1:'
 NETWORK = URLError, ConnectionError, TimeoutError, http.client.HTTPException
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 UNREADABLE = AttributeError, LookupError, RecursionError, TypeError, ValueError
 
 
@@ -51,7 +49,7 @@ def lines(path, errors='strict'):
 def csv_rows(path, errors='strict', delimiter=','):
     """(line number, cells) of each row of a CSV file that holds something. UserError: a quote that
     never ends, or goes on after its end."""
-    text = map(itemgetter(1), lines(path, errors))
+    text = (line for _, line in lines(path, errors))
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         for row in rows:
@@ -95,7 +93,7 @@ def readable(path, rows, parse, most=0.0):
 
 def canonical_file(folder, stem):
     """The file `stem` or `stem`.gz; UserError where neither or both are there."""
-    found = [path for path in (folder / stem, folder / f'{stem}.gz') if path.exists()]
+    found = [*folder.glob(stem), *folder.glob(f'{stem}.gz')]
     if not found:
         raise UserError(f'{folder / stem}: no such file (nor .gz); '
                         'data/README.md says what it must hold')
@@ -105,9 +103,9 @@ def canonical_file(folder, stem):
 
 
 def read_items(path):
-    """{id: JSON of [[name, value], ...]} from items.jsonl: one object a line, `id` and text
-    attributes in reading order. As text they take half of the memory. Attributes that are objects
-    are left out and counted."""
+    """{id: JSON of [[name, value], ...]}, ids in order, from items.jsonl: one object a line, `id`
+    and text attributes in reading order. As text they take half of the memory. Attributes that are
+    objects are left out and counted."""
     found = {}
 
     def add(given):
@@ -120,7 +118,7 @@ def read_items(path):
     tell_objects(path, sum(readable(path, objects(path), add)))
     if not found:
         raise UserError(f'{path}: holds no items')
-    return found
+    return dict(sorted(found.items()))
 
 
 def tell_objects(path, count):
@@ -157,29 +155,25 @@ def as_text(value):
 
 def read_interactions(path, known):
     """The columns user, item (int32 [N]) and time (int64 [N], microseconds) of the rows whose item
-    is known; the ids of users and of items (lists; numbers are their places); how many rows have an
-    unknown item."""
+    is known; the ids of users and of items (lists; numbers are their places; items' are `known`);
+    how many rows have an unknown item."""
     rows = csv_rows(path)
     _, header = next(rows, (0, ['nothing']))
     if [cell.strip().lower() for cell in header] != HEADER.split(','):
         raise UserError(f'{path}: line 1 must be {HEADER}; it is {",".join(header)[:80]}')
-    users, items = {}, {}
-    columns = array('i'), array('i'), array('q')  # 16 bytes a row
-
-    def add(row):
-        user, item, time = event(row)
-        if item not in known:
-            return 1
-        columns[0].append(users.setdefault(user, len(users)))
-        columns[1].append(items.setdefault(item, len(items)))
-        columns[2].append(time)
-        return 0
-
-    unknown = sum(readable(path, rows, add))
-    if not items:
+    users, items, unknown = {}, {key: number for number, key in enumerate(known)}, 0
+    of_user, of_item, times = array('i'), array('i'), array('q')  # 16 bytes a row
+    for user, item, time in readable(path, rows, event):
+        if item in items:
+            of_user.append(users.setdefault(user, len(users)))
+            of_item.append(items[item])
+            times.append(time)
+        else:
+            unknown += 1
+    if not users:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
                         f'({unknown} rows with unknown items)')
-    columns = [np.frombuffer(column, column.typecode) for column in columns]
+    columns = [np.asarray(column) for column in (of_user, of_item, times)]
     return columns, list(users), list(items), unknown
 
 
@@ -206,8 +200,8 @@ def microseconds(stamp):
         value = float(stamp)
     except ValueError:
         moment = datetime.fromisoformat(stamp.strip())
-        since = moment.replace(tzinfo=moment.tzinfo or UTC) - EPOCH
-        return since // timedelta(microseconds=1)
+        seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
+        return round(seconds * 1e6)
     for factor in (1e6, 1e3, 1, 1e-3):
         found = value * factor
         if -1e17 < found < 1e17:
@@ -219,22 +213,23 @@ def microseconds(stamp):
 
 def download(url, path):
     """Fetch `url` to `path`, going on where an earlier download broke off."""
-    # the last byte is asked for again, so that there is one to send where nothing else is left
-    have = max(0, path.stat().st_size - 1) if path.exists() else 0
-    answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
-    if not answer.url.startswith(SAFE):
-        raise UserError(f'{url}: leads to {answer.url}; only https')
-    bar = progress(total=answer.length, unit='B', unit_scale=True, desc=path.name)
-    with answer, bar, open(path, 'ab') as f:
+    with open(path, 'ab') as f:
+        # the last byte is asked for again, so that there is one to send where nothing else is left
+        have = max(0, f.tell() - 1)
+        answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
+        if not answer.url.startswith(SAFE):
+            raise UserError(f'{url}: leads to {answer.url}; only https')
         f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
-        while chunk := answer.read(2 ** 20):
-            bar.update(f.write(chunk))
+        bar = progress(total=answer.length, unit='B', unit_scale=True, desc=path.name)
+        with answer, bar:
+            while chunk := answer.read(2 ** 20):
+                bar.update(f.write(chunk))
     if answer.length:
         raise UserError(f'{url}: the download broke off; run the same command again to go on '
                         f'from {path}')
 
 
-def raw_file(name, remote):
+def raw_file(category, remote):
     """data/raw/<file name> (or .gz), downloaded from the first host that has it where it is not
     there. Errors: UserError, which says what to put where."""
     path = data_root() / 'raw' / os.path.basename(remote)
@@ -254,7 +249,6 @@ def raw_file(name, remote):
             if getattr(error, 'code', None) == 416:  # the part is longer than the file
                 part.unlink(missing_ok=True)
             print(f'{url}: {error}', file=sys.stderr)
-    category = AMAZON[name][0]
-    raise UserError(f'{name} could not be downloaded: put {category}.csv and '
+    raise UserError(f'{path.name} could not be downloaded: put {category}.csv and '
                     f'meta_{category}.json.gz (Amazon 2018, ratings only and metadata) into '
                     f'{path.parent}, or run drugstore, which needs neither')
