@@ -27,7 +27,8 @@ def read_embeddings(path, data, cold=False):
     if content['items'] != data.item_ids or head['identity']['data'] != data.fingerprint:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, or of other items; '
                         f'export it again for {data.name}')
-    if len(matrix) != data.n_items + 1 or not torch.isfinite(matrix).all() or matrix[0].any():
+    if (len(matrix) != data.n_items + 1 or not torch.isfinite(matrix.sum())
+            or matrix[0].any()):
         raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
                         f'row 0; export it again for {data.name}')
     rows = matrix[1:]
@@ -54,19 +55,22 @@ def geometry(rows):
     n = len(unit)
     of_pairs = unit.sum(0).square().sum() - unit.square().sum()
     cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
-    return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
+    norm = rows.norm(dim=1).mean()
+    return {'norm': float(norm), 'cosine': float(cosine)}
 
 
 def components(matrix, width, n):
     """The first `width` principal components of the n items: [n + 1, H] -> [n + 1, width], row 0
     zeros; more rows (of cold items) along the same axes."""
-    rows = matrix[1:] - matrix[1:n + 1].mean(0)
-    most = min(rows[:n].shape)
+    items = matrix[1:n + 1]
+    rows = matrix[1:] - items.mean(0)
+    most = min(items.shape)
     if width > most:
         raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
                         f'numbers; at most {most}')
-    axes = torch.linalg.svd(rows[:n], full_matrices=False)[2][:width]
-    return F.pad(rows @ axes.T, (0, 0, 1, 0))
+    _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
+    reduced = rows @ axes[:width].T
+    return F.pad(reduced, (0, 0, 1, 0))
 
 
 def initial_table(matrix, scale, norm, seed, n):
@@ -84,12 +88,13 @@ def initial_table(matrix, scale, norm, seed, n):
     if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
         u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
         least = s[0] * 1e-4
-        u = torch.cat([u, rows[n:] @ v.T / s.clamp_min(least)])
-        rows = u * (s > least) @ v
+        more = rows[n:] @ v.T / s.clamp_min(least)
+        rows = torch.cat([u, more]) * (s > least) @ v
     if scale == 'permuted':
         order = np.random.default_rng([seed, 6]).permutation(n)
         rows[:n] = rows[order]
-    return torch.cat([matrix[:1], rows * (norm / rows[:n].norm(dim=1).mean())])
+    factor = norm / rows[:n].norm(dim=1).mean()
+    return torch.cat([matrix[:1], rows * factor])
 
 
 def starting_tables(kind, n, embeddings, about):

@@ -31,7 +31,8 @@ class Machine:
 
     def share(self, n):
         """This process's part of 0 ... n - 1."""
-        return np.array_split(np.arange(n), self.world)[self.rank]
+        shares = np.array_split(np.arange(n), self.world)
+        return shares[self.rank]
 
     def sum(self, x):
         """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
@@ -43,9 +44,12 @@ class Machine:
 
     def sum_gradients(self, model):
         """Replace each gradient by its sum over the processes; one that has none adds zeros."""
-        for p in model.parameters() if self.world > 1 else ():
+        if self.world == 1:
+            return
+        for p in model.parameters():
             if p.requires_grad:
-                p.grad = self.sum(torch.zeros_like(p) if p.grad is None else p.grad)
+                found = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = self.sum(found)
 
 
 class Model(nn.Module):
@@ -86,11 +90,13 @@ class Dropout(torch.autograd.Function):
     def forward(ctx, x, p):
         kind = torch.int8 if p * 256 % 1 == 0 else torch.int16
         bits = 8 * kind.itemsize
-        words = torch.empty(-(-x.numel() * bits // 64), dtype=torch.int64)
-        drawn = words.random_(-2 ** 63, None).view(kind)[:x.numel()].view(x.shape)
+        count = -(-x.numel() * bits // 64)
+        words = torch.empty(count, dtype=torch.int64).random_(-2 ** 63, None)
+        drawn = words.view(kind)[:x.numel()].view(x.shape)
         low = round(p * 2 ** bits) - 2 ** (bits - 1) - 1
         # 0 or 1: clamping and shifting integers is faster than comparing to a bool
-        factor = drawn.clamp_(low, low + 1).sub_(low).to(x.dtype).mul_(1 / (1 - p))
+        kept = drawn.clamp_(low, low + 1).sub_(low)
+        factor = kept.to(x.dtype).mul_(1 / (1 - p))
         ctx.save_for_backward(factor)
         return x * factor
 
@@ -132,7 +138,8 @@ def attend(q, k, v, mask, p=0.0, training=False):
     p = p if training else 0.0
     if q.device.type != 'cpu' or (q.dtype == torch.float32 and not p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    q = q * q.shape[-1] ** -0.5
+    scores = q @ k.mT
     weights = scores.add_(mask).softmax(-1, dtype=q.dtype)
     return dropout(weights, p, training) @ v
 

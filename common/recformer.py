@@ -109,7 +109,8 @@ class WindowedAttention(nn.Module):
 
     def forward(self, x, batch):
         """[T, H] -> [T, H]. Its inside is made again for the gradient."""
-        return remade(self.mix, x, self.query(x), self.key(x), self.value(x), batch)
+        three = self.query(x), self.key(x), self.value(x)
+        return remade(self.mix, x, *three, batch)
 
     def mix(self, x, q, k, v, batch):
         """Windowed attention with a CLS as any other token, then the outputs of each CLS replaced.
@@ -119,19 +120,21 @@ class WindowedAttention(nn.Module):
 
     def cls_weights(self, x, batch):
         """Attention of each CLS over its tokens: (weights [B, h, L], their states [B, L, H])."""
-        q = self.query_global(rows(x, batch.cls)).unflatten(1, (self.heads, -1))       # [B, h, d]
+        each = self.heads, -1
+        q = self.query_global(rows(x, batch.cls)).unflatten(1, each)    # [B, h, d]
         # the key's bias adds the same to every score of a head: it drops out of the softmax
-        key = self.key_global.weight.unflatten(0, (self.heads, -1))                    # [h, d, H]
-        q = torch.einsum('bhd,hdk->bhk', q, key) / q.shape[-1] ** 0.5                  # [B, h, H]
+        key = self.key_global.weight.unflatten(0, each)                 # [h, d, H]
+        q = torch.einsum('bhd,hdk->bhk', q, key) / q.shape[-1] ** 0.5   # [B, h, H]
         states = rows(x, batch.all)
         scores = (q @ states.mT).float()
-        return scores.masked_fill(~batch.real[:, None], -torch.inf).softmax(-1), states
+        scores = scores.masked_fill(~batch.real[:, None], -torch.inf)
+        return scores.softmax(-1), states
 
     def cls(self, x, batch):
         """Global attention of each sequence's CLS over all its tokens: [B, H]."""
         weights, states = self.cls_weights(x, batch)
-        mixed = weights.to(states.dtype) @ states                                      # [B, h, H]
-        value = self.value_global.weight.unflatten(0, (self.heads, -1))                # [h, d, H]
+        mixed = weights.to(states.dtype) @ states                       # [B, h, H]
+        value = self.value_global.weight.unflatten(0, (self.heads, -1))  # [h, d, H]
         out = torch.einsum('bhk,hdk->bhd', mixed, value)
         return out.flatten(1) + self.value_global.bias.to(out.dtype)
 
@@ -163,8 +166,10 @@ class Layer(nn.Module):
             y = self.attention.self.cls(half(x), batch)
         else:
             y = rows(self.attention.self(half(x), batch), wanted)
-        x = self.attention.output(self.attention.output.dense(y), rows(x, wanted))
-        return self.output(remade(self.feed_forward, self.intermediate.dense(x)), x)
+        y = self.attention.output.dense(y)
+        x = self.attention.output(y, rows(x, wanted))
+        y = self.intermediate.dense(x)
+        return self.output(remade(self.feed_forward, y), x)
 
     def feed_forward(self, y):
         return self.output.dense(F.gelu(y))
@@ -201,7 +206,8 @@ class RecFormer(Model):
         c = self.config = config
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         encoder = nn.ModuleDict({'layer': layers})
-        self.longformer = nn.ModuleDict({'embeddings': Embeddings(c), 'encoder': encoder})
+        self.longformer = nn.ModuleDict({'embeddings': Embeddings(c),
+                                         'encoder': encoder})
         dense = nn.Linear(c.hidden, c.hidden)
         norm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
         self.lm_head = nn.ModuleDict({'dense': dense, 'layer_norm': norm})
@@ -224,7 +230,8 @@ class RecFormer(Model):
 
     def pack_items(self, ids, tokens):
         """Each of these items alone, as Packed."""
-        return pack(np.asarray(ids), np.arange(len(ids) + 1), tokens, self.words.cls)
+        alone = np.arange(len(ids) + 1)
+        return pack(np.asarray(ids), alone, tokens, self.words.cls)
 
     def forward(self, packed, wanted=None):
         """Last layer's states of Packed sequences: of each CLS [B, H], or of the rows `wanted`
@@ -240,7 +247,8 @@ class RecFormer(Model):
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
         with self.machine.autocast():
-            x = self.lm_head.layer_norm(F.gelu(self.lm_head.dense(states)))
+            x = F.gelu(self.lm_head.dense(states))
+            x = self.lm_head.layer_norm(x)
             return F.linear(x, self.word_table, self.lm_head.bias)
 
     def passes(self, packed):
@@ -292,7 +300,8 @@ class RecFormer(Model):
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""
         packed = self.pack_items(np.arange(1, tokens.n + 1), tokens)
-        return F.pad(self.infer(packed, 'encode items'), (0, 0, 1, 0))
+        found = self.infer(packed, 'encode items')
+        return F.pad(found, (0, 0, 1, 0))
 
     @torch.no_grad()
     def cls_attention(self, packed):

@@ -157,8 +157,9 @@ class AttentionModel(SequenceModel):
     def __init__(self, item_embedding, max_items):
         super().__init__(item_embedding, max_items)
         self.position_embedding = nn.Embedding(max_items, self.hidden)
-        self.blocks = nn.ModuleList(
-            self.block(self.hidden, self.heads, self.dropout) for _ in range(self.depth))
+        self.blocks = nn.ModuleList()
+        for _ in range(self.depth):
+            self.blocks.append(self.block(self.hidden, self.heads, self.dropout))
 
     def placed(self, x, lengths):
         """(x [T, H] with its positions, the Layout): what the first block takes."""
@@ -231,7 +232,10 @@ class SelfAttention(nn.Module):
                             'choose another --hidden')
         self.heads = heads
         self.dropout = dropout
-        self.query, self.key, self.value, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.query = nn.Linear(hidden, hidden)
+        self.key = nn.Linear(hidden, hidden)
+        self.value = nn.Linear(hidden, hidden)
+        self.out = nn.Linear(hidden, hidden)
 
     def forward(self, q, x, layout, wanted=ALL):
         x_half = half(x)
@@ -268,7 +272,8 @@ class LookUp(torch.autograd.Function):
 def softmax_loss(states, table, bias, target, chunk=2 ** 27):
     """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias
     [n + 1] or None. At most `chunk` logits exist at a time: memory grows with items alone."""
-    return SoftmaxLoss.apply(states, table, bias, target, max(1, chunk // len(table)))
+    size = max(1, chunk // len(table))
+    return SoftmaxLoss.apply(states, table, bias, target, size)
 
 
 class SoftmaxLoss(torch.autograd.Function):
@@ -284,9 +289,8 @@ class SoftmaxLoss(torch.autograd.Function):
         d_states = []
         d_table = table.new_zeros(table.shape) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias)
-        parts = zip(half(states).split(size), half(states * share).split(size),
-                    target.split(size))
-        for state, scaled, aim in parts:
+        whole = half(states), half(states * share), target
+        for state, scaled, aim in zip(*(x.split(size) for x in whole)):
             logits = F.linear(state, weight, bias)
             logits[:, 0] = -torch.inf  # padding is no candidate
             p = logits.softmax(1, dtype=logits.dtype)
