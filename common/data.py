@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.arrays import offsets_of, ragged
+from common.arrays import cut, offsets_of
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
 from common.formats import canonical_from_amazon, convert, named_columns
@@ -89,12 +89,11 @@ class Dataset:
         users = self.evaluated if users is None else users
         kept = self.lengths[users] - {'valid': 2, 'test': 1}[which]
         begin = self.offsets[users]
-        return self.items[ragged(begin, kept)], offsets_of(kept), self.items[begin + kept]
+        return *cut(self.items, begin, kept), self.items[begin + kept]
 
     def training(self, leave=2):
         """All users' sequences but their last `leave` items: ragged (items, offsets)."""
-        kept = self.lengths - leave
-        return self.items[ragged(self.offsets[:-1], kept)], offsets_of(kept)
+        return cut(self.items, self.offsets[:-1], self.lengths - leave)
 
     def title(self, item):
         """The first attribute of an item that says something, else its id."""
