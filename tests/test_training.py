@@ -233,6 +233,7 @@ def loop(name, place, folder, watched, monkeypatch):
     elif name == 'finetune':
         monkeypatch.setattr(finetune, 'ranks_of', lambda *_: None)
         monkeypatch.setattr(finetune, 'summarise', lambda _: {'sampled': {'NDCG@10': 0.5}})
+        model.items = model.encode_items(tokens.tokens)
         finetune.tune(args, finetune.load('one'), model, tokens.tokens, run_of(folder, args), 0)
     else:
         kind, loss = name.split()
