@@ -52,11 +52,12 @@ def parse_args(argv=None):
     option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
     add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
-    if args.stage == 2 and args.plm:
-        p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
-    if args.stage != 2 and args.trainable_items:
+    if args.stage == 2:
+        if args.plm:
+            p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
+    elif args.trainable_items:
         p.error('--trainable-items belongs to --stage 2')
-    if args.stage != 2 and not (args.checkpoint or args.plm):
+    elif not (args.checkpoint or args.plm):
         p.error('name a --checkpoint (pretrain.py makes one) or a --plm to start from')
     if args.out and len(args.seeds) > 1:
         p.error('--out: one folder takes one of the --seeds')

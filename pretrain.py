@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.arrays import offsets_of, ragged
+from common.arrays import cut, offsets_of
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
@@ -35,7 +35,7 @@ from common.training import Training, adamw, join, prefetch, start
 def parse_args(argv=None):
     p = options_parser(__doc__)
     p.add_argument('sources', nargs='+', help='names of prepared datasets')
-    option(p, '--out', str, None, 'folder to write (default: runs/pretrained/<plm>-<sources>)')
+    option(p, '--out', Path, None, 'folder to write (default: runs/pretrained/<plm>-<sources>)')
     g = add_plm_options(p)
     g.set_defaults(plm='longformer')
     option(g, '--max-tokens', number(int, 2, 1024), 1024,
@@ -63,26 +63,20 @@ class Sources:
     to the next. `train`, `valid`: users with two items at least, seeded."""
 
     def __init__(self, args, words):
-        items, lengths, tokens, self.fingerprints, before = [], [], [], [], 0
-        for name in args.sources:
-            data = load(name)
-            part, offsets = data.training(leave=2 if args.leave_out else 0)
-            items.append(part + before)
-            lengths.append(np.diff(offsets))
-            tokens.append(item_tokens(data, words))
-            before += data.n_items
-            self.fingerprints.append([name, data.fingerprint])
-        self.items, self.lengths = np.concatenate(items), np.concatenate(lengths)
-        self.begin = np.cumsum(self.lengths) - self.lengths
-        self.tokens = joined(tokens)
+        leave = 2 if args.leave_out else 0
+        domains = [load(name) for name in args.sources]
+        self.fingerprints = [[data.name, data.fingerprint] for data in domains]
+        self.tokens = joined([item_tokens(data, words) for data in domains])
+        self.lengths = np.concatenate([data.lengths - leave for data in domains])
+        self.begin = offsets_of(self.lengths)[:-1]
+        before = offsets_of([data.n_items for data in domains])  # items of the domains before
+        self.items = np.concatenate([data.training(leave)[0] + shift
+                                     for data, shift in zip(domains, before)])
         users = np.flatnonzero(self.lengths >= 2)
         users = np.random.default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
         kept = max(args.batch, round((len(users) - held) * args.share / 100))
-        self.valid, self.train = users[:held], users[held:][:kept]
-        if len(self.train) < 2:
-            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users have two items; '
-                            'stage-PT needs more')
+        self.valid, self.train = users[:held], users[held:held + kept]
 
     def draw(self, users, rng, model):
         """One split point a user: (histories, targets, both Packed, ids of the targets).
@@ -90,11 +84,11 @@ class Sources:
         With n items the target's 0-based index is uniform over n // 2 ... n - 1, at least 1: a
         history is never empty.
         """
-        point = np.maximum(1, rng.integers(self.lengths[users] // 2, self.lengths[users]))
-        begin = self.begin[users]
-        ids, history = self.items[begin + point], self.items[ragged(begin, point)]
-        packed = model.pack(history, offsets_of(point), self.tokens)
-        return packed, model.pack_items(ids, self.tokens), ids
+        begin, length = self.begin[users], self.lengths[users]
+        point = np.maximum(1, rng.integers(length // 2, length))
+        histories = model.pack(*cut(self.items, begin, point), self.tokens)
+        ids = self.items[begin + point]
+        return histories, model.pack_items(ids, self.tokens), ids
 
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
@@ -205,12 +199,13 @@ def main(args):
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
-    least = min(args.batch, len(sources.train), 2 * len(sources.valid))
-    if least < 2 * machine.world:
-        raise UserError(f'--batch {args.batch}: {machine.world} processes share it; each needs '
-                        'two users, and one that is held out')
+    train, valid = len(sources.train), len(sources.valid)
+    if min(args.batch, train, 2 * valid) < 2 * machine.world:
+        raise UserError(f'{" ".join(args.sources)}: {train} users train, --batch {args.batch} at '
+                        f'a time, and {valid} are held out; each of {machine.world} processes '
+                        'needs two of a batch and one held out')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
-    folder = Path(args.out or runs_root() / 'pretrained' / name)
+    folder = args.out or runs_root() / 'pretrained' / name
     identity = {'options': option_identity(args), 'data': sources.fingerprints,
                 'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
     run = Run(args, folder, identity, code_of('pretrain.py'))
