@@ -37,13 +37,14 @@ PLAIN = '.npy', '.safetensors'  # endings of files for other programs
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--out', Path, None, 'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy '
-           'or .safetensors', required=True)
-    option(p, '--checkpoint', str, None, 'a folder of pretrain.py or finetune.py, or a published '
-           "RecFormer state dict (with --plm); default: --plm's language model itself")
-    option(p, '--from-npy', Path, None, "another encoder's rows: a matrix, an item each")
-    option(p, '--ids', Path, None, "the rows' items: a text file, an id of items.jsonl a line")
+    option(p, 'dataset', 'name of a prepared dataset')
+    option(p, '--out',
+           'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy or .safetensors', Path,
+           required=True)
+    option(p, '--checkpoint', 'a folder of pretrain.py or finetune.py, or a published RecFormer '
+           "state dict (with --plm); default: --plm's language model itself")
+    option(p, '--from-npy', "another encoder's rows: a matrix, an item each", Path)
+    option(p, '--ids', "the rows' items: a text file, an id of items.jsonl a line", Path)
     add_plm_options(p)
     add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)

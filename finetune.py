@@ -24,7 +24,7 @@ from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, summarise
 from common.options import (COUNT, add_machine_options, add_optimizer_options, add_plm_options,
-                            number, option, option_identity, options_parser)
+                            flag, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens
@@ -35,21 +35,21 @@ from common.training import Training, adamw, join, prefetch, start
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--stage', int, None, 'see above', choices=[0, 1, 2], required=True)
-    option(p, '--checkpoint', str, None, 'where to start: a folder of pretrain.py or finetune.py, '
-           'or a published state dict (with --plm); stage 2: ft1-seed<N>')
-    option(p, '--out', Path, None, 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
+    option(p, 'dataset', 'name of a prepared dataset')
+    option(p, '--stage', 'see above', int, choices=[0, 1, 2], required=True)
+    option(p, '--checkpoint', 'where to start: a folder of pretrain.py or finetune.py, or a '
+           'published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--out', 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)', Path)
     g = add_plm_options(p)
-    option(g, '--max-tokens', number(int, 2, 1024), None,
-           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)")
-    option(g, '--tune-layers', str, 'all',
-           'encoder layers that train: 3,7,11 (paper table 1); all: everything')
-    g.add_argument('--trainable-items', action='store_true',
-                   help='stage 2: the item table trains too (paper table 5)')
+    option(g, '--max-tokens',
+           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)",
+           number(int, 2, 1024))
+    option(g, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
+           str, 'all')
+    flag(g, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
     # RecFormer: 16 users x 8 accumulated
     g = add_optimizer_options(p, epochs=128, patience=5, batch=128)
-    option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
+    option(g, '--seeds', 'one after the other', COUNT, [0], nargs='+')
     add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.stage == 2:

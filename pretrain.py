@@ -23,7 +23,8 @@ from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
 from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_optimizer_options,
-                            add_plm_options, number, option, option_identity, options_parser)
+                            add_plm_options, flag, number, option, option_identity,
+                            options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words
@@ -34,24 +35,25 @@ from common.training import Training, adamw, join, prefetch, start
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('sources', nargs='+', help='names of prepared datasets')
-    option(p, '--out', Path, None, 'folder to write (default: runs/pretrained/<plm>-<sources>)')
+    option(p, 'sources', 'names of prepared datasets', nargs='+')
+    option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
     g = add_plm_options(p)
     g.set_defaults(plm='longformer')
-    option(g, '--max-tokens', number(int, 2, 1024), 1024,
-           'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)')
+    option(g, '--max-tokens',
+           'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
+           number(int, 2, 1024), 1024)
     g = p.add_argument_group('data')
-    g.add_argument('--leave-out', action='store_true', help="leave out each user's last two items "
-                   '(for sources that are targets too; paper silent)')
-    option(g, '--share', number(float, 1e-6, 100), 100.0,
-           'percent of the source users (paper sec. 4.6)')
-    option(g, '--valid-share', number(float, 1e-6, 50), 5.0, 'percent of users held out (ours)')
+    flag(g, '--leave-out', "leave out each user's last two items (for sources that are targets "
+         'too; paper silent)')
+    option(g, '--share', 'percent of the source users (paper sec. 4.6)', number(float, 1e-6, 100),
+           100.0)
+    option(g, '--valid-share', 'percent of users held out (ours)', number(float, 1e-6, 50), 5.0)
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
     g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
-    option(g, '--accumulate', POSITIVE, 8, 'batches per optimizer step (RecFormer)')
-    option(g, '--max-steps', POSITIVE, None, 'at most so many optimizer steps (ours)')
-    option(g, '--mlm-weight', WEIGHT, 0.1, 'of the masked-language-model loss (RecFormer)')
-    option(g, '--seed', COUNT, 0, 'of split points, order, masks and dropout')
+    option(g, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
+    option(g, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
+    option(g, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
+    option(g, '--seed', 'of split points, order, masks and dropout', COUNT, 0)
     add_machine_options(p, language_model=True)
     return p.parse_args(argv)
 

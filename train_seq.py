@@ -48,29 +48,30 @@ def variant(text):
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
+    option(p, 'dataset', 'name of a prepared dataset')
     g = p.add_argument_group('model')
-    option(g, '--model', str, None, 'of common/models.py', choices=MODELS, required=True)
-    option(g, '--variants', variant, [('random', 'random')], 'see above', nargs='+',
+    option(g, '--model', 'of common/models.py', choices=MODELS, required=True)
+    option(g, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
            metavar='VARIANT')
-    option(g, '--init-scale', str, 'raw', 'of the embeddings: raw (paper); rescaled to a random '
-           "table's mean row norm; centred or whitened, then rescaled; permuted = centred, in a "
-           'random order of items (a control)', choices=SCALES)
-    option(g, '--hidden', number(int, 1, 65_536), None, 'width. Wider embeddings are reduced to '
-           "their principal components (ours); default: the embeddings' width, for random that of "
-           'the first embeddings in --variants, else 768 (paper sec. 4.2)')
-    option(g, '--max-items', number(int, 2, 10_000), 50, "newest of a history (authors' code)")
+    option(g, '--init-scale',
+           "of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or "
+           'whitened, then rescaled; permuted = centred, in a random order of items (a control)',
+           str, 'raw', choices=SCALES)
+    option(g, '--hidden', 'width. Wider embeddings are reduced to their principal components '
+           "(ours); default: the embeddings' width, for random that of the first embeddings in "
+           '--variants, else 768 (paper sec. 4.2)', number(int, 1, 65_536))
+    option(g, '--max-items', "newest of a history (authors' code)", number(int, 2, 10_000), 50)
     g = p.add_argument_group('optimisation')
-    option(g, '--loss', str, None, 'bce: one negative (paper table 3); ce: full softmax (table 4); '
-           "sampled: softmax over --negatives (ours); default: the model's own",
+    option(g, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
+           "softmax over --negatives (ours); default: the model's own",
            choices=['bce', 'ce', 'sampled', 'masked'])
-    option(g, '--negatives', number(int, 2), None, 'of --loss sampled (default: 256)')
-    option(g, '--lrs', RATE, [0.0003, 0.001, 0.003, 0.01], "Adam's (paper sec. 4.2)", nargs='+')
-    option(g, '--batch', POSITIVE, None, 'users (paper sec. 4.2: 128, BERT4Rec 256)')
-    option(g, '--epochs', POSITIVE, 200, "at most (authors' code)")
-    option(g, '--patience', POSITIVE, 10,
-           'epochs with no better validation NDCG@10 (paper sec. 4.2)')
-    option(g, '--seeds', COUNT, [0], 'of weights, dropout, order and negatives', nargs='+')
+    option(g, '--negatives', 'of --loss sampled (default: 256)', number(int, 2))
+    option(g, '--lrs', "Adam's (paper sec. 4.2)", RATE, [0.0003, 0.001, 0.003, 0.01], nargs='+')
+    option(g, '--batch', 'users (paper sec. 4.2: 128, BERT4Rec 256)', POSITIVE)
+    option(g, '--epochs', "at most (authors' code)", POSITIVE, 200)
+    option(g, '--patience', 'epochs with no better validation NDCG@10 (paper sec. 4.2)', POSITIVE,
+           10)
+    option(g, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
     add_machine_options(p)
     args = p.parse_args(argv)
     kind = MODELS[args.model]

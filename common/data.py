@@ -307,17 +307,17 @@ def report(data):
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('name', help=f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
-    option(p, '--min-user', POSITIVE, None,
-           'fewest interactions of a user (paper: 4, sources 5; at least 3)')
-    option(p, '--min-item', POSITIVE, None,
-           'fewest interactions of an item (paper: source domains 5, else 1)')
-    option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
-    option(p, '--from', Path, None, 'make its files from others (data/README.md): a folder, a stem '
-           'or a file of interactions', dest='source')
-    option(p, '--items', Path, None, 'the file of texts, where --from names a file')
-    option(p, '--columns', named_columns, {}, 'user=..,item=..,time=..,id=..: columns by name; id '
-           'is that of the texts (default: as item)')
+    option(p, 'name', f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
+    option(p, '--min-user', 'fewest interactions of a user (paper: 4, sources 5; at least 3)',
+           POSITIVE)
+    option(p, '--min-item', 'fewest interactions of an item (paper: source domains 5, else 1)',
+           POSITIVE)
+    option(p, '--users', "seeded sample of so many, 0 = all (sources: Table 2's)", COUNT)
+    option(p, '--from', 'make its files from others (data/README.md): a folder, a stem or a file '
+           'of interactions', Path, dest='source')
+    option(p, '--items', 'the file of texts, where --from names a file', Path)
+    option(p, '--columns', 'user=..,item=..,time=..,id=..: columns by name; id is that of the '
+           'texts (default: as item)', named_columns, {})
     return p.parse_args(argv)
 
 
