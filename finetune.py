@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 
 from common.arrays import cut, take
 from common.backbone import save_recformer, start_model, untouched, weights_digest
@@ -113,7 +114,7 @@ def add_gradients(model, table, packed, labels):
     for group in model.passes(packed):
         logits = cosine_logits(model(packed.rows(group)), table)
         logits[:, 0] = -torch.inf  # padding is no target
-        label = machine.put(labels[group].astype(np.int64))
+        label = machine.put(labels[group]).long()
         loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
         loss.backward()
         total += loss.detach()
@@ -132,7 +133,7 @@ def tune(args, data, model, tokens, run, seed):
         torch.manual_seed(seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
-            rng = np.random.default_rng([seed, 5, epoch])
+            rng = default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())

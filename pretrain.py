@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 
 from common.arrays import cut, offsets_of
 from common.backbone import save_recformer, start_model, weights_digest
@@ -75,10 +76,11 @@ class Sources:
         self.items = np.concatenate([data.training(leave)[0] + shift
                                      for data, shift in zip(domains, before)])
         users = np.flatnonzero(self.lengths >= 2)
-        users = np.random.default_rng([args.seed, 1]).permutation(users)
+        users = default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        kept = max(args.batch, round((len(users) - held) * args.share / 100))
-        self.valid, self.train = users[:held], users[held:held + kept]
+        self.valid, users = users[:held], users[held:]
+        kept = max(args.batch, round(len(users) * args.share / 100))
+        self.train = users[:kept]
 
     def draw(self, users, rng, model):
         """One split point a user: (histories, targets, both Packed, ids of the targets).
@@ -86,7 +88,8 @@ class Sources:
         With n items the target's 0-based index is uniform over n // 2 ... n - 1, at least 1: a
         history is never empty.
         """
-        begin, length = self.begin[users], self.lengths[users]
+        begin = self.begin[users]
+        length = self.lengths[users]
         point = np.maximum(1, rng.integers(length // 2, length))
         histories = model.pack(*cut(self.items, begin, point), self.tokens)
         ids = self.items[begin + point]
@@ -95,11 +98,13 @@ class Sources:
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
         each batch (histories, targets), ids and what `mask_words` gives of the two."""
-        order = np.random.default_rng([args.seed, 3, training.epoch]).permutation(self.train)
+        order = default_rng([args.seed, 3, training.epoch]).permutation(self.train)
         shares = np.array_split(order, training.per_epoch)  # of equal size: none of a single user
         for step in training.steps():
-            rng = np.random.default_rng([args.seed, 4, training.epoch, step])
-            seed, users, batches = rng.integers(2 ** 62), shares[step], []
+            rng = default_rng([args.seed, 4, training.epoch, step])
+            seed = rng.integers(2 ** 62)
+            batches = []
+            users = shares[step]
             for batch in np.array_split(users, -(-len(users) // args.batch)):
                 *pair, ids = self.draw(batch, rng, model)
                 masks = [mask_words(packed, rng, model.words.mask, model.config.vocab_size)
@@ -117,13 +122,15 @@ def contrastive(model, histories, targets, ids):
     negative of it (ours; published code counts it). Each process computes the same loss over all
     pairs: their gradients' sum is that of one process.
     """
-    states, aims = model.encode(histories), model.encode(targets)
+    states = model.encode(histories)
+    aims = model.encode(targets)
     with model.machine.autocast():
         logits = cosine_logits(states, aims)
     same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
     logits = logits.masked_fill(same, -torch.inf)
     label = torch.arange(len(ids), device=logits.device)
-    return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
+    right = logits.argmax(1) == label
+    return F.cross_entropy(logits, label), right.float().mean()
 
 
 def masked_gradients(model, packed, masked, scale):
@@ -131,7 +138,8 @@ def masked_gradients(model, packed, masked, scale):
     of bounded size; `scale` times its gradients are added as it goes. Returns this process's part
     of the mean over masked tokens."""
     tokens, chosen = masked
-    shown, total = replace(packed, tokens=tokens), 0.0
+    shown = replace(packed, tokens=tokens)
+    total = 0.0
     for group in model.passes(packed):
         index = packed.index(group)
         places = np.flatnonzero(np.isin(index, chosen))
@@ -141,14 +149,16 @@ def masked_gradients(model, packed, masked, scale):
         labels = model.machine.put(packed.tokens[index[places]])
         loss = F.cross_entropy(logits.float(), labels, reduction='sum') / len(chosen)
         (scale * loss).backward()
-        total = total + loss.detach()
+        total += loss.detach()
     return total
 
 
 def step_gradients(model, batches, args):
     """Add the gradients of one optimizer step over these batches; returns {loss or accuracy: mean
     over the batches}."""
-    share, losses = 1 / len(batches), torch.zeros(3, device=model.machine.device)
+    machine = model.machine
+    share = 1 / len(batches)
+    losses = torch.zeros(3, device=machine.device)
     for pair, ids, masks in batches:
         loss, right = contrastive(model, *pair, ids)
         (share * loss).backward()
@@ -156,9 +166,9 @@ def step_gradients(model, batches, args):
         for packed, masked in zip(pair, masks):
             of_words += masked_gradients(model, packed, masked, share * args.mlm_weight)
         losses += share * torch.stack([loss.detach(), of_words, right])
-    model.machine.sum_gradients(model)
-    losses[1] = model.machine.sum(losses[1])
-    return dict(zip(('contrastive', 'mlm', 'accuracy'), losses))
+    machine.sum_gradients(model)
+    loss, of_words, right = losses
+    return {'contrastive': loss, 'mlm': machine.sum(of_words), 'accuracy': right}
 
 
 @torch.no_grad()
@@ -167,9 +177,10 @@ def held_out_accuracy(model, sources, args):
     each time."""
     model.eval()
     right = 0.0
-    groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
+    count = max(1, round(len(sources.valid) / args.batch))
+    groups = np.array_split(sources.valid, count)
     for place, users in enumerate(groups):
-        rng = np.random.default_rng([args.seed, 2, place])
+        rng = default_rng([args.seed, 2, place])
         _, share = contrastive(model, *sources.draw(users, rng, model))
         right += float(share) * len(users)
     model.train()
@@ -201,7 +212,8 @@ def main(args):
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
-    train, valid = len(sources.train), len(sources.valid)
+    train = len(sources.train)
+    valid = len(sources.valid)
     if min(args.batch, train, 2 * valid) < 2 * machine.world:
         raise UserError(f'{" ".join(args.sources)}: {train} users train, --batch {args.batch} at '
                         f'a time, and {valid} are held out; each of {machine.world} processes '

@@ -16,6 +16,7 @@ import re
 
 import numpy as np
 import torch
+from numpy.random import default_rng
 
 from common.arrays import take
 from common.data import load
@@ -75,9 +76,9 @@ def parse_args(argv=None):
     add_machine_options(p)
     args = p.parse_args(argv)
     kind = MODELS[args.model]
-    if args.loss and args.loss not in kind.losses:
-        p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     args.loss, args.batch = args.loss or kind.losses[0], args.batch or kind.batch
+    if args.loss not in kind.losses:
+        p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     if args.loss == 'sampled':
         args.negatives = args.negatives or 256
     elif args.negatives:
@@ -124,7 +125,8 @@ def build(data, embedding, about, begun=None):
 
 def fit(data, model, run, about):
     """Train `model`; returns what the row says of it."""
-    args, seed, train = run.args, about['seed'], data.training()
+    args, seed = run.args, about['seed']
+    items, offsets = data.training()
     users = np.flatnonzero(data.lengths - 2 >= model.least)  # the last two items do not train
     if not len(users):
         raise UserError(f'{data.name}: {args.model} needs users with two training items '
@@ -135,18 +137,17 @@ def fit(data, model, run, about):
     with training:
         for epoch in training.epochs():
             model.train()
-            rng = np.random.default_rng([seed, 7, epoch])
+            rng = default_rng([seed, 7, epoch])
             batches = np.array_split(rng.permutation(users), steps)
             if args.loss == 'bce':
-                negatives = draw_training_negatives(*train, data.n_items, rng)
+                negatives = draw_training_negatives(items, offsets, data.n_items, rng)
             for step in training.steps():
-                items, offsets = take(*train, batches[step])
-                drawn = args.negatives
+                batch, drawn = batches[step], args.negatives
                 if args.loss == 'bce':
-                    drawn, _ = take(negatives, train[1], batches[step])
-                rng = np.random.default_rng([seed, 8, epoch, step])
+                    drawn, _ = take(negatives, offsets, batch)
+                rng = default_rng([seed, 8, epoch, step])
                 with model.machine.autocast():
-                    loss = model.loss(items, offsets, rng, args.loss, drawn)
+                    loss = model.loss(*take(items, offsets, batch), rng, args.loss, drawn)
                 loss.backward()
                 training.update(loss=loss)
             found = summarise(model.ranks(data, 'valid'))

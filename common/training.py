@@ -134,9 +134,10 @@ class Training:
     Everything that the next step depends on is in resume.pt, which is used again only for the same
     identity and code.
     """
+    parts = 'model', 'optimizer', 'schedule'
 
     def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
-        self.epoch = self.step = self.bad = self.best_epoch = 0
+        self.epoch = self.step = self.best_epoch = 0
         self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
         self.rng = rng_state()
         self.kept = list(vars(self))  # all of the above is in resume.pt
@@ -145,7 +146,6 @@ class Training:
         self.clip = clip or math.inf
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
-        self.parts = {'model': model, 'optimizer': optimizer, 'schedule': self.schedule}
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
         self.asked = self.busy = 0
         self.began = self.saved_at = time.monotonic()
@@ -158,7 +158,8 @@ class Training:
 
     def epochs(self):
         """Numbers of the epochs that are left."""
-        while self.epoch * self.per_epoch < self.total and self.bad < self.run.args.patience:
+        while (self.epoch * self.per_epoch < self.total
+               and self.epoch - self.best_epoch < self.run.args.patience):
             yield self.epoch
 
     def steps(self):
@@ -195,9 +196,9 @@ class Training:
             raise Diverged(f'validation metric is {metric} after epoch {self.epoch + 1}: '
                            'try a lower rate')
         with self.uninterrupted():
-            self.bad, self.epoch, self.step = self.bad + 1, self.epoch + 1, 0
+            self.epoch, self.step = self.epoch + 1, 0
             if metric > self.best:
-                self.best, self.best_epoch, self.bad = metric, self.epoch, 0
+                self.best, self.best_epoch = metric, self.epoch
                 self.best_weights = copy.deepcopy(self.model.state_dict())
             entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
                      'valid': metric, **more}
@@ -258,7 +259,7 @@ class Training:
         if not self.first:
             return
         head = {'identity': self.run.identity, 'code': self.run.code, 'seconds': self.seconds()}
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {name: getattr(self, name).state_dict() for name in self.parts}
         stand = {key: getattr(self, key) for key in self.kept}
         save_pt(self.path, 'resume', head=head, states=states, stand=stand)
         save_text(self.run.folder / 'log.csv', '\n'.join([*self.log, '']))
@@ -272,8 +273,8 @@ class Training:
             return
         if not self.run.usable(saved['head'], self.path):
             return
-        for name, part in self.parts.items():
-            part.load_state_dict(saved['states'][name])
+        for name, state in saved['states'].items():
+            getattr(self, name).load_state_dict(state)
         vars(self).update(saved['stand'])
         self.began -= saved['head']['seconds']
         cpu, gpus = self.rng
