@@ -124,6 +124,7 @@ def add_gradients(model, table, packed, labels):
 def tune(args, data, model, tokens, run, seed):
     """Train `model`, and with --trainable-items its item table; what the row says of it."""
     machine = model.machine
+    # the same memory as model.items, which thus is what trains and what the best weights bring back
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label

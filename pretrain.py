@@ -78,7 +78,8 @@ class Sources:
         users = np.flatnonzero(self.lengths >= 2)
         users = default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        self.valid, users = users[:held], users[held:]
+        self.valid = users[:held]
+        users = users[held:]
         kept = max(args.batch, round(len(users) * args.share / 100))
         self.train = users[:kept]
 
@@ -91,9 +92,9 @@ class Sources:
         begin = self.begin[users]
         length = self.lengths[users]
         point = np.maximum(1, rng.integers(length // 2, length))
-        histories = model.pack(*cut(self.items, begin, point), self.tokens)
+        history = cut(self.items, begin, point)
         ids = self.items[begin + point]
-        return histories, model.pack_items(ids, self.tokens), ids
+        return model.pack(*history, self.tokens), model.pack_items(ids, self.tokens), ids
 
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
@@ -126,8 +127,8 @@ def contrastive(model, histories, targets, ids):
     aims = model.encode(targets)
     with model.machine.autocast():
         logits = cosine_logits(states, aims)
-    same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
-    logits = logits.masked_fill(same, -torch.inf)
+    same = model.machine.put(ids[:, None] == ids)
+    logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
     label = torch.arange(len(ids), device=logits.device)
     right = logits.argmax(1) == label
     return F.cross_entropy(logits, label), right.float().mean()
@@ -181,7 +182,8 @@ def held_out_accuracy(model, sources, args):
     groups = np.array_split(sources.valid, count)
     for place, users in enumerate(groups):
         rng = default_rng([args.seed, 2, place])
-        _, share = contrastive(model, *sources.draw(users, rng, model))
+        drawn = sources.draw(users, rng, model)
+        _, share = contrastive(model, *drawn)
         right += float(share) * len(users)
     model.train()
     return right / len(sources.valid)
@@ -220,8 +222,10 @@ def main(args):
                         'needs two of a batch and one held out')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
     folder = args.out or runs_root() / 'pretrained' / name
-    identity = {'options': option_identity(args), 'data': sources.fingerprints,
-                'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
+    identity = {'options': option_identity(args),
+                'data': sources.fingerprints,
+                'tokens': sources.tokens.fingerprint,
+                'start': weights_digest(model)}
     run = Run(args, folder, identity, code_of('pretrain.py'))
     with lock(folder):
         if run.finished():
@@ -233,8 +237,8 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config),
-                  device=str(machine.device), **found)
+        device = str(machine.device)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=device, **found)
 
 
 if __name__ == '__main__':

@@ -147,7 +147,7 @@ class Training:
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
-        self.asked = self.busy = 0
+        self.asked = self.busy = False
         self.began = self.saved_at = time.monotonic()
         if self.path.exists():
             self.resume()
