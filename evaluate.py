@@ -28,7 +28,7 @@ from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
 from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
-from common.options import (POSITIVE, add_earlier_options, add_machine_options, option,
+from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
 from common.progress import progress
 from common.recommend import began_table, recommend, with_cold
@@ -264,22 +264,22 @@ def parse_args(argv=None):
     of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
     of['recommend'].add_argument('run', metavar='RUN')
     for name in ('neighbours', 'recommend'):
-        option(of[name], '--k', POSITIVE, 10, 'items')
-    option(of['neighbours'], '--item', str, None, 'its id', required=True)
+        option(of[name], '--k', 'items', POSITIVE, 10)
+    option(of['neighbours'], '--item', 'its id', required=True)
     g = of['recommend']
-    option(g, '--out', Path, None, 'file to write: CSV, or JSON lines (.jsonl); default: printed')
-    g.add_argument('--cold', action='store_true', help='also items that nobody has')
-    g.add_argument('--with-history', action='store_true', help='also what the user has')
+    option(g, '--out', 'file to write: CSV, or JSON lines (.jsonl); default: printed', Path)
+    flag(g, '--cold', 'also items that nobody has')
+    flag(g, '--with-history', 'also what the user has')
     g = g.add_mutually_exclusive_group()
-    option(g, '--users', str, None, 'ids, or a file of one id a line (default: all)', nargs='+')
-    option(g, '--items', str, None, 'ids of a history, oldest first', nargs='+')
-    option(g, '--histories', Path, None, 'a CSV file of new users: user,item and perhaps '
-           'timestamp; or JSON lines (.jsonl): {"user": "ann", "items": ["a7", "b2"]}')
+    option(g, '--users', 'ids, or a file of one id a line (default: all)', nargs='+')
+    option(g, '--items', 'ids of a history, oldest first', nargs='+')
+    option(g, '--histories', 'a CSV file of new users: user,item and perhaps timestamp; or JSON '
+           'lines (.jsonl): {"user": "ann", "items": ["a7", "b2"]}', Path)
     g = of['attention']
-    option(g, '--checkpoint', str, None, 'tuned language model (default: runs/<dataset>/ft1-seed0)')
-    option(g, '--plm', str, None, 'what it was tuned from (default: where that lay then)')
-    option(g, '--seq', str, None, 'SASRec to compare with', metavar='RUN')
-    option(g, '--users', POSITIVE, 200, 'of the numbers')
+    option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')
+    option(g, '--plm', 'what it was tuned from (default: where that lay then)')
+    option(g, '--seq', 'SASRec to compare with', metavar='RUN')
+    option(g, '--users', 'of the numbers', POSITIVE, 200)
     return p.parse_args(argv)
 
 

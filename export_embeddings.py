@@ -37,13 +37,14 @@ PLAIN = '.npy', '.safetensors'  # endings of files for other programs
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--out', Path, None, 'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy '
-           'or .safetensors', required=True)
-    option(p, '--checkpoint', str, None, 'a folder of pretrain.py or finetune.py, or a published '
-           "RecFormer state dict (with --plm); default: --plm's language model itself")
-    option(p, '--from-npy', Path, None, "another encoder's rows: a matrix, an item each")
-    option(p, '--ids', Path, None, "the rows' items: a text file, an id of items.jsonl a line")
+    option(p, 'dataset', 'name of a prepared dataset')
+    option(p, '--out',
+           'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy or .safetensors', Path,
+           required=True)
+    option(p, '--checkpoint', 'a folder of pretrain.py or finetune.py, or a published RecFormer '
+           "state dict (with --plm); default: --plm's language model itself")
+    option(p, '--from-npy', "another encoder's rows: a matrix, an item each", Path)
+    option(p, '--ids', "the rows' items: a text file, an id of items.jsonl a line", Path)
     add_plm_options(p)
     add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)
@@ -53,7 +54,7 @@ def parse_args(argv=None):
 
 
 def read_rows(path, ids, data):
-    """[rows of the items [n, H], of the cold items [c, H]], float32, and the cold items' ids, of a
+    """(rows of the items, then of the cold items [n + c, H], float32; the cold items' ids) of a
     .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
     try:
         rows = torch.from_numpy(np.load(path)).float()
@@ -71,18 +72,18 @@ def read_rows(path, ids, data):
                             f'{next(iter(wrong))!r}; needed are those of {data.n_items:,} items of '
                             f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
     place = dict(zip(keys, rows))
-    rows = torch.stack([place[key] for key in wanted])
-    return rows.tensor_split([data.n_items]), cold
+    return torch.stack([place[key] for key in wanted]), cold
 
 
 def save(out, data, rows, cold_ids, head):
     """Write the file, in the format that its name ends in."""
     if out.suffix not in PLAIN:
-        save_pt(out, 'embeddings', head=head, matrix=F.pad(rows[0], (0, 0, 1, 0)),
-                items=data.item_ids, cold=rows[1], cold_items=cold_ids)
+        matrix = F.pad(rows[:data.n_items], (0, 0, 1, 0))
+        cold = rows[data.n_items:].clone()  # of a view all rows would be saved
+        save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
+                cold_items=cold_ids)
         return
     save_text(out.with_suffix('.ids.txt'), '\n'.join(data.item_ids + cold_ids))
-    rows = torch.cat(rows)
     with whole(out) as part, open(part, 'wb') as f:
         if out.suffix == '.npy':
             np.save(f, rows)
@@ -98,14 +99,14 @@ def main(args):
     # ---------------------------------------------------- rows, or a model
     if args.from_npy:
         rows, cold_ids = read_rows(args.from_npy, args.ids, data)
-        plm, identity = args.from_npy.name, {'rows': digest(*rows)}
+        plm, identity = args.from_npy.name, {'rows': digest(rows)}
     else:
-        model, cold_ids = start_model(args.checkpoint, args.plm, args.layers), data.cold_ids
+        model = start_model(args.checkpoint, args.plm, args.layers)
         if model.stage == 'lf':
             untouched(model)
+        plm, cold_ids = model.plm, data.cold_ids
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)
-        plm = model.plm
         identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
                     'cold': cold.fingerprint, 'precision': args.precision}
     identity['data'] = data.fingerprint
@@ -119,16 +120,15 @@ def main(args):
                 return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
             model.on(machine)
-            rows = [model.encode_items(each)[1:].cpu() for each in (tokens, cold)]
-        if not torch.isfinite(torch.cat(rows)).all():
+            rows = torch.cat([model.encode_items(each)[1:].cpu() for each in (tokens, cold)])
+        if not torch.isfinite(rows).all():
             raise UserError(f'{args.from_npy or args.checkpoint or args.plm}: gives embeddings '
                             'that are not finite; of a language model: try --precision float32')
-        shape = geometry(rows[0])
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
-                'dataset': data.name, 'plm': plm, **shape}
+                'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
         save(out, data, rows, cold_ids, head)
-        print(f'{data.n_items:,} items and {len(cold_ids):,} cold ones x {rows[0].shape[1]}, mean '
-              f'norm {shape["norm"]:.2f}, mean cosine of two items {shape["cosine"]:.2f}, '
+        print(f'{data.n_items:,} items and {len(cold_ids):,} cold ones x {rows.shape[1]}, mean '
+              f'norm {head["norm"]:.2f}, mean cosine of two items {head["cosine"]:.2f}, '
               f'written to {out}')
 
 

@@ -12,19 +12,20 @@ checkpoint (or, without one, the untouched language model) as it is.
 Reads:  data/<dataset>/prepared.npz, --checkpoint (stage 2: stage 1's).
 Writes: --out, a folder: model.pt (with the item table), row.json, ranks.npz, log.csv.
 """
-import pathlib
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 
-from common.arrays import offsets_of, ragged, take
+from common.arrays import cut, take
 from common.backbone import save_recformer, start_model, untouched, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, summarise
 from common.options import (COUNT, add_machine_options, add_optimizer_options, add_plm_options,
-                            number, option, option_identity, options_parser)
+                            flag, number, option, option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens
@@ -35,21 +36,21 @@ from common.training import Training, adamw, join, prefetch, start
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
-    option(p, '--stage', int, None, 'see above', choices=[0, 1, 2], required=True)
-    option(p, '--checkpoint', str, None, 'where to start: a folder of pretrain.py or finetune.py, '
-           'or a published state dict (with --plm); stage 2: ft1-seed<N>')
-    option(p, '--out', str, None, 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)')
+    option(p, 'dataset', 'name of a prepared dataset')
+    option(p, '--stage', 'see above', int, choices=[0, 1, 2], required=True)
+    option(p, '--checkpoint', 'where to start: a folder of pretrain.py or finetune.py, or a '
+           'published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--out', 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)', Path)
     g = add_plm_options(p)
-    option(g, '--max-tokens', number(int, 2, 1024), None,
-           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)")
-    option(g, '--tune-layers', str, 'all',
-           'encoder layers that train: 3,7,11 (paper table 1); all: everything')
-    g.add_argument('--trainable-items', action='store_true',
-                   help='stage 2: the item table trains too (paper table 5)')
+    option(g, '--max-tokens',
+           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)",
+           number(int, 2, 1024))
+    option(g, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
+           str, 'all')
+    flag(g, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
     # RecFormer: 16 users x 8 accumulated
     g = add_optimizer_options(p, epochs=128, patience=5, batch=128)
-    option(g, '--seeds', COUNT, [0], 'one after the other', nargs='+')
+    option(g, '--seeds', 'one after the other', COUNT, [0], nargs='+')
     add_machine_options(p, language_model=True)
     args = p.parse_args(argv)
     if args.stage == 2:
@@ -66,34 +67,31 @@ def parse_args(argv=None):
 
 # ------------------------------------------------------------------------ load
 
-def load_start(args, data, start_from, seed):
-    """(model, tokens of the items): what this stage starts from. UserError where it cannot."""
-    model = start_model(start_from, args.plm, args.layers, seed)
-    if args.stage == 2 and (model.stage != 'ft1' or model.items is None):
-        raise UserError(f'{start_from}: stage 2 starts from a checkpoint of finetune.py --stage 1')
-    if args.stage == 2 and model.data != data.fingerprint:
-        raise UserError(f'{start_from}: was tuned on another version of {data.name}; '
-                        'run --stage 1 again')
+def load_start(args, data, checkpoint, seed):
+    """The model that this stage starts from. UserError where it cannot."""
+    model = start_model(checkpoint, args.plm, args.layers, seed)
+    if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
+        raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
+                        f'on this version of {data.name}; run --stage 1 first')
     if args.stage == 0 and model.stage == 'lf':
         untouched(model)
     if args.max_tokens:
         model.config.max_tokens = args.max_tokens
     choose_layers(model, args.tune_layers)
     model.lm_head.requires_grad_(False)
-    return model, item_tokens(data, model.words)
+    return model
 
 
 def choose_layers(model, text):
     """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves all to train."""
     if text == 'all':
         return
-    layers = {str(i): layer for i, layer in enumerate(model.layers)}
-    wanted = text.split(',')
-    if not layers.keys() >= set(wanted):
-        raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all; this model '
-                        f'has layers 0 to {len(layers) - 1}')
+    layers = dict(model.layers.named_children())
     model.requires_grad_(False)
-    for name in wanted:
+    for name in text.split(','):
+        if name not in layers:
+            raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all; this '
+                            f'model has layers 0 to {len(layers) - 1}')
         layers[name].requires_grad_(True)
 
 
@@ -104,7 +102,7 @@ def prefixes(data, users, rng):
     (items, offsets), labels [users]."""
     begin = data.offsets[users]
     size = rng.integers(1, data.lengths[users] - 2)  # 1 ... one less than the training part
-    return (data.items[ragged(begin, size)], offsets_of(size)), data.items[begin + size]
+    return cut(data.items, begin, size), data.items[begin + size]
 
 
 def add_gradients(model, table, packed, labels):
@@ -116,95 +114,100 @@ def add_gradients(model, table, packed, labels):
     for group in model.passes(packed):
         logits = cosine_logits(model(packed.rows(group)), table)
         logits[:, 0] = -torch.inf  # padding is no target
-        label = machine.put(labels[group].astype(np.int64))
+        label = machine.put(labels[group]).long()
         loss = F.cross_entropy(logits, label, reduction='sum') / len(labels)
         loss.backward()
-        total = total + loss.detach()
+        total += loss.detach()
     return total
 
 
 def tune(args, data, model, tokens, run, seed):
-    """Train `model`; returns (what the row says of it, item table [n + 1, H])."""
+    """Train `model`, and with --trainable-items its item table; what the row says of it."""
     machine = model.machine
-    table = model.items.to(machine.device) if args.stage == 2 else model.encode_items(tokens)
-    items = torch.nn.Embedding.from_pretrained(table, freeze=not args.trainable_items)
-    tuned = torch.nn.ModuleDict({'model': model, 'item_table': items}).train()
+    # the same memory as model.items, which thus is what trains and what the best weights bring back
+    table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
+    tuned = torch.nn.ModuleDict({'model': model, 'item_table': table}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
-    training = Training(run, tuned, adamw(tuned, args), -(-len(users) // args.batch), args.warmup)
+    parts = np.split(np.arange(len(users)), range(args.batch, len(users), args.batch))
+    training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     if machine.rank:  # the first goes on with the generator as it is
         torch.manual_seed(seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
-            rng = np.random.default_rng([seed, 5, epoch])
+            rng = default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
-            rows = np.split(np.arange(len(users)), range(args.batch, len(users), args.batch))
-            batches = ((model.pack(*take(*histories, rows[step]), tokens), labels[rows[step]])
+            batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())
             for packed, label in prefetch(batches, machine):
-                loss = add_gradients(model, items.weight, packed, label)
+                loss = add_gradients(model, table.weight, packed, label)
                 machine.sum_gradients(tuned)
                 training.update(loss=machine.sum(loss))
             if args.stage == 1:
-                items.weight.data.copy_(model.encode_items(tokens))
-            ranks = ranks_of(model, items.weight.detach(), tokens, data, 'valid')
-            value = summarise(ranks)['sampled']['NDCG@10']
+                model.items.copy_(model.encode_items(tokens))
+            value = summarise(ranks_of(model, tokens, data, 'valid'))['sampled']['NDCG@10']
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
                   f'(best {training.best:.4f}, epoch {training.best_epoch})')
-    return training.restore_best(), items.weight.detach()
+    return training.restore_best()
 
 
 # ------------------------------------------------------------------------ evaluate and write
 
-def ranks_of(model, table, tokens, data, which):
-    """Ranks of the evaluated users' targets under cosine scores with the item table [n + 1, H]."""
+def ranks_of(model, tokens, data, which):
+    """Ranks of the evaluated users' targets under cosine scores with the model's item table."""
     items, offsets, targets = data.split(which)
     states = model.encode_histories(items, offsets, tokens, f'{which} users')
-    score = product_scorer(F.normalize(states, dim=-1), F.normalize(table.float(), dim=-1))
+    score = product_scorer(F.normalize(states, dim=-1), F.normalize(model.items, dim=-1))
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 
-def one_run(args, data, model, tokens, run, seed):
-    """Tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
-    init, found = model.stage, {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
-    if args.stage == 0:
-        table = model.encode_items(tokens)
-    else:
-        found, table = tune(args, data, model, tokens, run, seed)
-        model.stage, model.data = f'ft{args.stage}', data.fingerprint
-    ranks = ranks_of(model, table, tokens, data, 'test')
-    if model.machine.rank:
-        return
-    if args.stage:
-        save_recformer(run.folder / 'model.pt', model, table.cpu())
-    run.write(model='recformer', loss='ce', init=init, mode=model.stage,
-              items=args.trainable_items, scale='raw', hidden=model.config.hidden,
-              tune_layers=args.tune_layers, lr=args.lr, seed=seed, plm=model.plm,
-              config=vars(model.config), device=str(model.machine.device), **found,
-              **result_of(data, ranks))
+def one_run(args, machine, data, seed):
+    """Load, tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
+    folder = runs_root() / data.name
+    layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
+    items = '-items' if args.trainable_items else ''
+    checkpoint = args.checkpoint
+    if args.stage == 2 and not checkpoint:
+        checkpoint = folder / f'ft1{layers}-seed{seed}'
+    model = load_start(args, data, checkpoint, seed)
+    tokens = item_tokens(data, model.words)
+    init = model.stage
+    stage = f'ft{args.stage}' if args.stage else f'ft0-{init}'
+    out = args.out or folder / f'{stage}{layers}{items}-seed{seed}'
+    identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
+                'tokens': tokens.fingerprint, 'start': weights_digest(model),
+                'items': None if model.items is None else digest(model.items)}
+    run = Run(args, out, identity, code_of('finetune.py'))
+    with lock(out):
+        if run.finished():
+            return
+        model.on(machine)
+        if args.stage == 2:
+            model.items = model.items.to(machine.device)
+        else:
+            model.items = model.encode_items(tokens)
+        found = {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
+        if args.stage:
+            found = tune(args, data, model, tokens, run, seed)
+            model.stage, model.data = stage, data.fingerprint
+        ranks = ranks_of(model, tokens, data, 'test')
+        if machine.rank:
+            return
+        if args.stage:
+            save_recformer(out / 'model.pt', model, model.items.cpu())
+        run.write(model='recformer', loss='ce', init=init, mode=model.stage,
+                  items=args.trainable_items, scale='raw', hidden=model.config.hidden,
+                  tune_layers=args.tune_layers, lr=args.lr, seed=seed, plm=model.plm,
+                  config=vars(model.config), device=str(machine.device), **found,
+                  **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    machine, data, code = join(start(args)), load(args.dataset), code_of('finetune.py')
-    folder = runs_root() / data.name
-    layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
-    items = '-items' if args.trainable_items else ''
+    machine, data = join(start(args)), load(args.dataset)
     for seed in args.seeds:
-        start_from = args.checkpoint
-        if args.stage == 2 and not start_from:
-            start_from = folder / f'ft1{layers}-seed{seed}'
-        model, tokens = load_start(args, data, start_from, seed)
-        stage = f'ft0-{model.stage}' if args.stage == 0 else f'ft{args.stage}'
-        out = pathlib.Path(args.out or folder / f'{stage}{layers}{items}-seed{seed}')
-        identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
-                    'tokens': tokens.fingerprint, 'start': weights_digest(model),
-                    'items': None if model.items is None else digest(model.items)}
-        run = Run(args, out, identity, code)
-        with lock(out):
-            if not run.finished():
-                one_run(args, data, model.on(machine), tokens, run, seed)
+        one_run(args, machine, data, seed)
 
 
 if __name__ == '__main__':

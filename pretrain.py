@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.random import default_rng
 
-from common.arrays import offsets_of, ragged
+from common.arrays import cut, offsets_of
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
 from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_optimizer_options,
-                            add_plm_options, number, option, option_identity, options_parser)
+                            add_plm_options, flag, number, option, option_identity,
+                            options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words
@@ -34,24 +36,25 @@ from common.training import Training, adamw, join, prefetch, start
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('sources', nargs='+', help='names of prepared datasets')
-    option(p, '--out', str, None, 'folder to write (default: runs/pretrained/<plm>-<sources>)')
+    option(p, 'sources', 'names of prepared datasets', nargs='+')
+    option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
     g = add_plm_options(p)
     g.set_defaults(plm='longformer')
-    option(g, '--max-tokens', number(int, 2, 1024), 1024,
-           'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)')
+    option(g, '--max-tokens',
+           'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
+           number(int, 2, 1024), 1024)
     g = p.add_argument_group('data')
-    g.add_argument('--leave-out', action='store_true', help="leave out each user's last two items "
-                   '(for sources that are targets too; paper silent)')
-    option(g, '--share', number(float, 1e-6, 100), 100.0,
-           'percent of the source users (paper sec. 4.6)')
-    option(g, '--valid-share', number(float, 1e-6, 50), 5.0, 'percent of users held out (ours)')
+    flag(g, '--leave-out', "leave out each user's last two items (for sources that are targets "
+         'too; paper silent)')
+    option(g, '--share', 'percent of the source users (paper sec. 4.6)', number(float, 1e-6, 100),
+           100.0)
+    option(g, '--valid-share', 'percent of users held out (ours)', number(float, 1e-6, 50), 5.0)
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
     g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
-    option(g, '--accumulate', POSITIVE, 8, 'batches per optimizer step (RecFormer)')
-    option(g, '--max-steps', POSITIVE, None, 'at most so many optimizer steps (ours)')
-    option(g, '--mlm-weight', WEIGHT, 0.1, 'of the masked-language-model loss (RecFormer)')
-    option(g, '--seed', COUNT, 0, 'of split points, order, masks and dropout')
+    option(g, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
+    option(g, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
+    option(g, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
+    option(g, '--seed', 'of split points, order, masks and dropout', COUNT, 0)
     add_machine_options(p, language_model=True)
     return p.parse_args(argv)
 
@@ -63,26 +66,22 @@ class Sources:
     to the next. `train`, `valid`: users with two items at least, seeded."""
 
     def __init__(self, args, words):
-        items, lengths, tokens, self.fingerprints, before = [], [], [], [], 0
-        for name in args.sources:
-            data = load(name)
-            part, offsets = data.training(leave=2 if args.leave_out else 0)
-            items.append(part + before)
-            lengths.append(np.diff(offsets))
-            tokens.append(item_tokens(data, words))
-            before += data.n_items
-            self.fingerprints.append([name, data.fingerprint])
-        self.items, self.lengths = np.concatenate(items), np.concatenate(lengths)
-        self.begin = np.cumsum(self.lengths) - self.lengths
-        self.tokens = joined(tokens)
+        leave = 2 if args.leave_out else 0
+        domains = [load(name) for name in args.sources]
+        self.fingerprints = [[data.name, data.fingerprint] for data in domains]
+        self.tokens = joined([item_tokens(data, words) for data in domains])
+        self.lengths = np.concatenate([data.lengths - leave for data in domains])
+        self.begin = offsets_of(self.lengths)[:-1]
+        before = offsets_of([data.n_items for data in domains])  # items of the domains before
+        self.items = np.concatenate([data.training(leave)[0] + shift
+                                     for data, shift in zip(domains, before)])
         users = np.flatnonzero(self.lengths >= 2)
-        users = np.random.default_rng([args.seed, 1]).permutation(users)
+        users = default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        kept = max(args.batch, round((len(users) - held) * args.share / 100))
-        self.valid, self.train = users[:held], users[held:][:kept]
-        if len(self.train) < 2:
-            raise UserError(f'{" ".join(args.sources)}: only {len(users)} users have two items; '
-                            'stage-PT needs more')
+        self.valid = users[:held]
+        users = users[held:]
+        kept = max(args.batch, round(len(users) * args.share / 100))
+        self.train = users[:kept]
 
     def draw(self, users, rng, model):
         """One split point a user: (histories, targets, both Packed, ids of the targets).
@@ -90,20 +89,23 @@ class Sources:
         With n items the target's 0-based index is uniform over n // 2 ... n - 1, at least 1: a
         history is never empty.
         """
-        point = np.maximum(1, rng.integers(self.lengths[users] // 2, self.lengths[users]))
         begin = self.begin[users]
-        ids, history = self.items[begin + point], self.items[ragged(begin, point)]
-        packed = model.pack(history, offsets_of(point), self.tokens)
-        return packed, model.pack_items(ids, self.tokens), ids
+        length = self.lengths[users]
+        point = np.maximum(1, rng.integers(length // 2, length))
+        history = cut(self.items, begin, point)
+        ids = self.items[begin + point]
+        return model.pack(*history, self.tokens), model.pack_items(ids, self.tokens), ids
 
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
         each batch (histories, targets), ids and what `mask_words` gives of the two."""
-        order = np.random.default_rng([args.seed, 3, training.epoch]).permutation(self.train)
+        order = default_rng([args.seed, 3, training.epoch]).permutation(self.train)
         shares = np.array_split(order, training.per_epoch)  # of equal size: none of a single user
         for step in training.steps():
-            rng = np.random.default_rng([args.seed, 4, training.epoch, step])
-            seed, users, batches = rng.integers(2 ** 62), shares[step], []
+            rng = default_rng([args.seed, 4, training.epoch, step])
+            seed = rng.integers(2 ** 62)
+            batches = []
+            users = shares[step]
             for batch in np.array_split(users, -(-len(users) // args.batch)):
                 *pair, ids = self.draw(batch, rng, model)
                 masks = [mask_words(packed, rng, model.words.mask, model.config.vocab_size)
@@ -121,13 +123,15 @@ def contrastive(model, histories, targets, ids):
     negative of it (ours; published code counts it). Each process computes the same loss over all
     pairs: their gradients' sum is that of one process.
     """
-    states, aims = model.encode(histories), model.encode(targets)
+    states = model.encode(histories)
+    aims = model.encode(targets)
     with model.machine.autocast():
         logits = cosine_logits(states, aims)
-    same = model.machine.put(ids[:, None] == ids).fill_diagonal_(False)
-    logits = logits.masked_fill(same, -torch.inf)
+    same = model.machine.put(ids[:, None] == ids)
+    logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
     label = torch.arange(len(ids), device=logits.device)
-    return F.cross_entropy(logits, label), (logits.argmax(1) == label).float().mean()
+    right = logits.argmax(1) == label
+    return F.cross_entropy(logits, label), right.float().mean()
 
 
 def masked_gradients(model, packed, masked, scale):
@@ -135,7 +139,8 @@ def masked_gradients(model, packed, masked, scale):
     of bounded size; `scale` times its gradients are added as it goes. Returns this process's part
     of the mean over masked tokens."""
     tokens, chosen = masked
-    shown, total = replace(packed, tokens=tokens), 0.0
+    shown = replace(packed, tokens=tokens)
+    total = 0.0
     for group in model.passes(packed):
         index = packed.index(group)
         places = np.flatnonzero(np.isin(index, chosen))
@@ -145,14 +150,16 @@ def masked_gradients(model, packed, masked, scale):
         labels = model.machine.put(packed.tokens[index[places]])
         loss = F.cross_entropy(logits.float(), labels, reduction='sum') / len(chosen)
         (scale * loss).backward()
-        total = total + loss.detach()
+        total += loss.detach()
     return total
 
 
 def step_gradients(model, batches, args):
     """Add the gradients of one optimizer step over these batches; returns {loss or accuracy: mean
     over the batches}."""
-    share, losses = 1 / len(batches), torch.zeros(3, device=model.machine.device)
+    machine = model.machine
+    share = 1 / len(batches)
+    losses = torch.zeros(3, device=machine.device)
     for pair, ids, masks in batches:
         loss, right = contrastive(model, *pair, ids)
         (share * loss).backward()
@@ -160,9 +167,9 @@ def step_gradients(model, batches, args):
         for packed, masked in zip(pair, masks):
             of_words += masked_gradients(model, packed, masked, share * args.mlm_weight)
         losses += share * torch.stack([loss.detach(), of_words, right])
-    model.machine.sum_gradients(model)
-    losses[1] = model.machine.sum(losses[1])
-    return dict(zip(('contrastive', 'mlm', 'accuracy'), losses))
+    machine.sum_gradients(model)
+    loss, of_words, right = losses
+    return {'contrastive': loss, 'mlm': machine.sum(of_words), 'accuracy': right}
 
 
 @torch.no_grad()
@@ -171,10 +178,12 @@ def held_out_accuracy(model, sources, args):
     each time."""
     model.eval()
     right = 0.0
-    groups = np.array_split(sources.valid, max(1, round(len(sources.valid) / args.batch)))
+    count = max(1, round(len(sources.valid) / args.batch))
+    groups = np.array_split(sources.valid, count)
     for place, users in enumerate(groups):
-        rng = np.random.default_rng([args.seed, 2, place])
-        _, share = contrastive(model, *sources.draw(users, rng, model))
+        rng = default_rng([args.seed, 2, place])
+        drawn = sources.draw(users, rng, model)
+        _, share = contrastive(model, *drawn)
         right += float(share) * len(users)
     model.train()
     return right / len(sources.valid)
@@ -205,14 +214,18 @@ def main(args):
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
-    least = min(args.batch, len(sources.train), 2 * len(sources.valid))
-    if least < 2 * machine.world:
-        raise UserError(f'--batch {args.batch}: {machine.world} processes share it; each needs '
-                        'two users, and one that is held out')
+    train = len(sources.train)
+    valid = len(sources.valid)
+    if min(args.batch, train, 2 * valid) < 2 * machine.world:
+        raise UserError(f'{" ".join(args.sources)}: {train} users train, --batch {args.batch} at '
+                        f'a time, and {valid} are held out; each of {machine.world} processes '
+                        'needs two of a batch and one held out')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
-    folder = Path(args.out or runs_root() / 'pretrained' / name)
-    identity = {'options': option_identity(args), 'data': sources.fingerprints,
-                'tokens': sources.tokens.fingerprint, 'start': weights_digest(model)}
+    folder = args.out or runs_root() / 'pretrained' / name
+    identity = {'options': option_identity(args),
+                'data': sources.fingerprints,
+                'tokens': sources.tokens.fingerprint,
+                'start': weights_digest(model)}
     run = Run(args, folder, identity, code_of('pretrain.py'))
     with lock(folder):
         if run.finished():
@@ -224,8 +237,8 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config),
-                  device=str(machine.device), **found)
+        device = str(machine.device)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=device, **found)
 
 
 if __name__ == '__main__':

@@ -13,18 +13,16 @@ Reads:  data/<dataset>/prepared.npz, runs/<dataset>/embeddings/E.pt (export_embe
 Writes: runs/<dataset>/<model>-<loss>-<variant>-<scale>-<width>-lr<rate>-seed<seed>/.
 """
 import re
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.random import default_rng
 
 from common.arrays import take
-from common.data import Dataset, load
+from common.data import load
 from common.files import (Diverged, UserError, command, digest, load_pt, lock, runs_root,
                           save_pt)
 from common.initial import SCALES, origin_of, read_embeddings, starting_tables
-from common.layers import Machine
 from common.metrics import result_of, summarise
 from common.models import MODELS
 from common.options import (COUNT, POSITIVE, RATE, add_machine_options, number, option,
@@ -51,35 +49,36 @@ def variant(text):
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('dataset', help='name of a prepared dataset')
+    option(p, 'dataset', 'name of a prepared dataset')
     g = p.add_argument_group('model')
-    option(g, '--model', str, None, 'of common/models.py', choices=MODELS, required=True)
-    option(g, '--variants', variant, [('random', 'random')], 'see above', nargs='+',
+    option(g, '--model', 'of common/models.py', choices=MODELS, required=True)
+    option(g, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
            metavar='VARIANT')
-    option(g, '--init-scale', str, 'raw', 'of the embeddings: raw (paper); rescaled to a random '
-           "table's mean row norm; centred or whitened, then rescaled; permuted = centred, in a "
-           'random order of items (a control)', choices=SCALES)
-    option(g, '--hidden', number(int, 1, 65_536), None, 'width. Wider embeddings are reduced to '
-           "their principal components (ours); default: the embeddings' width, for random that of "
-           'the first embeddings in --variants, else 768 (paper sec. 4.2)')
-    option(g, '--max-items', number(int, 2, 10_000), 50, "newest of a history (authors' code)")
+    option(g, '--init-scale',
+           "of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or "
+           'whitened, then rescaled; permuted = centred, in a random order of items (a control)',
+           str, 'raw', choices=SCALES)
+    option(g, '--hidden', 'width. Wider embeddings are reduced to their principal components '
+           "(ours); default: the embeddings' width, for random that of the first embeddings in "
+           '--variants, else 768 (paper sec. 4.2)', number(int, 1, 65_536))
+    option(g, '--max-items', "newest of a history (authors' code)", number(int, 2, 10_000), 50)
     g = p.add_argument_group('optimisation')
-    option(g, '--loss', str, None, 'bce: one negative (paper table 3); ce: full softmax (table 4); '
-           "sampled: softmax over --negatives (ours); default: the model's own",
+    option(g, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
+           "softmax over --negatives (ours); default: the model's own",
            choices=['bce', 'ce', 'sampled', 'masked'])
-    option(g, '--negatives', number(int, 2), None, 'of --loss sampled (default: 256)')
-    option(g, '--lrs', RATE, [0.0003, 0.001, 0.003, 0.01], "Adam's (paper sec. 4.2)", nargs='+')
-    option(g, '--batch', POSITIVE, None, 'users (paper sec. 4.2: 128, BERT4Rec 256)')
-    option(g, '--epochs', POSITIVE, 200, "at most (authors' code)")
-    option(g, '--patience', POSITIVE, 10,
-           'epochs with no better validation NDCG@10 (paper sec. 4.2)')
-    option(g, '--seeds', COUNT, [0], 'of weights, dropout, order and negatives', nargs='+')
+    option(g, '--negatives', 'of --loss sampled (default: 256)', number(int, 2))
+    option(g, '--lrs', "Adam's (paper sec. 4.2)", RATE, [0.0003, 0.001, 0.003, 0.01], nargs='+')
+    option(g, '--batch', 'users (paper sec. 4.2: 128, BERT4Rec 256)', POSITIVE)
+    option(g, '--epochs', "at most (authors' code)", POSITIVE, 200)
+    option(g, '--patience', 'epochs with no better validation NDCG@10 (paper sec. 4.2)', POSITIVE,
+           10)
+    option(g, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
     add_machine_options(p)
     args = p.parse_args(argv)
     kind = MODELS[args.model]
-    if args.loss and args.loss not in kind.losses:
-        p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     args.loss, args.batch = args.loss or kind.losses[0], args.batch or kind.batch
+    if args.loss not in kind.losses:
+        p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     if args.loss == 'sampled':
         args.negatives = args.negatives or 256
     elif args.negatives:
@@ -87,51 +86,33 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------ what all runs share
-
-class World(NamedTuple):
-    """Everything that the runs of one command share."""
-    args: object
-    data: Dataset
-    machine: Machine
-    code: dict           # digests of what defines the model
-    folder: Path
-    embeddings: dict     # source -> initial.Embeddings
-
-
-def make_world(args):
-    """Load data and embeddings. Errors: UserError where something is missing or foreign."""
-    data, folder = load(args.dataset), runs_root() / args.dataset
-    sources = dict.fromkeys(source for source, _ in args.variants if source != 'random')
-    embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
-                  for source in sources}
-    code = code_of('train_seq.py', f'{MODELS[args.model].__module__.replace(".", "/")}.py')
-    return World(args, data, start(args), code, folder, embeddings)
-
+# ------------------------------------------------------------------------ order, width
 
 def with_freeze(variants):
     """The variants in order, each further-* after the freeze run that it starts from."""
-    ordered = []
+    ordered = {}
     for source, mode in variants:
         if mode.startswith('further'):
-            ordered.append((source, 'freeze'))
-        ordered.append((source, mode))
-    return list(dict.fromkeys(ordered))
+            ordered[source, 'freeze'] = None
+        ordered[source, mode] = None
+    return list(ordered)
 
 
-def width_of(world, source):
-    """The model's width for this source of its initial rows."""
-    first = next(iter(world.embeddings.values()), None)
-    found = world.embeddings.get(source, first)
-    return world.args.hidden or (found.matrix.shape[1] if found else 768)
+def width_of(args, embeddings, source):
+    """The model's width for this source of its initial rows; embeddings: all that are needed, by
+    source."""
+    first = next(iter(embeddings.values()), None)
+    found = embeddings.get(source, first)
+    return args.hidden or (found.matrix.shape[1] if found else 768)
 
 
 # ------------------------------------------------------------------------ one run
 
-def build(world, about, begun=None):
-    """The model at the start of training; begun: weights of the freeze run, of further-*."""
-    kind, embeddings = MODELS[about['model']], world.embeddings.get(about['init'])
-    table, text = starting_tables(kind, world.data.n_items, embeddings, about)
+def build(data, embedding, about, begun=None):
+    """The model at the start of training. embedding: Embeddings, None for random rows; begun:
+    weights of the freeze run, of further-*."""
+    kind = MODELS[about['model']]
+    table, text = starting_tables(kind, data.n_items, embedding, about)
     table = ItemTable(table, about['mode'] != 'freeze', text)
     model = kind(table, about['max_items'])
     if begun:
@@ -139,64 +120,64 @@ def build(world, about, begun=None):
     if about['mode'] == 'further-emb':
         model.requires_grad_(False)
         model.item_embedding.weight.requires_grad_(True)
-    return model.on(world.machine)
+    return model
 
 
-def fit(world, model, run, seed, lr):
-    """Train `model` -> the Training."""
-    args, data = world.args, world.data
-    train = data.training()
-    users = np.flatnonzero(np.diff(train[1]) >= model.least)
+def fit(data, model, run, about):
+    """Train `model`; returns what the row says of it."""
+    args, seed = run.args, about['seed']
+    items, offsets = data.training()
+    users = np.flatnonzero(data.lengths - 2 >= model.least)  # the last two items do not train
     if not len(users):
         raise UserError(f'{data.name}: {args.model} needs users with two training items '
                         '(four interactions)')
     steps = -(-len(users) // args.batch)
-    optimizer = torch.optim.Adam(model.parameters(), lr, model.betas, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), about['lr'], model.betas, fused=True)
     training = Training(run, model, optimizer, steps)
     with training:
         for epoch in training.epochs():
             model.train()
-            rng = np.random.default_rng([seed, 7, epoch])
+            rng = default_rng([seed, 7, epoch])
             batches = np.array_split(rng.permutation(users), steps)
             if args.loss == 'bce':
-                negatives = draw_training_negatives(*train, data.n_items, rng)
+                negatives = draw_training_negatives(items, offsets, data.n_items, rng)
             for step in training.steps():
-                items, offsets = take(*train, batches[step])
-                drawn = args.negatives
+                batch, drawn = batches[step], args.negatives
                 if args.loss == 'bce':
-                    drawn, _ = take(negatives, train[1], batches[step])
-                rng = np.random.default_rng([seed, 8, epoch, step])
-                with world.machine.autocast():
-                    loss = model.loss(items, offsets, rng, args.loss, drawn)
+                    drawn, _ = take(negatives, offsets, batch)
+                rng = default_rng([seed, 8, epoch, step])
+                with model.machine.autocast():
+                    loss = model.loss(*take(items, offsets, batch), rng, args.loss, drawn)
                 loss.backward()
                 training.update(loss=loss)
             found = summarise(model.ranks(data, 'valid'))
             training.end_epoch(found['sampled']['NDCG@10'], full=found['full']['NDCG@10'])
-    return training
+    return training.restore_best()
 
 
-def one_run(world, about, start_from):
+def one_run(args, machine, data, embedding, about, start_from):
     """Train and evaluate one model, or find it up to date: its row. Diverged where it did."""
-    args, data, source = world.args, world.data, about['init']
+    source = about['init']
     what = source if source == 'random' else f'{source}-{about["mode"]}-{about["scale"]}'
     name = (f'{args.model}-{args.loss}-{what}-{about["hidden"]}-lr{about["lr"]:g}'
             f'-seed{about["seed"]}')
-    folder, embedding = world.folder / name, world.embeddings.get(source)
+    folder = runs_root() / data.name / name
     begun = start_from and load_pt(start_from / 'model.pt', 'seq')['model']
     identity = {'options': {**option_identity(args), **about}, 'data': data.fingerprint,
                 'embedding': embedding and embedding.digest,
                 'from': begun and digest(*begun.values())}
-    run = Run(args, folder, identity, world.code)
+    code = code_of('train_seq.py', f'{MODELS[args.model].__module__.replace(".", "/")}.py')
+    run = Run(args, folder, identity, code)
     with lock(folder):
         if row := run.finished():
             return row
-        model = build(world, about, begun)
-        found = fit(world, model, run, about['seed'], about['lr']).restore_best()
+        model = build(data, embedding, about, begun).on(machine)
+        found = fit(data, model, run, about)
         ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         row = run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
-                        device=str(world.machine.device),
+                        device=str(machine.device),
                         parameters=sum(p.numel() for p in model.parameters()))
     warn(data, row)
     return row
@@ -213,22 +194,26 @@ def warn(data, row):
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    world = make_world(args)
+    data, machine = load(args.dataset), start(args)
+    folder = runs_root() / data.name
+    sources = dict.fromkeys(source for source, _ in args.variants if source != 'random')
+    embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
+                  for source in sources}
     best = {}  # (source, mode, seed) -> row of its best rate
     for source, mode in with_freeze(args.variants):
-        rates = args.lrs
+        embedding, rates = embeddings.get(source), args.lrs
         for seed in args.seeds:
             start_from = None
             if mode.startswith('further'):
-                start_from = world.folder / best[source, 'freeze', seed]['run']
+                start_from = folder / best[source, 'freeze', seed]['run']
             rows = []
             for lr in rates:
                 about = {'model': args.model, 'loss': args.loss, 'init': source, 'mode': mode,
                          'scale': 'raw' if source == 'random' else args.init_scale,
-                         'hidden': width_of(world, source), 'max_items': args.max_items,
-                         'lr': lr, 'seed': seed}
+                         'hidden': width_of(args, embeddings, source),
+                         'max_items': args.max_items, 'lr': lr, 'seed': seed}
                 try:
-                    rows.append(one_run(world, about, start_from))
+                    rows.append(one_run(args, machine, data, embedding, about, start_from))
                 except Diverged as error:
                     print(f'{args.model} {source} {mode}, rate {lr:g}, seed {seed}: {error}')
             if not rows:

@@ -15,16 +15,23 @@ def offsets_of(lengths):
     return np.r_[0, np.cumsum(lengths)]
 
 
+def cut(items, starts, lengths):
+    """What begins at each of `starts` in `items` and is so long, as such a pair."""
+    return items[ragged(starts, lengths)], offsets_of(lengths)
+
+
 def take(items, offsets, rows):
     """The rows `rows` of (items, offsets), as another such pair."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    return items[ragged(offsets[rows], lengths)], offsets_of(lengths)
+    starts = offsets[rows]
+    lengths = offsets[rows + 1] - starts
+    return cut(items, starts, lengths)
 
 
 def newest(items, offsets, most):
     """The last `most` items of each row: (items int64 [T], lengths [R])."""
     lengths = np.minimum(np.diff(offsets), most)
-    return items[ragged(offsets[1:] - lengths, lengths)].astype(np.int64), lengths
+    place = ragged(offsets[1:] - lengths, lengths)
+    return items[place].astype(np.int64), lengths
 
 
 def row_numbers(lengths):

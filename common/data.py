@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.arrays import offsets_of, ragged
+from common.arrays import cut, offsets_of
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
 from common.formats import canonical_from_amazon, convert, named_columns
@@ -102,9 +102,10 @@ class Dataset:
         return *self.training(leave, users), targets
 
     def training(self, leave=2, users=slice(None)):
-        """All users' sequences but their last `leave` items: ragged (items, offsets)."""
-        kept = self.lengths[users] - leave
-        return self.items[ragged(self.offsets[:-1][users], kept)], offsets_of(kept)
+        """Sequences of `users` (default: all) but their last `leave` items: ragged (items,
+        offsets)."""
+        begin = self.offsets[:-1][users]
+        return cut(self.items, begin, self.lengths[users] - leave)
 
     def title(self, item):
         """The first attribute of an item that says something, else its id."""
@@ -304,17 +305,17 @@ def report(data):
 
 def parse_args(argv=None):
     p = options_parser(__doc__)
-    p.add_argument('name', help=f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
-    option(p, '--min-user', POSITIVE, None,
-           'fewest interactions of a user (paper: 4, sources 5; at least 3)')
-    option(p, '--min-item', POSITIVE, None,
-           'fewest interactions of an item (paper: source domains 5, else 1)')
-    option(p, '--users', COUNT, None, "seeded sample of so many, 0 = all (sources: Table 2's)")
-    option(p, '--from', Path, None, 'make its files from others (data/README.md): a folder, a stem '
-           'or a file of interactions', dest='source')
-    option(p, '--items', Path, None, 'the file of texts, where --from names a file')
-    option(p, '--columns', named_columns, {}, 'user=..,item=..,time=..,id=..: columns by name; id '
-           'is that of the texts (default: as item)')
+    option(p, 'name', f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
+    option(p, '--min-user', 'fewest interactions of a user (paper: 4, sources 5; at least 3)',
+           POSITIVE)
+    option(p, '--min-item', 'fewest interactions of an item (paper: source domains 5, else 1)',
+           POSITIVE)
+    option(p, '--users', "seeded sample of so many, 0 = all (sources: Table 2's)", COUNT)
+    option(p, '--from', 'make its files from others (data/README.md): a folder, a stem or a file '
+           'of interactions', Path, dest='source')
+    option(p, '--items', 'the file of texts, where --from names a file', Path)
+    option(p, '--columns', 'user=..,item=..,time=..,id=..: columns by name; id is that of the '
+           'texts (default: as item)', named_columns, {})
     return p.parse_args(argv)
 
 

@@ -8,9 +8,14 @@ def options_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def option(group, name, kind, default, text, **more):
-    """One option: its name, the type of its value, its default, its help."""
-    group.add_argument(name, type=kind, default=default, help=text, **more)
+def option(group, name, text, kind=str, default=None, **more):
+    """One option: its name, its help, the type of its value, its default."""
+    group.add_argument(name, help=text, type=kind, default=default, **more)
+
+
+def flag(group, name, text):
+    """An option without a value: True where it is given."""
+    group.add_argument(name, help=text, action='store_true')
 
 
 def number(kind, least, most=1e99):
@@ -32,20 +37,20 @@ WEIGHT, RATE = number(float, 0), number(float, 1e-12)
 def add_plm_options(parser):
     """--plm, --layers: the language model to start from."""
     g = parser.add_argument_group('language model')
-    option(g, '--plm', str, None, 'longformer (paper), minilm, a hub name or a local folder')
-    option(g, '--layers', POSITIVE, None, 'its first LAYERS layers only (default: all)')
+    option(g, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
+    option(g, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
     return g
 
 
 def add_optimizer_options(parser, epochs, patience, batch):
     """--epochs ... --weight-decay; defaults are RecFormer's where its paper or code has them."""
     g = parser.add_argument_group('optimisation')
-    option(g, '--epochs', POSITIVE, epochs, 'at most')
-    option(g, '--patience', POSITIVE, patience, 'epochs without a better validation')
-    option(g, '--batch', number(int, 2), batch, 'users')
-    option(g, '--lr', RATE, 5e-5, 'peak rate')
-    option(g, '--warmup', COUNT, 100, 'steps of a rising rate; it then falls linearly to 0')
-    option(g, '--weight-decay', WEIGHT, 0.0, "AdamW's")
+    option(g, '--epochs', 'at most', POSITIVE, epochs)
+    option(g, '--patience', 'epochs without a better validation', POSITIVE, patience)
+    option(g, '--batch', 'users', number(int, 2), batch)
+    option(g, '--lr', 'peak rate', RATE, 5e-5)
+    option(g, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
+    option(g, '--weight-decay', "AdamW's", WEIGHT, 0.0)
     return g
 
 
@@ -53,24 +58,25 @@ def add_machine_options(parser, language_model=False, trains=True):
     """--device, --precision, ..., and what to do with an earlier result."""
     g = parser.add_argument_group('machine')
     if language_model:
-        option(g, '--micro-tokens', POSITIVE, None,
-               'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)')
-    option(g, '--device', str, 'auto', 'auto (CUDA where there is one), cpu, cuda:1, ...')
-    option(g, '--precision', str, 'auto', 'of matrix products; weights stay float32. auto: '
-           'bfloat16 where the hardware has it', choices=['auto', 'bfloat16', 'float32'])
-    g.add_argument('--deterministic', action='store_true', help='CUDA: only kernels that give the '
-                   'same bits on every run (slower; a CPU always does)')
+        option(g, '--micro-tokens',
+               'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)',
+               POSITIVE)
+    option(g, '--device', 'auto (CUDA where there is one), cpu, cuda:1, ...', str, 'auto')
+    option(g, '--precision',
+           'of matrix products; weights stay float32. auto: bfloat16 where the hardware has it',
+           str, 'auto', choices=['auto', 'bfloat16', 'float32'])
+    flag(g, '--deterministic',
+         'CUDA: only kernels that give the same bits on every run (slower; a CPU always does)')
     if trains:
-        option(g, '--save-every', WEIGHT, 10, 'minutes between checkpoints inside an epoch (ours)')
+        option(g, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
     add_earlier_options(parser)
 
 
 def add_earlier_options(parser):
     """--again, --keep: what to do with an earlier result."""
     g = parser.add_argument_group('an earlier result').add_mutually_exclusive_group()
-    g.add_argument('--again', action='store_true', help='make it again, whatever is there')
-    g.add_argument('--keep', action='store_true',
-                   help='use it as it is where only the code has changed since')
+    flag(g, '--again', 'make it again, whatever is there')
+    flag(g, '--keep', 'use it as it is where only the code has changed since')
 
 
 # Options that change no number, and those whose meaning is known by content (data, weights).

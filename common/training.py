@@ -16,7 +16,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from common.files import Diverged, UserError, load_pt, save_pt, save_text
@@ -31,13 +30,10 @@ AHEAD = 'cuda',  # a CPU has no time to spare for the next batch
 def start(args):
     """The Machine for these options. Errors: UserError where the device cannot be had."""
     name = args.device
-    if name == 'auto':
-        name = 'cpu'
-        if torch.cuda.is_available():
-            name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'  # torchrun's number of this process
+    if name == 'auto':  # LOCAL_RANK: torchrun's number of this process
+        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; '
                         'try --device cpu') from None
@@ -47,13 +43,15 @@ def start(args):
         torch.use_deterministic_algorithms(True)
     if device.type == 'cpu':
         keep_freed_memory()
-        has_bfloat16 = torch.cpu.get_capabilities().get('avx512_bf16', False)
+        has_bfloat16 = torch.cpu.get_capabilities().get('avx512_bf16')
+        tokens = 2048
     else:
         has_bfloat16 = torch.cuda.is_bf16_supported()
+        tokens = 16384
     if args.precision == 'auto':  # results say what they were made with
         args.precision = 'bfloat16' if has_bfloat16 else 'float32'
-    most = getattr(args, 'micro_tokens', None) or (16384 if device.type == 'cuda' else 2048)
-    return Machine(device, args.precision == 'bfloat16', most)
+    tokens = getattr(args, 'micro_tokens', None) or tokens
+    return Machine(device, args.precision == 'bfloat16', tokens)
 
 
 def keep_freed_memory():
@@ -136,21 +134,23 @@ class Training:
     Everything that the next step depends on is in resume.pt, which is used again only for the same
     identity and code.
     """
-    kept = ('epoch', 'step', 'bad', 'best', 'best_epoch', 'best_weights', 'losses', 'log', 'rng')
+    parts = 'model', 'optimizer', 'schedule'
 
     def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
+        self.epoch = self.step = self.best_epoch = 0
+        self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
+        self.rng = rng_state()
+        self.kept = list(vars(self))  # all of the above is in resume.pt
         self.run, self.path = run, run.folder / 'resume.pt'
-        self.model, self.optimizer, self.per_epoch, self.clip = model, optimizer, steps, clip
+        self.model, self.optimizer, self.per_epoch = model, optimizer, steps
+        self.clip = clip or math.inf
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
-        self.parts = {'model': model, 'optimizer': optimizer, 'schedule': self.schedule}
-        self.epoch = self.step = self.bad = self.best_epoch = 0
-        self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
-        self.asked, self.busy = 0, False
-        self.rng = rng_state()
+        self.asked = self.busy = False
         self.began = self.saved_at = time.monotonic()
-        self.resume()
+        if self.path.exists():
+            self.resume()
         self.bar = progress(total=self.total, initial=self.epoch * steps + self.step, unit='step',
                             desc=run.folder.name)
 
@@ -158,7 +158,8 @@ class Training:
 
     def epochs(self):
         """Numbers of the epochs that are left."""
-        while self.epoch * self.per_epoch < self.total and self.bad < self.run.args.patience:
+        while (self.epoch * self.per_epoch < self.total
+               and self.epoch - self.best_epoch < self.run.args.patience):
             yield self.epoch
 
     def steps(self):
@@ -169,13 +170,10 @@ class Training:
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
         not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
         parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
         scalars = torch.stack([x.detach().float() for x in (*losses.values(), norm)])
         values = scalars.tolist()  # the one time in a step that the host waits for the device
-        if not np.isfinite(values).all():
+        if not all(map(math.isfinite, values)):
             kept = 'holds the last good state' if self.path.exists() else 'was not written yet'
             raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient '
                            f'norm {values[-1]}; {self.path} {kept}; try a lower rate or '
@@ -198,9 +196,9 @@ class Training:
             raise Diverged(f'validation metric is {metric} after epoch {self.epoch + 1}: '
                            'try a lower rate')
         with self.uninterrupted():
-            self.bad, self.epoch, self.step = self.bad + 1, self.epoch + 1, 0
+            self.epoch, self.step = self.epoch + 1, 0
             if metric > self.best:
-                self.best, self.best_epoch, self.bad = metric, self.epoch, 0
+                self.best, self.best_epoch = metric, self.epoch
                 self.best_weights = copy.deepcopy(self.model.state_dict())
             entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
                      'valid': metric, **more}
@@ -261,7 +259,7 @@ class Training:
         if not self.first:
             return
         head = {'identity': self.run.identity, 'code': self.run.code, 'seconds': self.seconds()}
-        states = {name: part.state_dict() for name, part in self.parts.items()}
+        states = {name: getattr(self, name).state_dict() for name in self.parts}
         stand = {key: getattr(self, key) for key in self.kept}
         save_pt(self.path, 'resume', head=head, states=states, stand=stand)
         save_text(self.run.folder / 'log.csv', '\n'.join([*self.log, '']))
@@ -269,14 +267,14 @@ class Training:
     def resume(self):
         """Go on from resume.pt where it is of this identity and code."""
         try:
-            saved = self.path.exists() and load_pt(self.path, 'resume')
+            saved = load_pt(self.path, 'resume')
         except UserError as error:
             print(f'{error}; training starts over')
             return
-        if not saved or not self.run.usable(saved['head'], self.path):
+        if not self.run.usable(saved['head'], self.path):
             return
-        for name, part in self.parts.items():
-            part.load_state_dict(saved['states'][name])
+        for name, state in saved['states'].items():
+            getattr(self, name).load_state_dict(state)
         vars(self).update(saved['stand'])
         self.began -= saved['head']['seconds']
         cpu, gpus = self.rng

@@ -245,9 +245,8 @@ def test_a_cold_item_gets_the_row_it_started_from(world):
 
 def test_a_random_models_cold_row_is_the_one_its_training_began_with(world):
     found = data.load('one')
-    args = train_seq.parse_args(['one', '--model', 'sasrec', '--hidden', '16'])
     _, about = load_seq(world / RANDOM, found)
-    begun = train_seq.build(train_seq.make_world(args), about).item_embedding.weight
+    begun = train_seq.build(found, None, about).item_embedding.weight
     assert torch.equal(began(world, RANDOM, found), begun)
 
 

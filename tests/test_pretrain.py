@@ -354,7 +354,7 @@ def test_item_tables_of_the_two_stages(place, data):
 def test_stage_two_needs_stage_ones_table_of_this_data(place, data, tmp_path):
     tuned(place, '1', '--plm', place / 'plm')
     first = place / 'runs' / 'one' / 'ft1-seed0'
-    with pytest.raises(UserError, match='was tuned on another version of two'):
+    with pytest.raises(UserError, match='ft1-seed0: stage 2 .* on this version of two; run'):
         finetune.main(finetune.parse_args(['two', '--stage', '2', '--checkpoint', str(first)]))
     tuned(place, '2')
     with pytest.raises(UserError, match='stage 2 starts from a checkpoint of finetune.py'):

@@ -827,7 +827,7 @@ def test_the_width_is_that_of_every_variant(toy, capsys):
     train_seq.main(train_seq.parse_args([*options, '--hidden', '16']))
     assert capsys.readouterr().out.count('up to date') == 2, 'the same width, said or not'
     args = train_seq.parse_args(['toy', '--model', 'sasrec'])
-    assert train_seq.width_of(train_seq.make_world(args), 'random') == 768
+    assert train_seq.width_of(args, {}, 'random') == 768
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(toy, monkeypatch):
@@ -904,7 +904,7 @@ def test_the_choice_of_a_rate_looks_at_validation_alone(toy, monkeypatch):
     valid = {0.1: 0.3, 0.2: 0.5, 0.3: 0.4}
     made = []
 
-    def one_run(world, about, start_from):
+    def one_run(args, machine, data, embedding, about, start_from):
         made.append((about['mode'], about['seed'], about['lr'], start_from and start_from.name))
         lr, mode = about['lr'], about['mode']
         sign = -1 if mode == 'further-all' else 1

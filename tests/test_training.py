@@ -233,19 +233,20 @@ def loop(name, place, folder, watched, monkeypatch):
     elif name == 'finetune':
         monkeypatch.setattr(finetune, 'ranks_of', lambda *_: None)
         monkeypatch.setattr(finetune, 'summarise', lambda _: {'sampled': {'NDCG@10': 0.5}})
+        model.items = model.encode_items(tokens.tokens)
         finetune.tune(args, finetune.load('one'), model, tokens.tokens, run_of(folder, args), 0)
     else:
         kind, loss = name.split()
         args = train_seq.parse_args(['one', '--model', kind, '--loss', loss, '--hidden', '16',
                                      '--epochs', '1', '--batch', '16', '--device', 'cpu'])
-        world = train_seq.make_world(args)._replace(machine=machine)
+        data = train_seq.load('one')
         about = {'model': kind, 'loss': loss, 'init': 'random', 'mode': 'random', 'scale': 'raw',
                  'hidden': 16, 'max_items': 50, 'lr': 0.01, 'seed': 0}
         found = {'sampled': {'NDCG@10': 0.5}, 'full': {'NDCG@10': 0.5}}
         monkeypatch.setattr(train_seq, 'summarise', lambda _: found)
-        model = train_seq.build(world, about)
+        model = train_seq.build(data, None, about).on(machine)
         model.ranks = lambda *_: None
-        train_seq.fit(world, model, run_of(folder, args), 0, 0.01)
+        train_seq.fit(data, model, run_of(folder, args), about)
 
 
 LOOPS = ['pretrain', 'finetune', 'sasrec bce', 'sasrec ce', 'sasrec sampled', 'bert4rec masked',
