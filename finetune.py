@@ -154,11 +154,15 @@ def tune(args, data, model, tokens, run, seed):
 # ------------------------------------------------------------------------ evaluate and write
 
 def ranks_of(model, tokens, data, which):
-    """Ranks of the evaluated users' targets under cosine scores with the model's item table."""
+    """Ranks of the evaluated users' targets under cosine scores with the model's item table; each
+    process ranks a share of the users."""
     items, offsets, targets = data.split(which)
     states = model.encode_histories(items, offsets, tokens, f'{which} users')
-    score = product_scorer(F.normalize(states, dim=-1), F.normalize(model.items, dim=-1))
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
+    mine = model.machine.share(len(targets))
+    score = product_scorer(F.normalize(states[mine], dim=-1), F.normalize(model.items, dim=-1))
+    found = rank_counts(score, data.n_items, targets[mine], data.negatives[mine],
+                        take(items, offsets, mine))
+    return {name: model.machine.gather(ranks, len(targets)) for name, ranks in found.items()}
 
 
 def one_run(args, machine, data, seed):

@@ -34,6 +34,12 @@ class Machine:
         shares = np.array_split(np.arange(n), self.world)
         return shares[self.rank]
 
+    def gather(self, part, n):
+        """The array [n, ...] of which each process has its share."""
+        whole = np.zeros((n, *part.shape[1:]), part.dtype)
+        whole[self.share(n)] = part
+        return self.sum(self.put(whole)).numpy(force=True)
+
     def sum(self, x):
         """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
         if self.world == 1:

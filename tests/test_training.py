@@ -339,6 +339,9 @@ def computed(plm, out, world=1):
         found |= {f'FT {users} loss': machine.sum(loss), **gradients(tuned, f'FT {users}')}
     items, offsets, _ = data.split('test')
     found['histories'] = model.encode_histories(items, offsets, sources.tokens, 'users', 13)
+    model.items = found['encoded']
+    ranks = finetune.ranks_of(model, sources.tokens, data, 'test')
+    found |= {f'ranks {name}': torch.from_numpy(of).float() for name, of in ranks.items()}
     assert machine.world == world
     if not machine.rank:
         torch.save(found, out)
