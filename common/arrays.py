@@ -30,3 +30,8 @@ def newest(items, offsets, most):
 def row_numbers(lengths):
     """The row of every element of rows of these lengths: int64 [sum]."""
     return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def parts(count, most):
+    """The numbers 0 ... count - 1 in parts of about equal size, at most `most` each."""
+    return np.array_split(np.arange(count), -(-count // most))

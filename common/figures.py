@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 
+from common.arrays import parts
 from common.files import runs_root, whole
 from common.report import AGAINST, SHOWN, best_of
 
@@ -23,12 +24,11 @@ def cls_attention(model, items, offsets, tokens, at_once=16):
     """Of each history (ragged, oldest first) its Packed sequence and the weights of CLS
     [layers, h, L], one after the other."""
     packed = model.pack(items, offsets, tokens)
-    users = np.arange(len(packed.lengths))
-    for part in np.array_split(users, -(-len(users) // at_once)):
+    for part in parts(len(packed.lengths), at_once):
         weights = model.cls_attention(packed.rows(part)).cpu().numpy()
         for number, user in enumerate(part):
-            length = packed.lengths[user]
-            yield packed.rows([user]), weights[:, number, :, :length]
+            one = packed.rows([user])
+            yield one, weights[:, number, :, :len(one.tokens)]
 
 
 def first_tokens(packed):
@@ -36,14 +36,14 @@ def first_tokens(packed):
     return np.diff(packed.item_positions, prepend=0) > 0
 
 
-def cosine(a, b):
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def average(values):
+    """Mean over the first axis, of users or pairs, of the finite ones; NaN where there are none."""
+    return np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan)
 
 
-def mean_of(values):
-    """Mean of the finite ones; NaN where there are none."""
-    finite = [value for value in values if np.isfinite(value)]
-    return np.mean(finite) if finite else np.nan
+def alike(pairs):
+    """Mean cosine of pairs of vectors."""
+    return average([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs])
 
 
 def numbers(packed, weights, sasrec=None):
@@ -57,32 +57,20 @@ def numbers(packed, weights, sasrec=None):
     """
     real = packed.item_positions > 0
     first = first_tokens(packed)
-    weights = weights * real
-    mean = weights.mean(1)  # [layers, L]
-    # how alike a layer is to the one before it
-    alike = [cosine(a, b) for a, b in itertools.pairwise(mean)]
-    before = np.array([np.nan, *alike])
-    found = []
-    for layers in np.array_split(np.arange(len(weights)), 3):
-        part = mean[layers].mean(0)
-        heads = [cosine(a, b)
-                 for layer in layers
-                 for a, b in itertools.combinations(weights[layer], 2)]
-        on_first = part[first].sum() / part[real].sum()
-        preference = on_first / (first.sum() / real.sum())
+    found, below = [], []  # nothing lies below the bottom
+    for third in np.array_split(weights * real, 3):
+        layers = third.mean(1)  # [layers, L]
+        mean = layers.mean(0)
+        heads = [pair for layer in third for pair in itertools.combinations(layer, 2)]
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
             items = sasrec.shape[1]
-            per_item = np.bincount(packed.item_positions, part, items + 1)[1:items + 1]
+            per_item = np.bincount(packed.item_positions, mean, items + 1)[1:items + 1]
             likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
-        inside, border = mean_of(before[layers[1:]]), before[layers[0]]
-        found.append([mean_of(heads), inside, border, preference, likeness])
+        found.append([alike(heads), alike(itertools.pairwise(layers)), alike(zip(below, layers)),
+                      mean[first].mean() / mean[real].mean(), likeness])
+        below = layers[-1:]
     return np.array(found)
-
-
-def average(of_users):
-    """Mean over users of what `numbers` gives; NaN where no user has a value."""
-    return np.apply_along_axis(mean_of, 0, of_users)
 
 
 def findings(vanilla, tuned):
@@ -90,7 +78,7 @@ def findings(vanilla, tuned):
     thresholds are ours)."""
     heads, layers, border, first, like = tuned.T
     before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
-    inside = mean_of(layers)
+    inside = average(layers)
     across = border[1:].mean()  # nothing lies below the bottom
     alike = max(*heads, *layers)
     return [

@@ -6,13 +6,12 @@ Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the 
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
 import math
-from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.arrays import row_numbers, take
+from common.arrays import parts, row_numbers, take
 from common.files import Diverged
 
 CUTOFFS = {'sampled': (5, 10),  # paper sec. 4.2
@@ -42,11 +41,10 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
     Diverged where a score is not finite.
     """
-    every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
     users_at_once = max(32, chunk // (n + 1))
     found = []
-    for users in np.array_split(every, -(-len(every) // users_at_once)):
+    for users in parts(len(targets), users_at_once):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -70,9 +68,9 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
 def counts(scores, own):
     """int32 [users, 2]: how many of the scores are above the target's, how many others equal it."""
-    higher = (scores > own).sum(1, dtype=torch.int32)
-    equal = (scores == own).sum(1, dtype=torch.int32)
-    return torch.stack([higher, equal - 1], 1)
+    higher = (scores > own).count_nonzero(1)
+    equal = (scores == own).count_nonzero(1)
+    return torch.stack([higher, equal - 1], 1).int()
 
 
 def per_user(ranks, metric, k):
@@ -93,11 +91,10 @@ def per_user(ranks, metric, k):
 def summarise(ranks):
     """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
     sums over users divided once."""
-    found = {name: {} for name in ranks}
-    for name, metrics in found.items():
-        for metric, k in product(('HR', 'NDCG'), CUTOFFS[name]):
-            value = per_user(ranks[name], metric, k).mean()
-            metrics[f'{metric}@{k}'] = float(value)
+    found = {}
+    for name, pairs in ranks.items():
+        found[name] = {f'{metric}@{k}': float(per_user(pairs, metric, k).mean())
+                       for metric in ('HR', 'NDCG') for k in CUTOFFS[name]}
     return found
 
 
@@ -105,10 +102,7 @@ def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
-    ties = {}
-    for name in CUTOFFS:
-        tied = ranks[name][:, 1] > 0
-        ties[name] = float(tied.mean())
+    ties = {name: float((pairs[:, 1] > 0).mean()) for name, pairs in ranks.items()}
     return {'dataset': data.name,
             'data': data.fingerprint,
             'users': len(data.evaluated),
