@@ -78,21 +78,20 @@ def findings(vanilla, tuned):
     thresholds are ours)."""
     heads, layers, border, first, like = tuned.T
     before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
-    inside = average(layers)
-    across = border[1:].mean()  # nothing lies below the bottom
-    alike = max(*heads, *layers)
+    inside, across = average(layers), average(border)
+    most = max(*heads, *layers)
     return [
-        ('(1) strata: neighbouring layers are more alike inside a third of the depth than across '
-         'its border', inside > across, f'{inside:.3f} against {across:.3f}'),
-        ("(2) the middle third looks at items' first tokens: more than the other thirds, and than "
-         "the vanilla model's", first[1] > max(1, first[0], first[2], before),
+        ('(1) strata: neighbouring layers are more alike inside a third than across its border',
+         inside > across, f'{inside:.3f} against {across:.3f}'),
+        ("(2) the middle third looks at items' first tokens, more than the others and vanilla's",
+         first[1] > max(1, first[0], first[2], before),
          f'{first[1]:.2f} x an average token; bottom {first[0]:.2f}, top {first[2]:.2f}, vanilla '
          f'{before:.2f}'),
-        ('(3) the top third resembles SASRec: more than the bottom, and than the vanilla '
-         "model's top", like[2] > max(0, like[0], other),
+        ("(3) the top third resembles SASRec, more than the bottom and vanilla's top",
+         like[2] > max(0, like[0], other),
          f'r = {like[2]:.2f}; bottom {like[0]:.2f}, vanilla {other:.2f}'),
-        ('(4) redundancy: in some third, heads or neighbouring layers are almost the same (cosine '
-         f'above {SAME})', alike > SAME, f'at most {alike:.3f}')]
+        (f'(4) redundancy: heads or neighbouring layers of a third have a cosine above {SAME}',
+         most > SAME, f'at most {most:.3f}')]
 
 
 # ------------------------------------------------------------------------ drawing
@@ -123,28 +122,24 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None.
     """
     panels = dict(maps)
-    if sasrec is not None:
-        positions = packed.item_positions
-        known = np.minimum(positions, sasrec.shape[1])
-        spread = np.where(positions > 0, sasrec[:, known - 1], 0)
+    if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
+        spread = np.insert(sasrec, 0, 0, 1).take(packed.item_positions, 1, mode='clip')
         panels['SASRec, blocks, the newest position over the same items'] = spread[:, None]
     heights = [3 + weights[:, :, 0].size for weights in panels.values()]
-    begins = np.flatnonzero(first_tokens(packed)) - 0.5
     width = np.clip(0.16 * len(words) + 2, 9, 40)
     with picture(path, width, 1.6 + 0.075 * sum(heights)) as figure:
         axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)
         for axis, (title, weights) in zip(axes.flat, panels.items()):
             rows = np.concatenate(weights)
             highest = rows[:, 1:].max(1, keepdims=True)
-            axis.imshow(rows / highest, vmax=1, aspect='auto',
-                        interpolation='nearest')
+            axis.pcolormesh(rows / highest, vmax=1)
             axis.set_title(title, loc='left')
             layers = np.arange(len(weights))
-            heads = weights.shape[1]
-            axis.set_yticks(layers * heads - 0.5, layers)
+            axis.set_yticks(layers * weights.shape[1], layers)
             axis.grid(axis='y', color='white')
-            axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')  # an item begins
-        axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+            axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(rows), 'red')
+            axis.invert_yaxis()
+        axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontsize=6)
 
 
 def draw_bars(path, cells):
@@ -162,14 +157,12 @@ def draw_bars(path, cells):
     with picture(path, width, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(AGAINST), sharey=True)
         for axis, ranking in zip(axes, AGAINST):
-            values = [cell.value(ranking) for cell in cells]
-            means, spreads = zip(*values)
+            means, spreads = zip(*(cell.value(ranking) for cell in cells))
             axis.barh(names, means, xerr=spreads, color=colours)
             title = f'{SHOWN} in percent, {AGAINST[ranking]}'
             lines = filter(None, (best[ranking], *popularity))
             for style, cell in zip(('dashed', 'dotted'), lines):
-                value, _ = cell.value(ranking)
-                axis.axvline(value, color='black', linestyle=style)
+                axis.axvline(cell.value(ranking)[0], color='black', linestyle=style)
                 title += f'\n{style}: {cell.label}'
             axis.set_title(title)
         axis.margins(y=0.01)
@@ -192,8 +185,7 @@ def draw_lines(path, panels, below, log=False):
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
-        labelled = axis.get_legend_handles_labels()
-        figure.legend(*labelled, loc='outside upper center', ncols=2)
+        figure.legend(*axis.get_legend_handles_labels(), loc='outside upper center', ncols=2)
         figure.supxlabel(below)
 
 
