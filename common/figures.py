@@ -9,6 +9,7 @@ import numpy as np
 
 from common.arrays import parts
 from common.files import runs_root, whole
+from common.progress import progress
 from common.report import AGAINST, SHOWN, best_of
 
 # Okabe and Ito's, which colour-blind readers tell apart
@@ -24,7 +25,7 @@ def cls_attention(model, items, offsets, tokens, at_once=16):
     """Of each history (ragged, oldest first) its Packed sequence and the weights of CLS
     [layers, h, L], one after the other."""
     packed = model.pack(items, offsets, tokens)
-    for part in parts(len(packed.lengths), at_once):
+    for part in progress(parts(len(packed.lengths), at_once), desc=model.stage):
         weights = model.cls_attention(packed.rows(part)).cpu().numpy()
         for number, user in enumerate(part):
             one = packed.rows([user])
@@ -116,29 +117,30 @@ def picture(path, width, height):
 
 
 def draw_attention(path, maps, packed, words, sasrec=None):
-    """Maps of one sequence, a row per layer and head (over its maximum outside CLS), a red rule
-    where an item begins.
+    """Maps of one sequence below each other, a row per layer and head (over its maximum outside
+    CLS), a white rule where a layer begins, a red one where an item begins.
 
-    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None.
+    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None: those
+    of the newest position over the same items.
     """
-    panels = dict(maps)
     if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
         spread = np.insert(sasrec, 0, 0, 1).take(packed.item_positions, 1, mode='clip')
-        panels['SASRec, blocks, the newest position over the same items'] = spread[:, None]
-    heights = [3 + weights[:, :, 0].size for weights in panels.values()]
+        maps = {**maps, 'SASRec': spread[:, None]}
+    rows, begins = [], {}
+    for title, weights in maps.items():
+        for layer, heads in enumerate(weights):
+            begins[f'{title}, {layer}'] = len(rows)
+            rows.extend(heads)
+    rows = np.array(rows)
+    highest = rows[:, 1:].max(1, keepdims=True)
     width = np.clip(0.16 * len(words) + 2, 9, 40)
-    with picture(path, width, 1.6 + 0.075 * sum(heights)) as figure:
-        axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)
-        for axis, (title, weights) in zip(axes.flat, panels.items()):
-            rows = np.concatenate(weights)
-            highest = rows[:, 1:].max(1, keepdims=True)
-            axis.pcolormesh(rows / highest, vmax=1)
-            axis.set_title(title, loc='left')
-            layers = np.arange(len(weights))
-            axis.set_yticks(layers * weights.shape[1], layers)
-            axis.grid(axis='y', color='white')
-            axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(rows), 'red')
-            axis.invert_yaxis()
+    with picture(path, width, 2 + 0.08 * len(rows)) as figure:
+        axis = figure.subplots()
+        axis.pcolormesh(rows / highest, vmax=1)
+        axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(rows), 'red')
+        axis.grid(axis='y', color='white')
+        axis.invert_yaxis()
+        axis.set_yticks(list(begins.values()), begins, fontsize=6)
         axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontsize=6)
 
 
@@ -172,6 +174,8 @@ def draw_bars(path, cells):
 def draw_lines(path, panels, below, log=False):
     """panels {title: {name: {x: (y, spread)}}}: a line per name, of one colour in all panels.
     below: what x is; log: drawn wide apart where it is small."""
+    if not panels:
+        return
     names = dict.fromkeys(name for lines in panels.values() for name in lines)
     rows = -(-len(panels) // 3)  # of three panels
     height = 1 + 2.2 * rows + 0.1 * len(names)
@@ -179,9 +183,9 @@ def draw_lines(path, panels, below, log=False):
         for number, (title, lines) in enumerate(panels.items(), 1):
             axis = figure.add_subplot(rows, 3, number, title=title)
             for name in names:
-                points = [(x, *y) for x, y in lines.get(name, {}).items()]
-                x, y, spread = np.reshape(points, (-1, 3)).T
-                axis.errorbar(x, y, spread, marker='.', label=name)
+                points = lines.get(name, {})
+                y, spread = np.reshape(list(points.values()), (-1, 2)).T
+                axis.errorbar(list(points), y, spread, marker='.', label=name)
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
