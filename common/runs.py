@@ -28,38 +28,31 @@ NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'commo
 @functools.cache
 def parsed(file):
     """A source file's text without comments and docstrings (and without a body where that was one),
-    a statement a line, and 16 hex digits of it. Read once: a table asks for every run."""
+    a statement a line. Read once: a table asks for every run."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node):
-                del node.body[0]
-    text = ast.unparse(tree)
-    return text, digest(text)
+        known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if known and ast.get_docstring(node):
+            del node.body[0]
+    return ast.unparse(tree)
 
 
 def code_digest(file):
     """16 hex digits of what a source file does."""
-    return parsed(file)[1]
-
-
-def imports(file):
-    """The files of common/ that a source file imports at its top (an import inside a function is
-    for reading, printing or drawing)."""
-    lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file)[0], re.MULTILINE)
-    files = [f'common/{word}.py' for word in re.findall(r'\w+', ' '.join(lines))]
-    return [file for file in files if (ROOT / file).exists()]
+    return digest(parsed(file))
 
 
 def code_of(*files):
-    """{file: digest} of these source files and of all that they import from common/."""
+    """{file: digest} of these source files and of all that they import from common/ at their top
+    (an import inside a function is for reading, printing or drawing)."""
     found, left = {}, list(files)
     while left:
         file = left.pop()
-        if file in found or file in NO_NUMBERS:
-            continue
-        found[file] = code_digest(file)
-        left += imports(file)
+        if file not in {*found, *NO_NUMBERS} and (ROOT / file).exists():
+            found[file] = code_digest(file)
+            lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file), re.MULTILINE)
+            words = re.findall(r'\w+', ' '.join(lines))
+            left += [f'common/{word}.py' for word in words]
     return dict(sorted(found.items()))
 
 
