@@ -68,6 +68,7 @@ class Cell:
                  for name in differences(self.first[made], row[made])}
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
         self.init = self.first['init']
+        self.width = self.first.get('hidden', 0)
         self.title, self.label = names_of(self.first)
         self.variant = self.label
         if self.init != 'random':
@@ -113,10 +114,10 @@ class Cell:
 def order_of(cell):
     """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
     what has no embeddings first, then wide before narrow."""
-    model, width = cell.first['model'], cell.first.get('hidden', 0)
+    model = cell.first['model']
     place = [*TITLES, *MODELS, model].index(model)
     embedded = cell.init not in (None, 'random')
-    return place, cell.title, embedded, -width, cell.variant, cell.label
+    return place, cell.title, embedded, -cell.width, cell.variant, cell.label
 
 
 def cells_of(rows):
@@ -125,9 +126,9 @@ def cells_of(rows):
     for row in rows:
         groups.setdefault(names_of(row), []).append(row)
     cells = [Cell(members) for members in groups.values()]
-    random = {(cell.title, cell.first['hidden']): cell for cell in cells if cell.init == 'random'}
+    random = {(cell.title, cell.width): cell for cell in cells if cell.init == 'random'}
     for cell in cells:
-        cell.random = random.get((cell.title, cell.first.get('hidden')))
+        cell.random = random.get((cell.title, cell.width))
     return sorted(cells, key=order_of)
 
 
