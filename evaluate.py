@@ -260,23 +260,23 @@ def parse_args(argv=None):
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2, metavar='RUN')
     of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
-    of['recommend'].add_argument('run', metavar='RUN')
+    of['recommend'].add_argument('run')
     for name in ('neighbours', 'recommend'):
         option(of[name], '--k', POSITIVE, 10, 'items')
-    option(of['neighbours'], '--item', str, None, 'its id', required=True)
+    of['neighbours'].add_argument('--item', help='its id', required=True)
     g = of['recommend']
     option(g, '--out', Path, None, 'file to write: CSV, or JSON lines (.jsonl); default: printed')
     g.add_argument('--cold', action='store_true', help='also items that nobody has')
     g.add_argument('--with-history', action='store_true', help='also what the user has')
     g = g.add_mutually_exclusive_group()
-    option(g, '--users', str, None, 'ids, or a file of one id a line (default: all)', nargs='+')
-    option(g, '--items', str, None, 'ids of a history, oldest first', nargs='+')
+    g.add_argument('--users', help='ids, or a file of one id a line (default: all)', nargs='+')
+    g.add_argument('--items', help='ids of a history, oldest first', nargs='+')
     option(g, '--histories', Path, None, 'a CSV file of new users: user,item and perhaps '
            'timestamp; or JSON lines (.jsonl): {"user": "ann", "items": ["a7", "b2"]}')
     g = of['attention']
-    option(g, '--checkpoint', str, None, 'tuned language model (default: runs/<dataset>/ft1-seed0)')
-    option(g, '--plm', str, None, 'what it was tuned from (default: where that lay then)')
-    option(g, '--seq', str, None, 'SASRec to compare with', metavar='RUN')
+    g.add_argument('--checkpoint', help='tuned model (default: runs/<dataset>/ft1-seed0)')
+    g.add_argument('--plm', help='what it was tuned from (default: where that lay then)')
+    g.add_argument('--seq', help='run of a SASRec to compare with')
     option(g, '--users', POSITIVE, 200, 'of the numbers')
     return p.parse_args(argv)
 

@@ -12,8 +12,6 @@ from common.files import runs_root, whole
 from common.progress import progress
 from common.report import AGAINST, SHOWN, best_of
 
-# Okabe and Ito's, which colour-blind readers tell apart
-COLOURS = '#999999 #E69F00 #56B4E9 #009E73 #D55E00 #0072B2 #CC79A7 #F0E442'.split()
 STRATA = ('bottom', 'middle', 'top')  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
 MEASURES = ('heads', 'layers', 'border', 'first', 'sasrec')  # see `numbers`
 SAME = 0.9  # cosine above which two heads or layers count as redundant (ours)
@@ -101,14 +99,10 @@ def findings(vanilla, tuned):
 def picture(path, width, height):
     """An empty figure to draw on, then written, whole or not at all. Imported here: most commands
     draw nothing."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
-    matplotlib.rcParams.update({
-        'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
-        'axes.titlesize': 9,
-        'legend.fontsize': 9,
-        'text.parse_math': False  # titles are text: '$' is no formula
-    })
+    plain = {'font.size': 8, 'text.parse_math': False}  # titles are text: '$' is no formula
+    style.use(['tableau-colorblind10', plain])  # colours that every reader tells apart
     figure = Figure((width, height), layout='constrained')
     yield figure
     with whole(path) as part:
@@ -154,9 +148,8 @@ def draw_bars(path, cells):
     titles = list(dict.fromkeys(cell.title for cell in cells))
     colours = [f'C{titles.index(cell.title)}' for cell in cells]
     popularity = [cell for cell in cells if cell.label == 'popularity']
-    width = 6 + 0.08 * max(map(len, names))
     best = best_of(cells)
-    with picture(path, width, 1 + 0.18 * len(cells)) as figure:
+    with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(AGAINST), sharey=True)
         for axis, ranking in zip(axes, AGAINST):
             means, spreads = zip(*(cell.value(ranking) for cell in cells))
