@@ -5,11 +5,10 @@ equal. E = evaluated users, n = items; ids 1..n, column 0 is padding and never a
 Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the user's history
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
-import math
+from math import erfc
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.arrays import parts, row_numbers, take
 from common.files import Diverged
@@ -27,7 +26,7 @@ def product_scorer(states, table, bias=None):
     table = table.float()
 
     def score(users):
-        return F.linear(states[users].to(table), table, bias)
+        return torch.nn.functional.linear(states[users].to(table), table, bias)
     return score
 
 
@@ -42,9 +41,8 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     Diverged where a score is not finite.
     """
     candidates = np.column_stack([targets, negatives])
-    users_at_once = max(32, chunk // (n + 1))
     found = []
-    for users in parts(len(targets), users_at_once):
+    for users in parts(len(targets), max(32, chunk // (n + 1))):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -79,7 +77,7 @@ def per_user(ranks, metric, k):
     Five items score 3 2 2 2 1 and the target is a 2: g = 1, t = 2, so it takes place 1, 2 or 3
     (0-based). HR@3 = (1 + 1 + 0) / 3 = 2/3; NDCG@3 = (1/log2(3) + 1/log2(4) + 0) / 3 = 0.377.
     """
-    g, t = ranks.astype(np.int64).T
+    g, t = ranks.T
     gain = np.ones(k)  # of a place
     if metric == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
@@ -94,7 +92,8 @@ def summarise(ranks):
     found = {}
     for name, pairs in ranks.items():
         found[name] = {f'{metric}@{k}': float(per_user(pairs, metric, k).mean())
-                       for metric in ('HR', 'NDCG') for k in CUTOFFS[name]}
+                       for metric in ('HR', 'NDCG')
+                       for k in CUTOFFS[name]}
     return found
 
 
@@ -116,7 +115,7 @@ def compare(a, b):
     two-sided p). A t-test whose statistic is taken as normal, as users are many."""
     difference = np.subtract(a, b)
     mean = difference.mean()
-    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    error = difference.std(ddof=1) / len(difference) ** 0.5
     interval = mean - 1.96 * error, mean + 1.96 * error
-    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(not mean)
+    p = erfc(abs(mean) / error / 2 ** 0.5) if error else float(not mean)
     return mean, interval, p

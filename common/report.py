@@ -72,8 +72,7 @@ class Cell:
         self.title, self.label = names_of(self.first)
         self.variant = self.label
         if self.init != 'random':
-            without = self.label.removeprefix(f'{self.init}-')
-            self.variant = without.removesuffix(f'-{self.init}')
+            self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
 
     @functools.cache
     def users(self, ranking):
@@ -200,9 +199,9 @@ def footer(rows):
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
-        files = ', '.join(sorted(set().union(*stale)))
+        files = sorted(set().union(*stale))
         text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
-                 f'({files}); the same commands make them again.\n')
+                 f'({", ".join(files)}); the same commands make them again.\n')
     return text
 
 

@@ -62,15 +62,15 @@ def changed_code(row):
             if not (ROOT / file).exists() or code_digest(file) != then]
 
 
-def differences(old, new, prefix=''):
+def differences(old, new):
     """Names of what differs between two nested dictionaries, dots between the levels."""
     names = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += differences(a, b, f'{prefix}{key}.')
+            names += [f'{key}.{name}' for name in differences(a, b)]
         elif json.dumps(a) != json.dumps(b):  # JSON knows no tuples
-            names.append(prefix + key)
+            names.append(key)
     return names
 
 
@@ -88,9 +88,9 @@ class Run(NamedTuple):
         is never given up silently: UserError unless --again or --keep is said."""
         if self.args.again:
             return False
-        options = ', '.join(differences(found['identity'], self.identity))
-        files = ', '.join(differences(found['code'], self.code))
-        why = f'other {options}' if options else f'other code ({files})'
+        options = differences(found['identity'], self.identity)
+        files = differences(found['code'], self.code)
+        why = f'other {", ".join(options)}' if options else f'other code ({", ".join(files)})'
         if not options and (self.args.keep or not files):
             if files:
                 print(f'{where}: kept, though made by {why}')
@@ -154,9 +154,8 @@ def result_line(row):
 
 def load_rows(dataset):
     """All rows of a dataset that have metrics, by name of their run."""
-    files = sorted((runs_root() / dataset).glob('*/row.json'))
-    rows = [read_row(file.parent) for file in files]
-    return [row for row in rows if 'metrics' in row]
+    rows = map(read_row, sorted((runs_root() / dataset).glob('*')))
+    return [row for row in rows if row and 'metrics' in row]
 
 
 def read_ranks(dataset, run):
