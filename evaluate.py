@@ -71,18 +71,17 @@ def show_neighbours(args, data, folder):
         raise UserError(f'--item {args.item}: no such item in {data.name}')
     item = wide.item_ids.index(args.item) + 1
     end = data.n_items + 1
-    columns = []
+    columns = {}
     for name, found in embeddings_of(data, folder, item >= end).items():
         rows = directions(found.matrix, end)
         cosine = rows[:end] @ rows[item]
         near = [i for i in cosine.argsort(descending=True).tolist() if i not in (0, item)]
-        columns.append([name.upper()])
-        for i in near[:args.k]:
-            columns[-1].append(f'{cosine[i]:.2f} {data.title(i)} ({data.item_ids[i - 1]})')
+        columns[name.upper()] = [f'{cosine[i]:.2f} {data.title(i)} ({data.item_ids[i - 1]})'
+                                 for i in near[:args.k]]
     if not columns:
         raise UserError(f'{folder / "embeddings"}: no embeddings; export_embeddings.py makes them')
-    head, *body = zip(*columns)
-    print(f'nearest to {wide.title(item)} ({args.item})\n\n{markdown(head, body)}')
+    table = markdown(columns, zip(*columns.values()))
+    print(f'nearest to {wide.title(item)} ({args.item})\n\n{table}')
 
 
 # ------------------------------------------------------------------------ table, compare
@@ -152,9 +151,9 @@ def inspect(args, data, folder):
             reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
                        f'{100 * found["full"]["HR@50"]:.2f}']
         body.append([run, f'{row["parameters"]:,}', *reached])
-    table = markdown(['', 'parameters', 'NDCG@10', 'HR@50 of all items'], body)
-    finish(folder / 'inspect.md',
-           f'{len(users):,} users whose test item is new to training\n\n{table}')
+    head = ['', 'parameters', 'NDCG@10', 'HR@50 of all items']
+    text = f'{len(users):,} users whose test item is new to training\n\n{markdown(head, body)}'
+    finish(folder / 'inspect.md', text)
 
 
 # ------------------------------------------------------------------------ figures
@@ -189,8 +188,8 @@ def show_attention(args, data, folder):
         averages.append(values)
         for third, of_third in zip(STRATA, values):
             body.append([name, third, *(f'{value:.3f}' for value in of_third)])
-    table = markdown(['model', 'third', *MEASURES], body)
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n{table}\n'
+    head = ['model', 'third', *MEASURES]
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n{markdown(head, body)}\n'
     for what, true, how in findings(*averages):
         text += f'- {what}: {"yes" if true else "no"} ({how})\n'
     finish(folder / 'figure1.md', text)
@@ -251,15 +250,15 @@ ACTIONS = {
 def parse_args(argv=None):
     p = options_parser(__doc__)
     commands = p.add_subparsers(dest='action', required=True)
-    of = {}
     for name, action in ACTIONS.items():
-        g = of[name] = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
+        g = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
         g.add_argument('dataset')
         if name in ('inspect', 'recommend', 'attention'):
             add_machine_options(g, name == 'attention', trains=False)
+    of = commands.choices
     add_earlier_options(of['untrained'])
-    of['compare'].add_argument('runs', nargs=2, metavar='RUN')
-    of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
+    of['compare'].add_argument('runs', nargs=2)
+    of['inspect'].add_argument('runs', nargs='+')
     of['recommend'].add_argument('run')
     for name in ('neighbours', 'recommend'):
         option(of[name], '--k', POSITIVE, 10, 'items')

@@ -127,15 +127,15 @@ def draw_attention(path, maps, packed, words, sasrec=None):
             rows.extend(heads)
     rows = np.array(rows)
     highest = rows[:, 1:].max(1, keepdims=True)
-    width = np.clip(0.16 * len(words) + 2, 9, 40)
+    width = min(4 + 0.16 * len(words), 40)
     with picture(path, width, 2 + 0.08 * len(rows)) as figure:
         axis = figure.subplots()
         axis.pcolormesh(rows / highest, vmax=1)
         axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(rows), 'red')
         axis.grid(axis='y', color='white')
         axis.invert_yaxis()
-        axis.set_yticks(list(begins.values()), begins, fontsize=6)
-        axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90, fontsize=6)
+        axis.set_yticks(list(begins.values()), begins)
+        axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90)
 
 
 def draw_bars(path, cells):
@@ -150,9 +150,10 @@ def draw_bars(path, cells):
     popularity = [cell for cell in cells if cell.label == 'popularity']
     best = best_of(cells)
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
-        axes = figure.subplots(1, len(AGAINST), sharey=True)
+        axes = figure.subplots(1, 2, sharey=True)
         for axis, ranking in zip(axes, AGAINST):
-            means, spreads = zip(*(cell.value(ranking) for cell in cells))
+            values = [cell.value(ranking) for cell in cells]
+            means, spreads = zip(*values)
             axis.barh(names, means, xerr=spreads, color=colours)
             title = f'{SHOWN} in percent, {AGAINST[ranking]}'
             lines = filter(None, (best[ranking], *popularity))
@@ -169,7 +170,7 @@ def draw_lines(path, panels, below, log=False):
     below: what x is; log: drawn wide apart where it is small."""
     if not panels:
         return
-    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    names = dict.fromkeys(itertools.chain(*panels.values()))
     rows = -(-len(panels) // 3)  # of three panels
     height = 1 + 2.2 * rows + 0.1 * len(names)
     with picture(path, 10, height) as figure:
@@ -191,13 +192,12 @@ def learning(cells):
     model, loss and variant, random rows in each."""
     panels = {}
     for cell in cells:
-        panel = f'{cell.title}\n{cell.variant}'
         for shown in filter(None, (cell.random, cell)):
             row = shown.first
             log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
             if log.exists():
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
-                lines = panels.setdefault(panel, {})
+                lines = panels.setdefault(f'{cell.title}\n{cell.variant}', {})
                 lines[shown.init] = {epoch['epoch']: (100 * epoch['valid'], 0)
                                      for epoch in epochs}
     return panels

@@ -210,7 +210,6 @@ def recommend(args, data, folder):
             f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
         else:
             csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
-    seconds = time.monotonic() - began
-    rate = len(histories) / seconds
-    print(f'{len(histories):,} users in {seconds:.1f} s ({rate:,.0f} a second), {args.k} items for '
-          f'each at most, written to {args.out}')
+    seconds, users = time.monotonic() - began, len(histories)
+    print(f'{users:,} users in {seconds:.1f} s ({users / seconds:,.0f} a second), {args.k} items '
+          f'for each at most, written to {args.out}')

@@ -90,8 +90,11 @@ class Cell:
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
         if self.mixed:
             return 'mixed'
-        numbers = [f'{number:.{digits}f}' for number in self.value(ranking, metric)]
-        return ' ± '.join(numbers[:len(self.rows)])  # one seed has no spread
+        middle, spread = self.value(ranking, metric)
+        text = f'{middle:.{digits}f}'
+        if len(self.rows) > 1:  # one seed has no spread
+            text += f' ± {spread:.{digits}f}'
+        return text
 
     def against(self, other, ranking):
         """(mark, p) of a test paired over users: '>', '<', or '=' where it sees no difference at
@@ -163,11 +166,9 @@ def group_table(title, cells, best):
 
 
 def paper_table(table, dataset, cells):
-    """One of the paper's tables: a line per column of theirs, ours (the widest) with the paper's in
-    brackets; '' where the paper has none for this dataset."""
-    published = table['rows'].get(dataset)
-    if not published:
-        return ''
+    """One of the paper's tables for one of its datasets: a line per column of theirs, ours (the
+    widest) with the paper's in brackets."""
+    published = table['rows'][dataset]
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [cell for cell in cells if wanted.items() <= cell.first.items()]
@@ -209,10 +210,11 @@ def render(data, rows):
     """All tables of these rows as Markdown."""
     cells = cells_of(rows)
     best = best_of(cells)
-    parts = [f'# Results: {data.name}\n']
+    text = f'# Results: {data.name}\n'
     for title, group in itertools.groupby(cells, key=lambda cell: cell.title):
-        parts.append(group_table(title, group, best))
-    parts.append(footer(rows))
-    parts += [paper_table(table, data.name, cells) for table in paper().values()
-              if 'ours' in table]
-    return '\n'.join(filter(None, parts))
+        text += f'\n{group_table(title, group, best)}'
+    text += f'\n{footer(rows)}'
+    for table in paper().values():
+        if 'ours' in table and data.name in table['rows']:
+            text += f'\n{paper_table(table, data.name, cells)}'
+    return text
