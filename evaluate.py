@@ -179,22 +179,22 @@ def show_attention(args, data, folder):
         likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
                  for history in np.split(items, offsets[1:-1])]
     tokens = item_tokens(data, tuned.words)
-    shown = np.diff(offsets).argmin()  # on the maps: a short history
+    drawn = np.diff(offsets).argmin()  # on the maps: a short history
     maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         each = list(cls_attention(model.on(machine).eval(), items, offsets, tokens))
-        packed, maps[f'{name} ({model.stage})'] = each[shown]
+        packed, maps[f'{name} ({model.stage})'] = each[drawn]
         values = average([numbers(*one, like) for one, like in zip(each, likes)])
         averages.append(values)
         for third, of_third in zip(STRATA, values):
             body.append([name, third, *(f'{value:.3f}' for value in of_third)])
     head = ['model', 'third', *MEASURES]
     text = f'CLS attention of {len(users)} users of {data.name}\n\n{markdown(head, body)}\n'
-    for what, true, how in findings(*averages):
-        text += f'- {what}: {"yes" if true else "no"} ({how})\n'
+    for finding, shown in findings(*averages).items():
+        text += f'- {finding}: {"yes" if shown else "no"}\n'
     finish(folder / 'figure1.md', text)
     words = list(map(tuned.words.backend.id_to_token, packed.tokens.tolist()))
-    draw_attention(folder / 'figure1.png', maps, packed, words, likes[shown])
+    draw_attention(folder / 'figure1.png', maps, packed, words, likes[drawn])
 
 
 def over_tuning(cells, word):

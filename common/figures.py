@@ -12,8 +12,8 @@ from common.files import runs_root, whole
 from common.progress import progress
 from common.report import AGAINST, SHOWN, best_of
 
-STRATA = ('bottom', 'middle', 'top')  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
-MEASURES = ('heads', 'layers', 'border', 'first', 'sasrec')  # see `numbers`
+STRATA = 'bottom', 'middle', 'top'  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
+MEASURES = 'heads', 'layers', 'border', 'first', 'sasrec'  # see `numbers`
 SAME = 0.9  # cosine above which two heads or layers count as redundant (ours)
 
 
@@ -73,24 +73,19 @@ def numbers(packed, weights, sasrec=None):
 
 
 def findings(vanilla, tuned):
-    """[(the paper's finding, whether these averages show it, the numbers)] (paper sec. 3.2; the
-    thresholds are ours)."""
+    """{the paper's finding: whether these averages show it} (paper sec. 3.2; the thresholds are
+    ours)."""
     heads, layers, border, first, like = tuned.T
-    before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
-    inside, across = average(layers), average(border)
-    most = max(*heads, *layers)
-    return [
-        ('(1) strata: neighbouring layers are more alike inside a third than across its border',
-         inside > across, f'{inside:.3f} against {across:.3f}'),
-        ("(2) the middle third looks at items' first tokens, more than the others and vanilla's",
-         first[1] > max(1, first[0], first[2], before),
-         f'{first[1]:.2f} x an average token; bottom {first[0]:.2f}, top {first[2]:.2f}, vanilla '
-         f'{before:.2f}'),
-        ("(3) the top third resembles SASRec, more than the bottom and vanilla's top",
-         like[2] > max(0, like[0], other),
-         f'r = {like[2]:.2f}; bottom {like[0]:.2f}, vanilla {other:.2f}'),
-        (f'(4) redundancy: heads or neighbouring layers of a third have a cosine above {SAME}',
-         most > SAME, f'at most {most:.3f}')]
+    vanilla_first, vanilla_like = vanilla[1, 3], vanilla[2, 4]
+    return {
+        '(1) strata: neighbouring layers are more alike inside a third than across its border':
+            average(layers) > average(border),
+        "(2) the middle third looks at items' first tokens, more than the others and vanilla's":
+            first[1] > max(1, first[0], first[2], vanilla_first),
+        "(3) the top third resembles SASRec, more than the bottom and vanilla's top":
+            like[2] > max(0, like[0], vanilla_like),
+        f'(4) redundancy: heads or neighbouring layers of a third have a cosine above {SAME}':
+            max(*heads, *layers) > SAME}
 
 
 # ------------------------------------------------------------------------ drawing
@@ -161,7 +156,6 @@ def draw_bars(path, cells):
                 axis.axvline(cell.value(ranking)[0], color='black', linestyle=style)
                 title += f'\n{style}: {cell.label}'
             axis.set_title(title)
-        axis.margins(y=0.01)
         axis.invert_yaxis()
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import offsets_of, take
+from common.arrays import offsets_of, parts, take
 from common.layers import Model, additive, attend, dropout, half, remade, rows
 from common.progress import progress
 from common.text import RECTANGLE, micro_batches, pack
@@ -290,10 +290,8 @@ class RecFormer(Model):
 
     def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
-        users = np.arange(len(offsets) - 1)
-        parts = np.array_split(users, -(-len(users) // at_once))
         return torch.cat([self.infer(self.pack(*take(items, offsets, part), tokens), label)
-                          for part in parts])
+                          for part in parts(len(offsets) - 1, at_once)])
 
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""

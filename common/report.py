@@ -77,7 +77,7 @@ class Cell:
     @functools.cache
     def users(self, ranking):
         """SHOWN of every user, mean over the seeds: [E]."""
-        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], axis=0)
+        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], 0)
 
     def value(self, ranking, metric=SHOWN):
         """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
@@ -154,13 +154,15 @@ def group_table(title, cells, best):
     marks stand for, and the geometry of the embeddings."""
     body = []
     for cell in cells:
-        line = [cell.label, *(cell.marked(ranking, best[ranking]) for ranking in RANKINGS)]
+        line = [cell.label]
+        line += [cell.marked(ranking, best[ranking]) for ranking in RANKINGS]
         for rivals in (best, dict.fromkeys(AGAINST, cell.random)):
             line.append(' / '.join(cell.against(rivals[ranking], ranking)[1]
                                    for ranking in AGAINST))
-        shape = [cell.first.get(key) for key in ('norm', 'cosine')]
-        line.append(' / '.join(f'{number:.2f}' for number in shape if number))
-        body.append(line)
+        shape = ''
+        if cell.first.get('norm'):
+            shape = f'{cell.first["norm"]:.2f} / {cell.first["cosine"]:.2f}'
+        body.append([*line, shape])
     head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine']
     return f'## {title}\n\n{markdown(head, body)}'
 

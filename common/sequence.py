@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.arrays import newest, ragged, row_numbers, take
+from common.arrays import newest, parts, ragged, row_numbers, take
 from common.files import UserError
 from common.layers import Model, additive, attend, dropout, half, rows
 from common.metrics import product_scorer, rank_counts
@@ -97,10 +97,9 @@ class SequenceModel(Model):
         """`states` of many histories, in parts: float32 [B, H]. The model is in evaluation mode
         from here on."""
         self.eval()
-        users = np.arange(len(offsets) - 1)
-        parts = np.array_split(users, -(-len(users) // at_once))
         with self.machine.autocast():
-            found = [self.states(*take(items, offsets, part)) for part in parts]
+            found = [self.states(*take(items, offsets, part))
+                     for part in parts(len(offsets) - 1, at_once)]
         return torch.cat(found).float()
 
     def ranks(self, data, which, users=None, negatives=None):
