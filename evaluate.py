@@ -138,8 +138,10 @@ def inspect(args, data, folder):
     training part (the paper leaves them out): with the rows that these items had before training,
     which knew them as negatives only and pushed them down."""
     machine, body = start(args), []
-    new = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
-    users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], new))
+    known, _ = data.training()
+    new = np.setdiff1d(np.arange(1, data.n_items + 1), known)
+    last = data.items[data.offsets[1:] - 1]
+    users = np.flatnonzero(np.isin(last, new))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
@@ -176,13 +178,15 @@ def show_attention(args, data, folder):
         model, _ = load_seq(folder / args.seq, data)
         if not hasattr(model, 'attention_weights'):
             raise UserError(f'--seq {args.seq}: SASRec is needed here')
+        histories = np.split(items, offsets[1:-1])
         likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
-                 for history in np.split(items, offsets[1:-1])]
+                 for history in histories]
     tokens = item_tokens(data, tuned.words)
     drawn = np.diff(offsets).argmin()  # on the maps: a short history
     maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
-        each = list(cls_attention(model.on(machine).eval(), items, offsets, tokens))
+        model.on(machine).eval()
+        each = list(cls_attention(model, items, offsets, tokens))
         packed, maps[f'{name} ({model.stage})'] = each[drawn]
         values = average([numbers(*one, like) for one, like in zip(each, likes)])
         averages.append(values)

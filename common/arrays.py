@@ -17,21 +17,25 @@ def offsets_of(lengths):
 
 def take(items, offsets, rows):
     """The rows `rows` of (items, offsets), as another such pair."""
-    lengths = offsets[rows + 1] - offsets[rows]
-    return items[ragged(offsets[rows], lengths)], offsets_of(lengths)
+    begin = offsets[rows]
+    lengths = offsets[rows + 1] - begin
+    return items[ragged(begin, lengths)], offsets_of(lengths)
 
 
 def newest(items, offsets, most):
     """The last `most` items of each row: (items int64 [T], lengths [R])."""
     lengths = np.minimum(np.diff(offsets), most)
-    return items[ragged(offsets[1:] - lengths, lengths)].astype(np.int64), lengths
+    begin = offsets[1:] - lengths
+    return items[ragged(begin, lengths)].astype(np.int64), lengths
 
 
 def row_numbers(lengths):
     """The row of every element of rows of these lengths: int64 [sum]."""
-    return np.repeat(np.arange(len(lengths)), lengths)
+    rows = np.arange(len(lengths))
+    return np.repeat(rows, lengths)
 
 
 def parts(count, most):
     """The numbers 0 ... count - 1 in parts of about equal size, at most `most` each."""
-    return np.array_split(np.arange(count), -(-count // most))
+    groups = -(-count // most)
+    return np.array_split(np.arange(count), groups)

@@ -37,12 +37,15 @@ def first_tokens(packed):
 
 def average(values):
     """Mean over the first axis, of users or pairs, of the finite ones; NaN where there are none."""
-    return np.ma.filled(np.ma.masked_invalid(values).mean(0), np.nan)
+    finite = np.ma.masked_invalid(values)
+    return np.ma.filled(finite.mean(0), np.nan)
 
 
 def alike(pairs):
     """Mean cosine of pairs of vectors."""
-    return average([a @ b / (np.linalg.norm(a) * np.linalg.norm(b)) for a, b in pairs])
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+               for a, b in pairs]
+    return average(cosines)
 
 
 def numbers(packed, weights, sasrec=None):
@@ -60,14 +63,19 @@ def numbers(packed, weights, sasrec=None):
     for third in np.array_split(weights * real, 3):
         layers = third.mean(1)  # [layers, L]
         mean = layers.mean(0)
-        heads = [pair for layer in third for pair in itertools.combinations(layer, 2)]
+        heads = [pair
+                 for layer in third
+                 for pair in itertools.combinations(layer, 2)]
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
             items = sasrec.shape[1]
             per_item = np.bincount(packed.item_positions, mean, items + 1)[1:items + 1]
             likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
-        found.append([alike(heads), alike(itertools.pairwise(layers)), alike(zip(below, layers)),
-                      mean[first].mean() / mean[real].mean(), likeness])
+        found.append([alike(heads),
+                      alike(itertools.pairwise(layers)),
+                      alike(zip(below, layers)),
+                      mean[first].mean() / mean[real].mean(),
+                      likeness])
         below = layers[-1:]
     return np.array(found)
 
@@ -113,7 +121,8 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     of the newest position over the same items.
     """
     if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
-        spread = np.insert(sasrec, 0, 0, 1).take(packed.item_positions, 1, mode='clip')
+        known = np.insert(sasrec, 0, 0, 1)
+        spread = known.take(packed.item_positions, 1, mode='clip')
         maps = {**maps, 'SASRec': spread[:, None]}
     rows, begins = [], {}
     for title, weights in maps.items():
@@ -126,11 +135,13 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     with picture(path, width, 2 + 0.08 * len(rows)) as figure:
         axis = figure.subplots()
         axis.pcolormesh(rows / highest, vmax=1)
-        axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(rows), 'red')
+        items = np.flatnonzero(first_tokens(packed))
+        axis.vlines(items, 0, len(rows), 'red')
         axis.grid(axis='y', color='white')
         axis.invert_yaxis()
         axis.set_yticks(list(begins.values()), begins)
-        axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90)
+        middles = np.arange(len(words)) + 0.5
+        axis.set_xticks(middles, words, rotation=90)
 
 
 def draw_bars(path, cells):
@@ -140,8 +151,9 @@ def draw_bars(path, cells):
     if not cells:
         return
     names = [f'{cell.title}: {cell.label}' for cell in cells]
-    titles = list(dict.fromkeys(cell.title for cell in cells))
-    colours = [f'C{titles.index(cell.title)}' for cell in cells]
+    titles = [cell.title for cell in cells]
+    known = list(dict.fromkeys(titles))
+    colours = [f'C{known.index(title)}' for title in titles]
     popularity = [cell for cell in cells if cell.label == 'popularity']
     best = best_of(cells)
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
@@ -153,7 +165,8 @@ def draw_bars(path, cells):
             title = f'{SHOWN} in percent, {AGAINST[ranking]}'
             lines = filter(None, (best[ranking], *popularity))
             for style, cell in zip(('dashed', 'dotted'), lines):
-                axis.axvline(cell.value(ranking)[0], color='black', linestyle=style)
+                value, _ = cell.value(ranking)
+                axis.axvline(value, color='black', linestyle=style)
                 title += f'\n{style}: {cell.label}'
             axis.set_title(title)
         axis.invert_yaxis()
@@ -177,7 +190,8 @@ def draw_lines(path, panels, below, log=False):
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
-        figure.legend(*axis.get_legend_handles_labels(), loc='outside upper center', ncols=2)
+        labelled = axis.get_legend_handles_labels()
+        figure.legend(*labelled, loc='outside upper center', ncols=2)
         figure.supxlabel(below)
 
 

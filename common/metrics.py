@@ -42,7 +42,8 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     """
     candidates = np.column_stack([targets, negatives])
     found = []
-    for users in parts(len(targets), max(32, chunk // (n + 1))):
+    users_at_once = max(32, chunk // (n + 1))
+    for users in parts(len(targets), users_at_once):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -55,8 +56,8 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         if history:
             ranks.append(counts(scores, own))
             items, offsets = take(*history, users)
-            rows = row_numbers(np.diff(offsets))
-            scores[rows, items] = -torch.inf
+            lengths = np.diff(offsets)
+            scores[row_numbers(lengths), items] = -torch.inf
             scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
             ranks.append(counts(scores, own))
         found.append(torch.stack(ranks).cpu())
@@ -82,7 +83,8 @@ def per_user(ranks, metric, k):
     if metric == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
-    first, last = np.minimum([g, g + t + 1], k)
+    end = g + t + 1
+    first, last = np.minimum([g, end], k)
     return (total[last] - total[first]) / (t + 1)
 
 
