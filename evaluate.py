@@ -54,11 +54,12 @@ def write_untrained(args, data, folder):
     embeddings = embeddings_of(data, folder)
     digests = {name: found.digest for name, found in embeddings.items()}
     identity = {'data': data.fingerprint, 'embeddings': digests}
+    # popularity is the last that is written
     run = Run(args, folder / 'popularity', identity, code_of('common/baselines.py'))
-    if run.finished():  # the last that is written
+    if run.finished():
         return
     matrices = {name: found.matrix for name, found in embeddings.items()}
-    for name, fields, ranks in reversed(list(untrained(data, matrices))):  # popularity is last
+    for name, fields, ranks in reversed(list(untrained(data, matrices))):
         origin = origin_of(embeddings.get(fields['init']))
         run._replace(folder=folder / name).write(model='untrained', **fields, **origin,
                                                  **result_of(data, ranks))

@@ -177,7 +177,7 @@ def paper_table(table, dataset, cells):
         line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            text = found[0].text(table['ranking'], metric, digits=2) if found else '-'
+            text = found[0].text(table['ranking'], metric, 2) if found else '-'
             line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
     return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
@@ -188,7 +188,8 @@ def paper_table(table, dataset, cells):
 def footer(rows):
     """How the numbers were made, and what the marks say."""
     def several(key):
-        return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
+        found = {str(row.get(key)) for row in rows}
+        return ', '.join(sorted(found - {'None'}))
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
             f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
