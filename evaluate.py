@@ -26,13 +26,12 @@ from common.figures import (MEASURES, STRATA, average, cls_attention, draw_atten
                             draw_lines, findings, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
-from common.metrics import compare, per_user, result_of, summarise
+from common.metrics import compare, result_of, summarise
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
-from common.progress import progress
 from common.recommend import began_table, recommend, with_cold
-from common.report import AGAINST, SHOWN, cells_of, markdown, render
+from common.report import AGAINST, SHOWN, cells_of, markdown, of_users, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import item_tokens
 from common.training import start
@@ -55,33 +54,35 @@ def write_untrained(args, data, folder):
     embeddings = embeddings_of(data, folder)
     digests = {name: found.digest for name, found in embeddings.items()}
     identity = {'data': data.fingerprint, 'embeddings': digests}
-    code = code_of('common/baselines.py')
-    if Run(args, folder / 'popularity', identity, code).finished():  # the last that is written
+    # popularity is the last that is written
+    run = Run(args, folder / 'popularity', identity, code_of('common/baselines.py'))
+    if run.finished():
         return
     matrices = {name: found.matrix for name, found in embeddings.items()}
-    for name, fields, ranks in reversed(list(untrained(data, matrices))):  # popularity is last
-        run = Run(args, folder / name, identity, code)
-        run.write(model='untrained', **fields, **origin_of(embeddings.get(fields['init'])),
-                  **result_of(data, ranks))
+    for name, fields, ranks in reversed(list(untrained(data, matrices))):
+        origin = origin_of(embeddings.get(fields['init']))
+        run._replace(folder=folder / name).write(model='untrained', **fields, **origin,
+                                                 **result_of(data, ranks))
 
 
 def show_neighbours(args, data, folder):
     """The items nearest to --item by each of the embeddings, by cosine of centred rows."""
-    cold = args.item in data.cold_ids
-    ids = data.item_ids + data.cold_ids
-    if args.item not in ids:
+    wide = with_cold(data)
+    if args.item not in wide.item_ids:
         raise UserError(f'--item {args.item}: no such item in {data.name}')
-    item, columns = ids.index(args.item) + 1, []
-    for name, found in embeddings_of(data, folder, cold).items():
-        rows = directions(found.matrix, data.n_items + 1)
-        cosine = rows[:data.n_items + 1] @ rows[item]
+    item = wide.item_ids.index(args.item) + 1
+    end = data.n_items + 1
+    columns = {}
+    for name, found in embeddings_of(data, folder, item >= end).items():
+        rows = directions(found.matrix, end)
+        cosine = rows[:end] @ rows[item]
         near = [i for i in cosine.argsort(descending=True).tolist() if i not in (0, item)]
-        column = [f'{cosine[i]:.2f} {data.title(i)} ({ids[i - 1]})' for i in near[:args.k]]
-        columns.append([name.upper(), *column])
+        columns[name.upper()] = [f'{cosine[i]:.2f} {data.title(i)} ({data.item_ids[i - 1]})'
+                                 for i in near[:args.k]]
     if not columns:
         raise UserError(f'{folder / "embeddings"}: no embeddings; export_embeddings.py makes them')
-    head, *body = zip(*columns)
-    print(f'nearest to {with_cold(data).title(item)} ({args.item})\n\n{markdown(head, body)}')
+    table = markdown(columns, zip(*columns.values()))
+    print(f'nearest to {wide.title(item)} ({args.item})\n\n{table}')
 
 
 # ------------------------------------------------------------------------ table, compare
@@ -92,8 +93,9 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def current_of(rows, data):
-    """Those rows that are of this version of the data."""
+def current_rows(data):
+    """The rows of a dataset's runs that are of this version of it."""
+    rows = load_rows(data.name)
     current = [row for row in rows if row['data'] == data.fingerprint]
     if len(current) < len(rows):
         print(f'{len(rows) - len(current)} runs of another version of the data are left out')
@@ -102,18 +104,15 @@ def current_of(rows, data):
 
 def show_tables(args, data, folder):
     """Print results.md, made of whatever rows there are; draw bars and learning curves."""
-    every = load_rows(data.name)
-    rows = current_of(every, data)
+    rows = current_rows(data)
     if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', every)
+    save_json(folder / 'results.json', load_rows(data.name))
     finish(folder / 'results.md', render(data, rows))
     cells = cells_of(rows)
     draw_bars(folder / 'results.png', cells)
-    panels = learning(cells)
-    if panels:
-        draw_lines(folder / 'curves.png', panels,
-                   'epoch (upwards: NDCG@10 on validation, 100 negatives, percent)')
+    draw_lines(folder / 'curves.png', learning(cells),
+               'epoch (upwards: NDCG@10 on validation, 100 negatives, percent)')
 
 
 def show_comparison(args, data, folder):
@@ -126,8 +125,7 @@ def show_comparison(args, data, folder):
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
     for ranking, metrics in row['metrics'].items():
         for name in metrics:
-            metric, k = name.split('@')
-            values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
+            values = [of_users(run, ranking, name) for run in (row, other)]
             difference, (low, high), p = compare(*values)
             print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
@@ -141,8 +139,10 @@ def inspect(args, data, folder):
     training part (the paper leaves them out): with the rows that these items had before training,
     which knew them as negatives only and pushed them down."""
     machine, body = start(args), []
-    new = np.setdiff1d(np.arange(1, data.n_items + 1), data.training()[0])
-    users = np.flatnonzero(np.isin(data.items[data.offsets[1:] - 1], new))
+    known, _ = data.training()
+    new = np.setdiff1d(np.arange(1, data.n_items + 1), known)
+    last = data.items[data.offsets[1:] - 1]
+    users = np.flatnonzero(np.isin(last, new))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
@@ -154,9 +154,9 @@ def inspect(args, data, folder):
             reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
                        f'{100 * found["full"]["HR@50"]:.2f}']
         body.append([run, f'{row["parameters"]:,}', *reached])
-    table = markdown(['', 'parameters', 'NDCG@10', 'HR@50 of all items'], body)
-    finish(folder / 'inspect.md',
-           f'{len(users):,} users whose test item is new to training\n\n{table}')
+    head = ['', 'parameters', 'NDCG@10', 'HR@50 of all items']
+    text = f'{len(users):,} users whose test item is new to training\n\n{markdown(head, body)}'
+    finish(folder / 'inspect.md', text)
 
 
 # ------------------------------------------------------------------------ figures
@@ -174,31 +174,32 @@ def show_attention(args, data, folder):
     vanilla.config = tuned.config  # its limits of items and tokens
     users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
     items, offsets, _ = data.split('test', users)
-    shown = np.diff(offsets).argmin()  # on the maps: a short history
     likes = [None] * len(users)
     if args.seq:
         model, _ = load_seq(folder / args.seq, data)
         if not hasattr(model, 'attention_weights'):
             raise UserError(f'--seq {args.seq}: SASRec is needed here')
+        histories = np.split(items, offsets[1:-1])
         likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
-                 for history in np.split(items, offsets[1:-1])]
+                 for history in histories]
     tokens = item_tokens(data, tuned.words)
+    drawn = np.diff(offsets).argmin()  # on the maps: a short history
     maps, averages, body = {}, [], []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
-        found = cls_attention(model.on(machine).eval(), items, offsets, tokens)
-        each = list(progress(found, total=len(users), desc=name, unit='user'))
-        packed, of_one = each[shown]
-        maps[f'{name} ({model.stage})'] = of_one
-        averages.append(average([numbers(*pair, like) for pair, like in zip(each, likes)]))
-        for third, values in zip(STRATA, averages[-1]):
-            body.append([name, third, *(f'{value:.3f}' for value in values)])
-    table = markdown(['model', 'third', *MEASURES], body)
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n{table}\n'
-    for what, true, how in findings(*averages):
-        text += f'- {what}: {"yes" if true else "no"} ({how})\n'
+        model.on(machine).eval()
+        each = list(cls_attention(model, items, offsets, tokens))
+        packed, maps[f'{name} ({model.stage})'] = each[drawn]
+        values = average([numbers(*one, like) for one, like in zip(each, likes)])
+        averages.append(values)
+        for third, of_third in zip(STRATA, values):
+            body.append([name, third, *(f'{value:.3f}' for value in of_third)])
+    head = ['model', 'third', *MEASURES]
+    text = f'CLS attention of {len(users)} users of {data.name}\n\n{markdown(head, body)}\n'
+    for finding, shown in findings(*averages).items():
+        text += f'- {finding}: {"yes" if shown else "no"}\n'
     finish(folder / 'figure1.md', text)
-    words = [tuned.words.backend.id_to_token(int(token)) for token in packed.tokens]
-    draw_attention(folder / 'figure1.png', maps, packed, words, likes[shown])
+    words = list(map(tuned.words.backend.id_to_token, packed.tokens.tolist()))
+    draw_attention(folder / 'figure1.png', maps, packed, words, likes[drawn])
 
 
 def over_tuning(cells, word):
@@ -217,7 +218,7 @@ def over_tuning(cells, word):
 def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
     pt-share<percent of the source users> or pt-step<number>."""
-    cells = cells_of(current_of(load_rows(data.name), data))
+    cells = cells_of(current_rows(data))
     found = {word: over_tuning(cells, word) for word in MOMENTS}
     if not any(found.values()):
         raise UserError(f'{folder}: no runs from a share of the source users; '
@@ -228,10 +229,11 @@ def show_curve(args, data, folder):
         for (method, number), cell in found[word].items():
             values = {f'{SHOWN}, {AGAINST[ranking]}': cell.value(ranking) for ranking in AGAINST}
             values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
-            body.append([method, f'{number:g}', *(f'{value:.2f} ± {spread:.2f}'
-                                                  for value, spread in values.values())])
-            for measure, value in values.items():
-                panels.setdefault(measure, {}).setdefault(method, {})[number] = value
+            line = [method, f'{number:g}']
+            for measure, (value, spread) in values.items():
+                line.append(f'{value:.2f} ± {spread:.2f}')
+                panels.setdefault(measure, {}).setdefault(method, {})[number] = value, spread
+            body.append(line)
         finish(folder / f'{file}.md', markdown(['', below, *values], body))
         draw_lines(folder / f'{file}.png', panels, below, log=word == 'share')
 
@@ -253,16 +255,16 @@ ACTIONS = {
 def parse_args(argv=None):
     p = options_parser(__doc__)
     commands = p.add_subparsers(dest='action', required=True)
-    of = {}
     for name, action in ACTIONS.items():
-        g = of[name] = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
+        g = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
         g.add_argument('dataset')
         if name in ('inspect', 'recommend', 'attention'):
             add_machine_options(g, name == 'attention', trains=False)
+    of = commands.choices
     add_earlier_options(of['untrained'])
-    of['compare'].add_argument('runs', nargs=2, metavar='RUN')
-    of['inspect'].add_argument('runs', nargs='+', metavar='RUN')
-    of['recommend'].add_argument('run', metavar='RUN')
+    of['compare'].add_argument('runs', nargs=2)
+    of['inspect'].add_argument('runs', nargs='+')
+    of['recommend'].add_argument('run')
     for name in ('neighbours', 'recommend'):
         option(of[name], '--k', 'items', POSITIVE, 10)
     option(of['neighbours'], '--item', 'its id', required=True)
@@ -278,7 +280,7 @@ def parse_args(argv=None):
     g = of['attention']
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')
-    option(g, '--seq', 'SASRec to compare with', metavar='RUN')
+    option(g, '--seq', 'run of a SASRec to compare with')
     option(g, '--users', 'of the numbers', POSITIVE, 200)
     return p.parse_args(argv)
 

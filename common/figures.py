@@ -7,13 +7,13 @@ import itertools
 
 import numpy as np
 
+from common.arrays import parts
 from common.files import runs_root, whole
+from common.progress import progress
 from common.report import AGAINST, SHOWN, best_of
 
-# Okabe and Ito's, which colour-blind readers tell apart
-COLOURS = '#999999 #E69F00 #56B4E9 #009E73 #D55E00 #0072B2 #CC79A7 #F0E442'.split()
-STRATA = ('bottom', 'middle', 'top')  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
-MEASURES = ('heads', 'layers', 'border', 'first', 'sasrec')  # see `numbers`
+STRATA = 'bottom', 'middle', 'top'  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
+MEASURES = 'heads', 'layers', 'border', 'first', 'sasrec'  # see `numbers`
 SAME = 0.9  # cosine above which two heads or layers count as redundant (ours)
 
 
@@ -23,12 +23,11 @@ def cls_attention(model, items, offsets, tokens, at_once=16):
     """Of each history (ragged, oldest first) its Packed sequence and the weights of CLS
     [layers, h, L], one after the other."""
     packed = model.pack(items, offsets, tokens)
-    users = np.arange(len(packed.lengths))
-    for part in np.array_split(users, -(-len(users) // at_once)):
+    for part in progress(parts(len(packed.lengths), at_once), desc=model.stage):
         weights = model.cls_attention(packed.rows(part)).cpu().numpy()
         for number, user in enumerate(part):
-            length = packed.lengths[user]
-            yield packed.rows([user]), weights[:, number, :, :length]
+            one = packed.rows([user])
+            yield one, weights[:, number, :, :len(one.tokens)]
 
 
 def first_tokens(packed):
@@ -36,14 +35,17 @@ def first_tokens(packed):
     return np.diff(packed.item_positions, prepend=0) > 0
 
 
-def cosine(a, b):
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def average(values):
+    """Mean over the first axis, of users or pairs, of the finite ones; NaN where there are none."""
+    finite = np.ma.masked_invalid(values)
+    return np.ma.filled(finite.mean(0), np.nan)
 
 
-def mean_of(values):
-    """Mean of the finite ones; NaN where there are none."""
-    finite = [value for value in values if np.isfinite(value)]
-    return np.mean(finite) if finite else np.nan
+def alike(pairs):
+    """Mean cosine of pairs of vectors."""
+    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+               for a, b in pairs]
+    return average(cosines)
 
 
 def numbers(packed, weights, sasrec=None):
@@ -57,54 +59,41 @@ def numbers(packed, weights, sasrec=None):
     """
     real = packed.item_positions > 0
     first = first_tokens(packed)
-    weights = weights * real
-    mean = weights.mean(1)  # [layers, L]
-    # how alike a layer is to the one before it
-    alike = [cosine(a, b) for a, b in itertools.pairwise(mean)]
-    before = np.array([np.nan, *alike])
-    found = []
-    for layers in np.array_split(np.arange(len(weights)), 3):
-        part = mean[layers].mean(0)
-        heads = [cosine(a, b)
-                 for layer in layers
-                 for a, b in itertools.combinations(weights[layer], 2)]
-        on_first = part[first].sum() / part[real].sum()
-        preference = on_first / (first.sum() / real.sum())
+    found, below = [], []  # nothing lies below the bottom
+    for third in np.array_split(weights * real, 3):
+        layers = third.mean(1)  # [layers, L]
+        mean = layers.mean(0)
+        heads = [pair
+                 for layer in third
+                 for pair in itertools.combinations(layer, 2)]
         likeness = np.nan
         if sasrec is not None and sasrec.shape[1] >= 3:
             items = sasrec.shape[1]
-            per_item = np.bincount(packed.item_positions, part, items + 1)[1:items + 1]
+            per_item = np.bincount(packed.item_positions, mean, items + 1)[1:items + 1]
             likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
-        inside, border = mean_of(before[layers[1:]]), before[layers[0]]
-        found.append([mean_of(heads), inside, border, preference, likeness])
+        found.append([alike(heads),
+                      alike(itertools.pairwise(layers)),
+                      alike(zip(below, layers)),
+                      mean[first].mean() / mean[real].mean(),
+                      likeness])
+        below = layers[-1:]
     return np.array(found)
 
 
-def average(of_users):
-    """Mean over users of what `numbers` gives; NaN where no user has a value."""
-    return np.apply_along_axis(mean_of, 0, of_users)
-
-
 def findings(vanilla, tuned):
-    """[(the paper's finding, whether these averages show it, the numbers)] (paper sec. 3.2; the
-    thresholds are ours)."""
+    """{the paper's finding: whether these averages show it} (paper sec. 3.2; the thresholds are
+    ours)."""
     heads, layers, border, first, like = tuned.T
-    before, other = vanilla[1, 3], vanilla[2, 4]  # first in the middle, sasrec on top
-    inside = mean_of(layers)
-    across = border[1:].mean()  # nothing lies below the bottom
-    alike = max(*heads, *layers)
-    return [
-        ('(1) strata: neighbouring layers are more alike inside a third of the depth than across '
-         'its border', inside > across, f'{inside:.3f} against {across:.3f}'),
-        ("(2) the middle third looks at items' first tokens: more than the other thirds, and than "
-         "the vanilla model's", first[1] > max(1, first[0], first[2], before),
-         f'{first[1]:.2f} x an average token; bottom {first[0]:.2f}, top {first[2]:.2f}, vanilla '
-         f'{before:.2f}'),
-        ('(3) the top third resembles SASRec: more than the bottom, and than the vanilla '
-         "model's top", like[2] > max(0, like[0], other),
-         f'r = {like[2]:.2f}; bottom {like[0]:.2f}, vanilla {other:.2f}'),
-        ('(4) redundancy: in some third, heads or neighbouring layers are almost the same (cosine '
-         f'above {SAME})', alike > SAME, f'at most {alike:.3f}')]
+    vanilla_first, vanilla_like = vanilla[1, 3], vanilla[2, 4]
+    return {
+        '(1) strata: neighbouring layers are more alike inside a third than across its border':
+            average(layers) > average(border),
+        "(2) the middle third looks at items' first tokens, more than the others and vanilla's":
+            first[1] > max(1, first[0], first[2], vanilla_first),
+        "(3) the top third resembles SASRec, more than the bottom and vanilla's top":
+            like[2] > max(0, like[0], vanilla_like),
+        f'(4) redundancy: heads or neighbouring layers of a third have a cosine above {SAME}':
+            max(*heads, *layers) > SAME}
 
 
 # ------------------------------------------------------------------------ drawing
@@ -113,14 +102,10 @@ def findings(vanilla, tuned):
 def picture(path, width, height):
     """An empty figure to draw on, then written, whole or not at all. Imported here: most commands
     draw nothing."""
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
-    matplotlib.rcParams.update({
-        'axes.prop_cycle': matplotlib.cycler(color=COLOURS),
-        'axes.titlesize': 9,
-        'legend.fontsize': 9,
-        'text.parse_math': False  # titles are text: '$' is no formula
-    })
+    plain = {'font.size': 8, 'text.parse_math': False}  # titles are text: '$' is no formula
+    style.use(['tableau-colorblind10', plain])  # colours that every reader tells apart
     figure = Figure((width, height), layout='constrained')
     yield figure
     with whole(path) as part:
@@ -129,34 +114,34 @@ def picture(path, width, height):
 
 
 def draw_attention(path, maps, packed, words, sasrec=None):
-    """Maps of one sequence, a row per layer and head (over its maximum outside CLS), a red rule
-    where an item begins.
+    """Maps of one sequence below each other, a row per layer and head (over its maximum outside
+    CLS), a white rule where a layer begins, a red one where an item begins.
 
-    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None.
+    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None: those
+    of the newest position over the same items.
     """
-    panels = dict(maps)
-    if sasrec is not None:
-        positions = packed.item_positions
-        known = np.minimum(positions, sasrec.shape[1])
-        spread = np.where(positions > 0, sasrec[:, known - 1], 0)
-        panels['SASRec, blocks, the newest position over the same items'] = spread[:, None]
-    heights = [3 + weights[:, :, 0].size for weights in panels.values()]
-    begins = np.flatnonzero(first_tokens(packed)) - 0.5
-    width = np.clip(0.16 * len(words) + 2, 9, 40)
-    with picture(path, width, 1.6 + 0.075 * sum(heights)) as figure:
-        axes = figure.subplots(len(panels), squeeze=False, sharex=True, height_ratios=heights)
-        for axis, (title, weights) in zip(axes.flat, panels.items()):
-            rows = np.concatenate(weights)
-            highest = rows[:, 1:].max(1, keepdims=True)
-            axis.imshow(rows / highest, vmax=1, aspect='auto',
-                        interpolation='nearest')
-            axis.set_title(title, loc='left')
-            layers = np.arange(len(weights))
-            heads = weights.shape[1]
-            axis.set_yticks(layers * heads - 0.5, layers)
-            axis.grid(axis='y', color='white')
-            axis.vlines(begins, -0.5, len(rows) - 0.5, 'red')  # an item begins
-        axis.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+    if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
+        known = np.insert(sasrec, 0, 0, 1)
+        spread = known.take(packed.item_positions, 1, mode='clip')
+        maps = {**maps, 'SASRec': spread[:, None]}
+    rows, begins = [], {}
+    for title, weights in maps.items():
+        for layer, heads in enumerate(weights):
+            begins[f'{title}, {layer}'] = len(rows)
+            rows.extend(heads)
+    rows = np.array(rows)
+    highest = rows[:, 1:].max(1, keepdims=True)
+    width = min(4 + 0.16 * len(words), 40)
+    with picture(path, width, 2 + 0.08 * len(rows)) as figure:
+        axis = figure.subplots()
+        axis.pcolormesh(rows / highest, vmax=1)
+        items = np.flatnonzero(first_tokens(packed))
+        axis.vlines(items, 0, len(rows), 'red')
+        axis.grid(axis='y', color='white')
+        axis.invert_yaxis()
+        axis.set_yticks(list(begins.values()), begins)
+        middles = np.arange(len(words)) + 0.5
+        axis.set_xticks(middles, words, rotation=90)
 
 
 def draw_bars(path, cells):
@@ -166,13 +151,13 @@ def draw_bars(path, cells):
     if not cells:
         return
     names = [f'{cell.title}: {cell.label}' for cell in cells]
-    titles = list(dict.fromkeys(cell.title for cell in cells))
-    colours = [f'C{titles.index(cell.title)}' for cell in cells]
+    titles = [cell.title for cell in cells]
+    known = list(dict.fromkeys(titles))
+    colours = [f'C{known.index(title)}' for title in titles]
     popularity = [cell for cell in cells if cell.label == 'popularity']
-    width = 6 + 0.08 * max(map(len, names))
     best = best_of(cells)
-    with picture(path, width, 1 + 0.18 * len(cells)) as figure:
-        axes = figure.subplots(1, len(AGAINST), sharey=True)
+    with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
+        axes = figure.subplots(1, 2, sharey=True)
         for axis, ranking in zip(axes, AGAINST):
             values = [cell.value(ranking) for cell in cells]
             means, spreads = zip(*values)
@@ -184,23 +169,24 @@ def draw_bars(path, cells):
                 axis.axvline(value, color='black', linestyle=style)
                 title += f'\n{style}: {cell.label}'
             axis.set_title(title)
-        axis.margins(y=0.01)
         axis.invert_yaxis()
 
 
 def draw_lines(path, panels, below, log=False):
     """panels {title: {name: {x: (y, spread)}}}: a line per name, of one colour in all panels.
     below: what x is; log: drawn wide apart where it is small."""
-    names = dict.fromkeys(name for lines in panels.values() for name in lines)
+    if not panels:
+        return
+    names = dict.fromkeys(itertools.chain(*panels.values()))
     rows = -(-len(panels) // 3)  # of three panels
     height = 1 + 2.2 * rows + 0.1 * len(names)
     with picture(path, 10, height) as figure:
         for number, (title, lines) in enumerate(panels.items(), 1):
             axis = figure.add_subplot(rows, 3, number, title=title)
             for name in names:
-                points = [(x, *y) for x, y in lines.get(name, {}).items()]
-                x, y, spread = np.reshape(points, (-1, 3)).T
-                axis.errorbar(x, y, spread, marker='.', label=name)
+                points = lines.get(name, {})
+                y, spread = np.reshape(list(points.values()), (-1, 2)).T
+                axis.errorbar(list(points), y, spread, marker='.', label=name)
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
@@ -214,13 +200,12 @@ def learning(cells):
     model, loss and variant, random rows in each."""
     panels = {}
     for cell in cells:
-        panel = f'{cell.title}\n{cell.variant}'
         for shown in filter(None, (cell.random, cell)):
             row = shown.first
             log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
             if log.exists():
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
-                lines = panels.setdefault(panel, {})
+                lines = panels.setdefault(f'{cell.title}\n{cell.variant}', {})
                 lines[shown.init] = {epoch['epoch']: (100 * epoch['valid'], 0)
                                      for epoch in epochs}
     return panels

@@ -5,14 +5,12 @@ equal. E = evaluated users, n = items; ids 1..n, column 0 is padding and never a
 Three rankings from one pass: `sampled` (100 negatives), `full` (all items, the user's history
 included, as the paper), `new` (all items but the history; a target in it stays a candidate).
 """
-import math
-from itertools import product
+from math import erfc
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from common.arrays import row_numbers, take
+from common.arrays import parts, row_numbers, take
 from common.files import Diverged
 
 CUTOFFS = {'sampled': (5, 10),  # paper sec. 4.2
@@ -28,7 +26,7 @@ def product_scorer(states, table, bias=None):
     table = table.float()
 
     def score(users):
-        return F.linear(states[users].to(table), table, bias)
+        return torch.nn.functional.linear(states[users].to(table), table, bias)
     return score
 
 
@@ -42,11 +40,10 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
     Diverged where a score is not finite.
     """
-    every = np.arange(len(targets))
     candidates = np.column_stack([targets, negatives])
-    users_at_once = max(32, chunk // (n + 1))
     found = []
-    for users in np.array_split(every, -(-len(every) // users_at_once)):
+    users_at_once = max(32, chunk // (n + 1))
+    for users in parts(len(targets), users_at_once):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '
@@ -59,8 +56,8 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         if history:
             ranks.append(counts(scores, own))
             items, offsets = take(*history, users)
-            rows = row_numbers(np.diff(offsets))
-            scores[rows, items] = -torch.inf
+            lengths = np.diff(offsets)
+            scores[row_numbers(lengths), items] = -torch.inf
             scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
             ranks.append(counts(scores, own))
         found.append(torch.stack(ranks).cpu())
@@ -70,9 +67,9 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
 def counts(scores, own):
     """int32 [users, 2]: how many of the scores are above the target's, how many others equal it."""
-    higher = (scores > own).sum(1, dtype=torch.int32)
-    equal = (scores == own).sum(1, dtype=torch.int32)
-    return torch.stack([higher, equal - 1], 1)
+    higher = (scores > own).count_nonzero(1)
+    equal = (scores == own).count_nonzero(1)
+    return torch.stack([higher, equal - 1], 1).int()
 
 
 def per_user(ranks, metric, k):
@@ -81,23 +78,24 @@ def per_user(ranks, metric, k):
     Five items score 3 2 2 2 1 and the target is a 2: g = 1, t = 2, so it takes place 1, 2 or 3
     (0-based). HR@3 = (1 + 1 + 0) / 3 = 2/3; NDCG@3 = (1/log2(3) + 1/log2(4) + 0) / 3 = 0.377.
     """
-    g, t = ranks.astype(np.int64).T
+    g, t = ranks.T
     gain = np.ones(k)  # of a place
     if metric == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
-    first, last = np.minimum([g, g + t + 1], k)
+    end = g + t + 1
+    first, last = np.minimum([g, end], k)
     return (total[last] - total[first]) / (t + 1)
 
 
 def summarise(ranks):
     """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
     sums over users divided once."""
-    found = {name: {} for name in ranks}
-    for name, metrics in found.items():
-        for metric, k in product(('HR', 'NDCG'), CUTOFFS[name]):
-            value = per_user(ranks[name], metric, k).mean()
-            metrics[f'{metric}@{k}'] = float(value)
+    found = {}
+    for name, pairs in ranks.items():
+        found[name] = {f'{metric}@{k}': float(per_user(pairs, metric, k).mean())
+                       for metric in ('HR', 'NDCG')
+                       for k in CUTOFFS[name]}
     return found
 
 
@@ -105,10 +103,7 @@ def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
-    ties = {}
-    for name in CUTOFFS:
-        tied = ranks[name][:, 1] > 0
-        ties[name] = float(tied.mean())
+    ties = {name: float((pairs[:, 1] > 0).mean()) for name, pairs in ranks.items()}
     return {'dataset': data.name,
             'data': data.fingerprint,
             'users': len(data.evaluated),
@@ -122,7 +117,7 @@ def compare(a, b):
     two-sided p). A t-test whose statistic is taken as normal, as users are many."""
     difference = np.subtract(a, b)
     mean = difference.mean()
-    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    error = difference.std(ddof=1) / len(difference) ** 0.5
     interval = mean - 1.96 * error, mean + 1.96 * error
-    p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else float(not mean)
+    p = erfc(abs(mean) / error / 2 ** 0.5) if error else float(not mean)
     return mean, interval, p

@@ -11,9 +11,9 @@ MODELS = {'sasrec': SASRec, 'bert4rec': BERT4Rec, 'gru4rec': GRU4Rec}
 
 def load_seq(folder, data):
     """(model in evaluation mode, what it is) of a run of train_seq.py. UserError: of other data."""
-    path, row = folder / 'model.pt', read_row(folder)
+    path = folder / 'model.pt'
     content = load_pt(path, 'seq')
-    files = changed_code(row) if row else []
+    files = changed_code(read_row(folder) or {'code': {}})
     if files:
         print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})")
     about, state = content['about'], content['model']

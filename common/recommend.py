@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from common.arrays import offsets_of, row_numbers
 from common.baselines import all_scorers, weighted
@@ -74,10 +73,10 @@ def scorer_of(folder, row, data, wide, machine):
         found = began_with(folder, row, data, cold)
         matrices = {row['init']: found.matrix} if found else {}
         _, scorers = all_scorers(wide, matrices, data.n_items + 1)[row['run']]
+        scorer = scorers[row['weight']]
 
         def score(items, offsets):
-            weights = weighted(items, offsets, row['decay'], wide.n_items)
-            return scorers[row['weight']](weights)
+            return scorer(weighted(items, offsets, row['decay'], wide.n_items))
         return score
     model, _ = load_seq(folder / row['run'], data)
     if cold:
@@ -90,22 +89,23 @@ def scorer_of(folder, row, data, wide, machine):
 
     @torch.no_grad()
     def score(items, offsets):
-        return F.linear(model.all_states(items, offsets), *model.scorer())
+        states = model.all_states(items, offsets)
+        return torch.nn.functional.linear(states, *model.scorer())
     return score
 
 
 # ------------------------------------------------------------------------ for whom
 
 def known_of(keys, known, reasons, source):
-    """The keys that are known. The others are said, with the reason: UserError where they were
-    typed in, so that `source` is an option."""
+    """{key: known[key]} of the keys that are known. The others are said, with the reason: UserError
+    where they were typed in, so that `source` is an option."""
     lost = [key for key in keys if key not in known]
     if lost:
         text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
-    return [key for key in keys if key in known]
+    return {key: known[key] for key in keys if key in known}
 
 
 def read_histories(path):
@@ -145,7 +145,7 @@ def asked(args, data, wide):
         source = names[0]
         names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
     reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
-    return {name: everybody[name] for name in known_of(names, everybody, reasons, source)}
+    return known_of(names, everybody, reasons, source)
 
 
 # ------------------------------------------------------------------------ rows
@@ -210,7 +210,6 @@ def recommend(args, data, folder):
             f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
         else:
             csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
-    seconds = time.monotonic() - began
-    rate = len(histories) / seconds
-    print(f'{len(histories):,} users in {seconds:.1f} s ({rate:,.0f} a second), {args.k} items for '
-          f'each at most, written to {args.out}')
+    seconds, users = time.monotonic() - began, len(histories)
+    print(f'{users:,} users in {seconds:.1f} s ({users / seconds:,.0f} a second), {args.k} items '
+          f'for each at most, written to {args.out}')

@@ -68,16 +68,16 @@ class Cell:
                  for name in differences(self.first[made], row[made])}
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
         self.init = self.first['init']
+        self.width = self.first.get('hidden', 0)
         self.title, self.label = names_of(self.first)
         self.variant = self.label
         if self.init != 'random':
-            without = self.label.removeprefix(f'{self.init}-')
-            self.variant = without.removesuffix(f'-{self.init}')
+            self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
 
     @functools.cache
     def users(self, ranking):
         """SHOWN of every user, mean over the seeds: [E]."""
-        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], axis=0)
+        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], 0)
 
     def value(self, ranking, metric=SHOWN):
         """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
@@ -90,8 +90,11 @@ class Cell:
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
         if self.mixed:
             return 'mixed'
-        numbers = [f'{number:.{digits}f}' for number in self.value(ranking, metric)]
-        return ' ± '.join(numbers[:len(self.rows)])  # one seed has no spread
+        middle, spread = self.value(ranking, metric)
+        text = f'{middle:.{digits}f}'
+        if len(self.rows) > 1:  # one seed has no spread
+            text += f' ± {spread:.{digits}f}'
+        return text
 
     def against(self, other, ranking):
         """(mark, p) of a test paired over users: '>', '<', or '=' where it sees no difference at
@@ -113,10 +116,10 @@ class Cell:
 def order_of(cell):
     """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
     what has no embeddings first, then wide before narrow."""
-    model, width = cell.first['model'], cell.first.get('hidden', 0)
+    model = cell.first['model']
     place = [*TITLES, *MODELS, model].index(model)
     embedded = cell.init not in (None, 'random')
-    return place, cell.title, embedded, -width, cell.variant, cell.label
+    return place, cell.title, embedded, -cell.width, cell.variant, cell.label
 
 
 def cells_of(rows):
@@ -125,9 +128,9 @@ def cells_of(rows):
     for row in rows:
         groups.setdefault(names_of(row), []).append(row)
     cells = [Cell(members) for members in groups.values()]
-    random = {(cell.title, cell.first['hidden']): cell for cell in cells if cell.init == 'random'}
+    random = {(cell.title, cell.width): cell for cell in cells if cell.init == 'random'}
     for cell in cells:
-        cell.random = random.get((cell.title, cell.first.get('hidden')))
+        cell.random = random.get((cell.title, cell.width))
     return sorted(cells, key=order_of)
 
 
@@ -151,30 +154,30 @@ def group_table(title, cells, best):
     marks stand for, and the geometry of the embeddings."""
     body = []
     for cell in cells:
-        line = [cell.label, *(cell.marked(ranking, best[ranking]) for ranking in RANKINGS)]
+        line = [cell.label]
+        line += [cell.marked(ranking, best[ranking]) for ranking in RANKINGS]
         for rivals in (best, dict.fromkeys(AGAINST, cell.random)):
             line.append(' / '.join(cell.against(rivals[ranking], ranking)[1]
                                    for ranking in AGAINST))
-        shape = [cell.first.get(key) for key in ('norm', 'cosine')]
-        line.append(' / '.join(f'{number:.2f}' for number in shape if number))
-        body.append(line)
+        shape = ''
+        if cell.first.get('norm'):
+            shape = f'{cell.first["norm"]:.2f} / {cell.first["cosine"]:.2f}'
+        body.append([*line, shape])
     head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine']
     return f'## {title}\n\n{markdown(head, body)}'
 
 
 def paper_table(table, dataset, cells):
-    """One of the paper's tables: a line per column of theirs, ours (the widest) with the paper's in
-    brackets; '' where the paper has none for this dataset."""
-    published = table['rows'].get(dataset)
-    if not published:
-        return ''
+    """One of the paper's tables for one of its datasets: a line per column of theirs, ours (the
+    widest) with the paper's in brackets."""
+    published = table['rows'][dataset]
     body = []
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [cell for cell in cells if wanted.items() <= cell.first.items()]
         line = [column]
         for short, values in published.items():
             metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
-            text = found[0].text(table['ranking'], metric, digits=2) if found else '-'
+            text = found[0].text(table['ranking'], metric, 2) if found else '-'
             line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
     return f'## {table["title"]}\n\n{markdown(["", *published], body)}'
@@ -185,7 +188,8 @@ def paper_table(table, dataset, cells):
 def footer(rows):
     """How the numbers were made, and what the marks say."""
     def several(key):
-        return ', '.join(sorted({str(row[key]) for row in rows if row.get(key) is not None}))
+        found = {str(row.get(key)) for row in rows}
+        return ', '.join(sorted(found - {'None'}))
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
             f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
@@ -199,9 +203,9 @@ def footer(rows):
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
-        files = ', '.join(sorted(set().union(*stale)))
+        files = sorted(set().union(*stale))
         text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
-                 f'({files}); the same commands make them again.\n')
+                 f'({", ".join(files)}); the same commands make them again.\n')
     return text
 
 
@@ -209,10 +213,11 @@ def render(data, rows):
     """All tables of these rows as Markdown."""
     cells = cells_of(rows)
     best = best_of(cells)
-    parts = [f'# Results: {data.name}\n']
+    text = f'# Results: {data.name}\n'
     for title, group in itertools.groupby(cells, key=lambda cell: cell.title):
-        parts.append(group_table(title, group, best))
-    parts.append(footer(rows))
-    parts += [paper_table(table, data.name, cells) for table in paper().values()
-              if 'ours' in table]
-    return '\n'.join(filter(None, parts))
+        text += f'\n{group_table(title, group, best)}'
+    text += f'\n{footer(rows)}'
+    for table in paper().values():
+        if 'ours' in table and data.name in table['rows']:
+            text += f'\n{paper_table(table, data.name, cells)}'
+    return text

@@ -28,38 +28,31 @@ NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'commo
 @functools.cache
 def parsed(file):
     """A source file's text without comments and docstrings (and without a body where that was one),
-    a statement a line, and 16 hex digits of it. Read once: a table asks for every run."""
+    a statement a line. Read once: a table asks for every run."""
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            if ast.get_docstring(node):
-                del node.body[0]
-    text = ast.unparse(tree)
-    return text, digest(text)
+        known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+        if known and ast.get_docstring(node):
+            del node.body[0]
+    return ast.unparse(tree)
 
 
 def code_digest(file):
     """16 hex digits of what a source file does."""
-    return parsed(file)[1]
-
-
-def imports(file):
-    """The files of common/ that a source file imports at its top (an import inside a function is
-    for reading, printing or drawing)."""
-    lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file)[0], re.MULTILINE)
-    files = [f'common/{word}.py' for word in re.findall(r'\w+', ' '.join(lines))]
-    return [file for file in files if (ROOT / file).exists()]
+    return digest(parsed(file))
 
 
 def code_of(*files):
-    """{file: digest} of these source files and of all that they import from common/."""
+    """{file: digest} of these source files and of all that they import from common/ at their top
+    (an import inside a function is for reading, printing or drawing)."""
     found, left = {}, list(files)
     while left:
         file = left.pop()
-        if file in found or file in NO_NUMBERS:
-            continue
-        found[file] = code_digest(file)
-        left += imports(file)
+        if file not in {*found, *NO_NUMBERS} and (ROOT / file).exists():
+            found[file] = code_digest(file)
+            lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file), re.MULTILINE)
+            words = re.findall(r'\w+', ' '.join(lines))
+            left += [f'common/{word}.py' for word in words]
     return dict(sorted(found.items()))
 
 
@@ -69,15 +62,15 @@ def changed_code(row):
             if not (ROOT / file).exists() or code_digest(file) != then]
 
 
-def differences(old, new, prefix=''):
+def differences(old, new):
     """Names of what differs between two nested dictionaries, dots between the levels."""
     names = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += differences(a, b, f'{prefix}{key}.')
+            names += [f'{key}.{name}' for name in differences(a, b)]
         elif json.dumps(a) != json.dumps(b):  # JSON knows no tuples
-            names.append(prefix + key)
+            names.append(key)
     return names
 
 
@@ -95,9 +88,9 @@ class Run(NamedTuple):
         is never given up silently: UserError unless --again or --keep is said."""
         if self.args.again:
             return False
-        options = ', '.join(differences(found['identity'], self.identity))
-        files = ', '.join(differences(found['code'], self.code))
-        why = f'other {options}' if options else f'other code ({files})'
+        options = differences(found['identity'], self.identity)
+        files = differences(found['code'], self.code)
+        why = f'other {", ".join(options)}' if options else f'other code ({", ".join(files)})'
         if not options and (self.args.keep or not files):
             if files:
                 print(f'{where}: kept, though made by {why}')
@@ -161,9 +154,8 @@ def result_line(row):
 
 def load_rows(dataset):
     """All rows of a dataset that have metrics, by name of their run."""
-    files = sorted((runs_root() / dataset).glob('*/row.json'))
-    rows = [read_row(file.parent) for file in files]
-    return [row for row in rows if 'metrics' in row]
+    rows = map(read_row, sorted((runs_root() / dataset).glob('*')))
+    return [row for row in rows if row and 'metrics' in row]
 
 
 def read_ranks(dataset, run):

@@ -79,13 +79,13 @@ def test_resemblance_to_sasrec_by_hand():
 def test_findings_follow_the_numbers():
     flat = {'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'sasrec': 0.0}
     same = table_of({stratum: flat for stratum in STRATA})
-    assert [yes for _, yes, _ in findings(same, same)] == [False] * 4
+    assert list(findings(same, same).values()) == [False] * 4
     tuned = table_of({'bottom': {**flat, 'layers': .95},
                       'middle': {**flat, 'first': 3.0, 'layers': .95},
                       'top': {**flat, 'sasrec': .7, 'layers': .95}})
-    assert [yes for _, yes, _ in findings(same, tuned)] == [True] * 4
+    assert list(findings(same, tuned).values()) == [True] * 4
     assert named(average([same, tuned]))['top']['sasrec'] == pytest.approx(.35)
-    assert [yes for _, yes, _ in findings(tuned, tuned)] == [True, False, False, True], \
+    assert list(findings(tuned, tuned).values()) == [True, False, False, True], \
         'the vanilla model shows the second and third as well'
 
 
@@ -107,9 +107,9 @@ def test_a_third_of_one_layer_has_no_neighbours():
     assert found['bottom']['layers'] == pytest.approx(1)
     assert np.isnan(found['middle']['layers']) and np.isnan(found['top']['layers'])
     assert np.isnan(found['bottom']['border'])
-    table[:, MEASURES.index('border')] = np.nan, .6, .6
-    _, yes, how = findings(table, table)[0]
-    assert yes and how == '1.000 against 0.600'
+    for border, inside_is_more in ((.6, True), (.9, True), (1.1, False)):
+        table[:, MEASURES.index('border')] = np.nan, border, border
+        assert list(findings(table, table).values())[0] == inside_is_more
 
 
 def test_sasrecs_weights_are_those_of_its_attention():
