@@ -63,7 +63,7 @@ def add_machine_options(parser, language_model=False, trains=True):
                POSITIVE)
     option(g, '--device', 'auto (CUDA where there is one), cpu, cuda:1, ...', str, 'auto')
     option(g, '--precision',
-           'of matrix products; weights stay float32. auto: bfloat16 where the hardware has it',
+           'of matrix products; weights stay float32. auto: bfloat16 where it is faster',
            str, 'auto', choices=['auto', 'bfloat16', 'float32'])
     flag(g, '--deterministic',
          'CUDA: only kernels that give the same bits on every run (slower; a CPU always does)')
