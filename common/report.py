@@ -17,7 +17,8 @@ from common.models import MODELS
 from common.runs import changed_code, differences, read_ranks
 
 TITLES = {'untrained': 'No training', 'recformer': 'RecFormer'}  # of what is no ID model
-LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'masked': 'masked items'}
+LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'sampled': 'sampled softmax',
+          'masked': 'masked items'}
 RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
 AGAINST = {'sampled': '100 negatives', 'full': 'all items'}  # the rankings that the paper has
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
