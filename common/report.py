@@ -163,8 +163,8 @@ def group_table(title, cells, best):
         shape = ''
         if cell.first.get('norm'):
             shape = f'{cell.first["norm"]:.2f} / {cell.first["cosine"]:.2f}'
-        body.append([*line, shape])
-    head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine']
+        body.append([*line, shape, str(cell.first.get('lr', ''))])
+    head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine', 'rate']
     return f'## {title}\n\n{markdown(head, body)}'
 
 

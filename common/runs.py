@@ -43,16 +43,16 @@ def code_digest(file):
 
 
 def code_of(*files):
-    """{file: digest} of these source files and of all that they import from common/ at their top
-    (an import inside a function is for reading, printing or drawing)."""
+    """{file: digest} of these source files and of all of ours that they import at their top (an
+    import inside a function is for reading, printing or drawing)."""
     found, left = {}, list(files)
     while left:
         file = left.pop()
         if file not in {*found, *NO_NUMBERS} and (ROOT / file).exists():
             found[file] = code_digest(file)
-            lines = re.findall(r'^(?:from|import) .*\bcommon\b.*', parsed(file), re.MULTILINE)
-            words = re.findall(r'\w+', ' '.join(lines))
-            left += [f'common/{word}.py' for word in words]
+            for line in re.findall('^(?:from|import) .*', parsed(file), re.MULTILINE):
+                folder = 'common/' if 'common' in line else ''
+                left += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
     return dict(sorted(found.items()))
 
 

@@ -283,18 +283,18 @@ def test_what_needs_no_training_and_recformer(table):
     at = {place: f'{gain(place):.1f}' for place in range(10)}
     assert section(text, 'No training').splitlines() == [
         '## No training', '',
-        '|  | 100 neg. | all | new | p, best | p, random | norm / cosine |',
-        '| --- | --- | --- | --- | --- | --- | --- |',
-        f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - | - / - |  |',
-        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |',
+        '|  | 100 neg. | all | new | p, best | p, random | norm / cosine | rate |',
+        '| --- | --- | --- | --- | --- | --- | --- | --- |',
+        f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - | - / - |  |  |',
+        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 | - / - |  |  |',
         f'| item+text-knn-lf | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - '
-        '| 8.50 / 0.67 |',
+        '| 8.50 / 0.67 |  |',
         f'| text-knn-lf | {at[8]} < | {at[8]} < | {at[8]} < | 0.000 / 0.000 | - / - '
-        '| 8.50 / 0.67 |']
+        '| 8.50 / 0.67 |  |']
     assert section(text, 'RecFormer').splitlines()[4:] == [
-        f'| ft0-lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  |',
-        f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  |',
-        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  |']
+        f'| ft0-lf | {at[0]} > | {at[0]} > | {at[0]} > | 0.000 / 0.000 | - / - |  | 0.001 |',
+        f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | 0.000 / 0.000 | - / - |  | 0.001 |',
+        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 | - / - |  | 0.001 |']
 
 
 def labels(text, title):
@@ -310,23 +310,23 @@ def test_id_models(table):
     at = {place: f'{gain(place):.1f}' for place in range(10)}
     spread = np.std([gain(5), gain(6)], ddof=1)
     both = f'{(gain(5) + gain(6)) / 2:.1f} ± {spread:.1f}'
-    better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | 1.000 / 0.000 | 0.000 / 0.000 |  |'
+    better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | 1.000 / 0.000 | 0.000 / 0.000 |  | 0.001 |'
     assert section(text, 'SASRec, one negative').splitlines()[4:] == [
-        f'| random-16 | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  |',
-        f'| random-8 | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  |',
+        f'| random-16 | {both} < | {both} < | {both} > | 0.000 / 0.000 | - / - |  | 0.001 |',
+        f'| random-8 | {at[2]} > | {at[2]} > | {at[2]} > | 0.000 / 0.000 | - / - |  | 0.001 |',
         f'| lf-freeze-centred-16 | {better}',
         f'| pt-freeze-centred-16 | {better}',
         f'| lf-freeze-whitened-16 | {better}',
         f'| lf-trainable-raw-16 | {better}',
         f'| lf-trainable-raw-8 | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 '
-        '| 0.000 / 0.000 |  |']
+        '| 0.000 / 0.000 |  | 0.001 |']
     titles = [found for found in text.splitlines() if found.startswith('## ')]
     assert titles == [f'## {title}' for title in (
         'No training', 'RecFormer', 'SASRec, cross-entropy', 'SASRec, one negative',
         'BERT4Rec, masked items', 'GRU4Rec, cross-entropy')]
     assert labels(text, 'BERT4Rec, masked items') == ['ft-id+text-raw-8']
     assert line(section(text, 'GRU4Rec'), '| ft') == \
-        f'| ft-trainable-raw-16 | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  |'
+        f'| ft-trainable-raw-16 | {at[9]} < | {at[9]} < | {at[9]} < | 0.000 / 0.000 | - / - |  | 0.001 |'
 
 
 def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
@@ -388,9 +388,9 @@ def test_without_rankings_to_compare_with_there_are_no_marks(runs):
             saved(runs, 0, made('sasrec', 'lf', 'trainable'))]
     text = report.render(MINE, rows)
     at = f'{gain(3):.1f}'
-    assert line(text, '| random') == f'| random-16 | {at} | {at} | {at} | - / - | - / - |  |'
+    assert line(text, '| random') == f'| random-16 | {at} | {at} | {at} | - / - | - / - |  | 0.001 |'
     assert line(text, '| lf') == \
-        '| lf-trainable-raw-16 | **100.0** | **100.0** | **100.0** | - / - | 0.000 / 0.000 |  |'
+        '| lf-trainable-raw-16 | **100.0** | **100.0** | **100.0** | - / - | 0.000 / 0.000 |  | 0.001 |'
 
 
 # ------------------------------------------------------------------------ the paper's tables

@@ -107,21 +107,23 @@ def test_code_follows_the_imports_at_the_top(tree):
                     'def show():\n    from common.drawing import draw\n    draw()\n')
     tree('common/a.py', 'import numpy as np\nfrom common.deep import g\nX = np.pi\n')
     tree('common/b.py', 'from common.a import X\nfrom common.files import open_it\nf = X\n')
-    tree('common/c.py', 'from common.c import itself\nimport common.nowhere\n')
     tree('common/deep.py', 'g = 1\n')
     tree('common/drawing.py', 'draw = print\n')
     tree('common/files.py', 'from common.hidden import h\nopen_it = open\n')
     tree('common/hidden.py', 'h = 1\n')
     tree('common/text.py', 'no = 1\n')
+    tree('mine.py', 'weight = 1\n')
+    tree('common/c.py', 'from common.c import itself\nimport common.nowhere\nfrom mine import weight\n')
     found = runs.code_of('main.py')
-    files = ['common/a.py', 'common/b.py', 'common/c.py', 'common/deep.py', 'main.py']
-    assert list(found) == files, 'no drawing, no files.py and nothing that files.py alone needs'
+    files = ['common/a.py', 'common/b.py', 'common/c.py', 'common/deep.py', 'main.py',
+             'mine.py']
+    assert list(found) == files, "a user's own file too; no drawing, no files.py and nothing that files.py alone needs"
     assert found['common/deep.py'] == runs.code_digest('common/deep.py')
     tree('common/deep.py', 'g = 2\n')
     assert runs.differences(found, runs.code_of('main.py')) == ['common/deep.py']
     tree('common/files.py', 'open_it = None\n')
     assert runs.differences(found, runs.code_of('main.py')) == ['common/deep.py']
-    assert list(runs.code_of('common/b.py', 'common/c.py')) == files[:4]
+    assert list(runs.code_of('common/b.py', 'common/c.py')) == [*files[:4], 'mine.py']
 
 
 def test_code_of_this_repository():
