@@ -123,7 +123,7 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
         known = np.insert(sasrec, 0, 0, 1)
         spread = known.take(packed.item_positions, 1, mode='clip')
-        maps = {**maps, 'SASRec': spread[:, None]}
+        maps = {**maps, 'SASRec': np.repeat(spread[:, None], 8, 1)}  # to be seen
     rows, begins = [], {}
     for title, weights in maps.items():
         for layer, heads in enumerate(weights):
