@@ -18,6 +18,7 @@ Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writ
 import time
 from collections import Counter
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def parse_args(argv=None):
     add_plm_options(p)
     add_machine_options(p, language_model=True, trains=False)
     args = p.parse_args(argv)
-    if not (args.checkpoint or args.plm or args.from_npy and args.ids):
+    if not (args.ids if args.from_npy else args.checkpoint or args.plm):
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids')
     return args
 
@@ -58,7 +59,7 @@ def read_rows(path, ids, data):
     .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
     try:
         rows = torch.from_numpy(np.load(path)).float()
-    except (ValueError, TypeError, EOFError):
+    except (ValueError, TypeError, EOFError, BadZipFile):
         raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
     keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     if rows.dim() != 2 or len(rows) != len(keys):

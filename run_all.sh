@@ -24,7 +24,7 @@ options
   --table5       also texts beside trained IDs, and RecFormer with trainable items
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
   --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 50; small sources need 2 and more)
-  --again        make everything again      --keep   use what only other code has made
+  --again        make everything again      --keep   use earlier results where only code has changed since
 Each budget other than the default, and each --plm, --source, --pretrained named here, has a place of its own below runs/.
 TEXT
 }
@@ -38,7 +38,8 @@ while [ $# -gt 0 ]; do
     --help|-h) usage; exit 0 ;;
     --plm) PLM=${2%/}; PLM_PLACE=/${PLM##*/}; shift 2 ;;
     --source) SOURCE=$2; SOURCE_PLACE=/from-${2// /+}; shift 2 ;;
-    --pretrained) PRETRAINED=$(realpath -- "$2"); SOURCE_PLACE=/pretrained-$(basename -- "$2"); shift 2 ;;
+    --pretrained) PRETRAINED=$(realpath -e -- "$2" 2>/dev/null) || fail "--pretrained $2: no such file or folder"
+                  SOURCE_PLACE=/pretrained-$(basename -- "$2"); shift 2 ;;
     --seeds) SEEDS=$2; shift 2 ;;
     --rec-seeds) REC_SEEDS=$2; shift 2 ;;
     --shares) SHARES=$2; shift 2 ;;
@@ -51,6 +52,7 @@ while [ $# -gt 0 ]; do
 done
 : "${NAME:=drugstore}"
 [[ $NAME =~ ^[A-Za-z0-9_-]+$ ]] || fail "dataset name '$NAME': letters, digits, - and _ only"
+[[ $SEEDS$REC_SEEDS$SHARES =~ ^[0-9.\ ]+$ ]] || fail "--seeds, --rec-seeds and --shares take numbers, such as '0 1'"
 [ ! -d "$PLM" ] || PLM=$(realpath -- "$PLM")
 [ -z "${ELEPHANT_DATA:-}" ] || export ELEPHANT_DATA=$(realpath -m -- "$ELEPHANT_DATA")
 ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")

@@ -47,6 +47,9 @@ def variant(text):
     raise ValueError
 
 
+variant.__name__ = f'variant (random, E-{", E-".join(MODES)})'  # argparse prints it
+
+
 def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')

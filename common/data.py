@@ -188,8 +188,8 @@ def build(folder, filters, identity):
     items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user), the '
-                        'last two with items of training sequences; there is nothing to evaluate')
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) and '
+                        'two last items that occur in training parts; there is nothing to evaluate')
     user_names = [user_ids[u] for u in users]
     catalogue = list(compress(item_ids, kept))
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
@@ -295,7 +295,7 @@ def report(data):
             differs = '' if found == known[key] else '   warning: differs'
             note = f'   paper {known[key]:,}{differs}'
         print(f'  {key:13}{found:>12,}{note}')
-    print(f'  neighbours with the same timestamp: {c["tied_neighbours"]:.1%} (the file\'s order)')
+    print(f'  neighbours with one timestamp, in the file\'s order: {c["tied_neighbours"]:.1%}')
     for key, what in NOTES.items():
         if c[key]:
             print(f'  {what}: {c[key]:,}')
@@ -326,8 +326,9 @@ def main(args):
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user '
-          f'and of an item, users sampled (0 = all): {data.identity["filters"]}')
+    filters = data.identity['filters']
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; at least {filters[0]} '
+          f'interactions of a user, {filters[1]} of an item; users sampled: {filters[2] or "all"}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -51,7 +51,7 @@ def command(main, *args):
         said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
                 'script has it; what was saved is kept')
     except KeyboardInterrupt:
-        print('interrupted; the same command goes on from the last checkpoint', file=sys.stderr)
+        print('interrupted; the same command goes on from what was saved', file=sys.stderr)
         sys.exit(130)
     print(f'error: {" ".join(said.split())}', file=sys.stderr)
     sys.exit(2)
@@ -136,8 +136,8 @@ def whole(path):
         with open(part, 'rb+') as f:
             os.fsync(f.fileno())
         part.replace(path)
-    except OSError as error:  # of a full disk, which names no file
-        error.filename = error.filename or str(path)
+    except OSError as error:  # a full disk names no file, others the temporary one
+        error.filename = str(error.filename or path).replace(part.name, path.name)
         raise
     finally:
         part.unlink(missing_ok=True)
@@ -192,14 +192,14 @@ def save_pt(path, kind, **content):
 def load_pt(path, kind, device='cpu'):
     """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
     if not Path(path).exists():
-        raise UserError(f'{path}: no such file')
+        raise UserError(f'{path}: no such file; README.md says what makes it')
     with open(path, 'rb') as f:
         try:
             content = torch.load(f, map_location=device, weights_only=True)
             found = content['kind']
-        except Exception as error:  # half a dozen kinds for a damaged or foreign file
-            said = f'{type(error).__name__}: {error}'.splitlines()[0]
-            raise UserError(f'{path}: not a readable {kind} file ({said[:150]})') from None
+        except Exception:  # half a dozen kinds for a damaged or foreign file
+            raise UserError(f'{path}: not a readable {kind} file: damaged, or not made here; '
+                            'README.md says what makes it') from None
     if found != kind:
         raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
     return content

@@ -60,10 +60,11 @@ def find_pair(path):
         if texts and name.endswith(ending) and there[name].name.startswith(start):
             found[there[name]] = texts
     if len(found) != 1:
-        names = ', '.join(file.name for file in found or there.values())
-        raise UserError(f'{path}: holds not one pair of files that is known ({PAIRS}; each also '
-                        f'.gz), but {names[:300] or "nothing"}; name one: --from INTERACTIONS '
-                        '--items TEXTS [--columns user=..,item=..,time=..]')
+        names = ', '.join(file.name for file in found or there.values()
+                          if file.name.startswith(start))
+        raise UserError(f'{path}: holds not one pair of files of a known form (data/README.md), '
+                        f'but {names[:80] or "nothing"}; name one: --from INTERACTIONS --items '
+                        'TEXTS [--columns user=..,item=..,time=..]')
     return found.popitem()
 
 
@@ -94,7 +95,7 @@ def table(path):
     places = {name: place for place, name in enumerate(names)}
     width = len(names)
     if len(places) < width:
-        raise UserError(f'{path}: two columns have one name: {", ".join(names)}')
+        raise UserError(f'{path}: two columns have one name: {", ".join(names)[:150]}')
     return places, ((n, row if len(row) == width else None) for n, row in rows)
 
 
@@ -105,7 +106,7 @@ def column(path, names, role, named):
         if name in names:
             return name
     raise UserError(f'{path}: has no column {" or ".join(wanted)}, but '
-                    f'{", ".join(names) or "nothing"}; say --columns {role}=NAME')
+                    f'{", ".join(names)[:100] or "nothing"}; say --columns {role}=NAME')
 
 
 def interactions(path, named):
@@ -251,8 +252,8 @@ def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:
-        raise UserError(f'{folder}: its files were not made by --from, which never overwrites '
-                        'others: choose another name')
+        raise UserError(f'{folder}: is for the paper\'s data, or holds files that --from did not '
+                        'make and never overwrites: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named, [], None)
@@ -265,3 +266,6 @@ def named_columns(text):
     if not named.keys() <= COLUMNS.keys():
         raise ValueError
     return {'id': named['item'], **named} if 'item' in named else named
+
+
+named_columns.__name__ = 'user=..,item=..,time=..,id=..'  # argparse prints it

@@ -26,7 +26,8 @@ def number(kind, least, most=1e99):
             raise ValueError
         return value
     noun = 'whole number' if kind is int else 'number'
-    convert.__name__ = f'{noun} from {least:g} to {most:g}:'  # argparse prints it
+    # argparse prints it
+    convert.__name__ = f'{noun} ({least:g} {f"to {most:g}" if most < 1e99 else "or more"})'
     return convert
 
 

@@ -25,6 +25,7 @@ from common.models import load_seq
 from common.progress import progress
 from common.runs import read_ranks
 from common.sequence import ItemTable
+from common.sources import UNREADABLE
 from common.training import start
 
 COLUMNS = 'user', 'rank', 'item', 'score', 'title'
@@ -101,7 +102,8 @@ def known_of(keys, known, reasons, source):
     where they were typed in, so that `source` is an option."""
     lost = [key for key in keys if key not in known]
     if lost:
-        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
+        text = (f'{source}: {lost[0] or "a blank line"}: '
+                f'{reasons.get(lost[0], "not in this dataset")}')
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
@@ -116,12 +118,12 @@ def read_histories(path):
         try:
             for line in map(json.loads, f) if path.suffix == '.jsonl' else csv.DictReader(f):
                 when = float(line.get('timestamp') or 0)
-                for item in line.get('items') or [line['item']]:
+                for item in [] + (line.get('items') or [line['item']]):  # a text is no list
                     rows.append((when, str(line['user']), str(item)))
-        except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
-            raise UserError(f'{path}: after {len(rows):,} items: {error!r}; it must have the '
-                            'columns user, item and perhaps timestamp (a number), or, as .jsonl, '
-                            'lines such as {"user": "ann", "items": ["a7", "b2"]}') from None
+        except (*UNREADABLE, csv.Error) as error:
+            raise UserError(f'{path}: item {len(rows) + 1:,} cannot be read ({error}); needed are '
+                            'the columns user, item and perhaps timestamp (a number), or in .jsonl '
+                            'lines such as {"user": "ann", "items": ["a7"]}') from None
     for _, user, item in sorted(rows, key=itemgetter(0)):
         found.setdefault(user, []).append(item)
     return found

@@ -42,7 +42,8 @@ def lines(path, errors='strict'):
         with unpacked(path) as f:
             for number, line in enumerate(io.TextIOWrapper(f, 'utf-8-sig', errors, newline=''), 1):
                 yield number, line
-    except UnicodeDecodeError:
+    except UnicodeDecodeError as error:  # what was read ahead may hold many lines
+        number += error.object[:error.start].count(b'\n')
         raise UserError(f'{path}: line {number + 1} is not UTF-8 text; convert the file') from None
 
 
@@ -172,7 +173,7 @@ def read_interactions(path, known):
             unknown += 1
     if not users:
         raise UserError(f'{path}: no interaction with an item of items.jsonl '
-                        f'({unknown} rows with unknown items)')
+                        f'(rows with unknown items: {unknown:,})')
     columns = [np.asarray(column) for column in (of_user, of_item, times)]
     return columns, list(users), list(items), unknown
 

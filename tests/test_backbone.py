@@ -126,7 +126,7 @@ def test_published_files_whose_names_do_not_add_up_are_refused(tuned, tmp_path, 
              'Missing.*item_position': without('item_position')(state),
              'Missing.*position_embeddings': without('position_embeddings')(state),
              'not a readable recformer file': {'state_dict': state, 'callbacks': Code()},
-             'not a readable recformer file .Key': twice}
+             'not a readable recformer file: damaged': twice}
     for words, content in cases.items():
         torch.save(content, file)
         with pytest.raises(UserError, match=f'{file}: .*{words}') as caught:

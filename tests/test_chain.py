@@ -613,6 +613,8 @@ PT = ['pretrain.py', 'mine', '--plm', 'PLM', '--out', 'X']
 WRONG = [
     (['run_all.sh', 'nosuch'], 'unknown dataset nosuch'),
     (['run_all.sh', '../x'], 'letters, digits'),
+    (['run_all.sh', '--seeds', '0,1'], 'take numbers'),
+    (['run_all.sh', '--pretrained', '/nosuch/x'], '--pretrained /nosuch/x: no such'),
     (['run_all.sh', '--wrong'], 'unknown option --wrong'),
     (['run_all.sh', 'grocery', '--seeds'], '--seeds needs a value'),
     (['run_all.sh', 'grocery', '--plm'], '--plm needs a value'),

@@ -487,7 +487,7 @@ def damaged_versions(text):
     whole = gzip.compress(text)
     return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'line 1 must be'),
             (whole[:30] + b'xx' + whole[32:], 'damaged'),
-            (gzip.compress(HEADER.encode() + b'\xff\xfe,a,1\n'), 'not UTF-8')]
+            (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'), 'line 7 is not UTF-8')]
 
 
 def test_damaged_files(root):

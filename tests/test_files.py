@@ -64,6 +64,13 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         load_pt(tmp_path / 'y.pt', 'seq')
 
 
+def test_a_place_that_cannot_be_written_is_named_not_the_temporary_file(tmp_path):
+    for bad in (tmp_path, '/proc/x.csv'):  # a folder; nobody can write there
+        with pytest.raises(OSError) as said:
+            save_text(bad, 'x')
+        assert said.value.filename == str(bad)
+
+
 def test_a_file_cut_anywhere_is_named(tmp_path):
     path = tmp_path / 'x.pt'
     save_pt(path, 'seq', model={str(i): torch.ones(300) for i in range(20)})

@@ -243,18 +243,18 @@ def test_files_of_the_user_are_never_overwritten(root, name):
     folder, mine = own(root), root / 'data' / 'toy' / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b'of the user')
-    with pytest.raises(UserError, match='were not made by --from, which never overwrites others: choose another name'):
+    with pytest.raises(UserError, match='holds files that --from did not make and never overwrites: choose another name'):
         converted(root, '--from', folder)
     assert [p.name for p in mine.parent.iterdir()] == [name] and mine.read_bytes() == b'of the user'
 
 
 def test_names_of_the_papers_datasets_are_kept_for_them(root):
-    with pytest.raises(UserError, match='pantry: its files were not made by --from'):
+    with pytest.raises(UserError, match="pantry: is for the paper's data"):
         data.main(data.parse_args(['pantry', '--from', str(own(root))]))
 
 
 @pytest.mark.parametrize('files, message', [
-    ({}, 'holds not one pair of files that is known .X.inter X.item, u.data u.item, .*, but nothing; name one: --from'),
+    ({}, 'holds not one pair of files of a known form .data/README.md., but nothing; name one: --from'),
     ({'u__item': '1|x'}, 'but u.item; name one'), ({'x__inter': 'a', 'y__item': 'b'}, 'but x.inter, y.item; name one'),
     ({'u__data': '', 'u__item': '', 'a__inter': '', 'a__item': ''}, 'but a.inter, u.data; name one'),
     ({'a__inter': 'user_id:token\titem_id:token\n1\t2\n', 'a__item': ''}, 'a.inter: has no column timestamp or .*, but user_id, item_id; say'),
@@ -272,8 +272,8 @@ def test_what_is_not_understood_is_said_in_one_line(root, files, message):
     assert not list((root / 'data' / 'toy').glob('*')), 'nothing is written'
 
 
-@pytest.mark.parametrize('options, message', [(['--columns', 'user'], 'invalid named_columns value'),
-                                              (['--columns', 'usr=a'], 'invalid named_columns value')])
+@pytest.mark.parametrize('options, message', [(['--columns', 'user'], 'invalid user=..,item=..,time=..,id=.. value'),
+                                              (['--columns', 'usr=a'], 'invalid user=..,item=..,time=..,id=.. value')])
 def test_columns_are_checked(options, message, capsys):
     with pytest.raises(SystemExit):
         data.parse_args(['toy', '--from', 'x', *options])

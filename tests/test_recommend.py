@@ -213,13 +213,15 @@ def test_histories_of_new_users(world, tmp_path, capsys):
 @pytest.mark.parametrize('name, text', [
     ('h.csv', 'who,item\na,i1\n'), ('h.csv', 'user,item,timestamp\na,i1,soon\n'),
     ('h.jsonl', '{"user": "a"}\n'), ('h.jsonl', '[1]\n'),
-    ('h.jsonl', '{"user": "a", "items": 7}\n'), ('h.jsonl', 'user,item\na,i1\n'),
+    ('h.jsonl', '{"user": "a", "items": 7}\n'), ('h.jsonl', '{"user": "a", "items": "i1"}\n'),
+    ('h.jsonl', '[' * 100_000), ('h.jsonl', 'user,item\na,i1\n'),
     ('h.csv', ''), ('h.csv', b'\xff\xfe\x00')])
 def test_histories_that_are_none(world, tmp_path, name, text):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match='the columns user, item|nobody to recommend to'):
+    with pytest.raises(UserError, match='the columns user, item|nobody to recommend to') as said:
         call('recommend', 'one', LF, '--histories', path)
+    assert len(str(said.value)) - len(str(path)) < 250
 
 
 def test_numbers_are_ids_too(tmp_path):
@@ -462,12 +464,16 @@ def test_what_is_wrong_with_rows_is_said(world, rows, tmp_path, words):
     (tmp_path / 'ids.txt').write_text('\n'.join(ids))
     with pytest.raises(UserError, match=words):
         own(tmp_path, tmp_path / 'own.pt')
+    (tmp_path / 'rows.npy').write_bytes(b'PK\x03\x04 cut short')
+    with pytest.raises(UserError, match='is no matrix of numbers'):
+        own(tmp_path, tmp_path / 'own.pt')
     assert not (tmp_path / 'own.pt').exists()
 
 
 def test_from_npy_needs_ids(world, capsys):
-    with pytest.raises(SystemExit):
-        export('--from-npy', 'rows.npy', '--out', 'own.pt')
+    for more in ([], ['--plm', 'p']):
+        with pytest.raises(SystemExit):
+            export('--from-npy', 'rows.npy', '--out', 'own.pt', *more)
     assert '--from-npy and --ids' in capsys.readouterr().err
 
 
