@@ -1,4 +1,6 @@
 """The ID models by the names that --model takes: a new one is a file of its own and a line here."""
+import sys
+
 from common.bert4rec import BERT4Rec
 from common.files import UserError, load_pt
 from common.gru4rec import GRU4Rec
@@ -15,7 +17,8 @@ def load_seq(folder, data):
     content = load_pt(path, 'seq')
     files = changed_code(read_row(folder) or {'code': {}})
     if files:
-        print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})")
+        print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})",
+              file=sys.stderr)
     about, state = content['about'], content['model']
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')
