@@ -26,12 +26,12 @@ from common.figures import (MEASURES, STRATA, average, cls_attention, draw_atten
                             draw_lines, findings, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
-from common.metrics import compare, result_of, summarise
+from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
 from common.recommend import began_table, recommend, with_cold
-from common.report import AGAINST, SHOWN, cells_of, markdown, of_users, render
+from common.report import AGAINST, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import item_tokens
 from common.training import start
@@ -93,9 +93,8 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def current_rows(data):
-    """The rows of a dataset's runs that are of this version of it."""
-    rows = load_rows(data.name)
+def current_of(rows, data):
+    """Those rows that are of this version of the data."""
     current = [row for row in rows if row['data'] == data.fingerprint]
     if len(current) < len(rows):
         print(f'{len(rows) - len(current)} runs of another version of the data are left out')
@@ -104,10 +103,11 @@ def current_rows(data):
 
 def show_tables(args, data, folder):
     """Print results.md, made of whatever rows there are; draw bars and learning curves."""
-    rows = current_rows(data)
+    every = load_rows(data.name)
+    rows = current_of(every, data)
     if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', load_rows(data.name))
+    save_json(folder / 'results.json', every)
     finish(folder / 'results.md', render(data, rows))
     cells = cells_of(rows)
     draw_bars(folder / 'results.png', cells)
@@ -125,7 +125,8 @@ def show_comparison(args, data, folder):
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
     for ranking, metrics in row['metrics'].items():
         for name in metrics:
-            values = [of_users(run, ranking, name) for run in (row, other)]
+            metric, k = name.split('@')
+            values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
             difference, (low, high), p = compare(*values)
             print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
@@ -218,7 +219,7 @@ def over_tuning(cells, word):
 def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
     pt-share<percent of the source users> or pt-step<number>."""
-    cells = cells_of(current_rows(data))
+    cells = cells_of(current_of(load_rows(data.name), data))
     found = {word: over_tuning(cells, word) for word in MOMENTS}
     if not any(found.values()):
         raise UserError(f'{folder}: no runs from a share of the source users; '

@@ -37,7 +37,8 @@ NOTES = {  # counts that are told where there are any
     'rows_repeated': 'rows dropped, as they repeat another',
     'cold': 'items nobody has (they can be recommended, see evaluate.py recommend --cold)',
     'same_text': 'items whose text another item has too',
-    'few_negatives': 'warning: users with fewer than 100 negatives, as the catalogue is small'}
+    'few_negatives':
+        f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small'}
 
 
 def as_lines(texts):

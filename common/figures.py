@@ -157,7 +157,7 @@ def draw_bars(path, cells):
     popularity = [cell for cell in cells if cell.label == 'popularity']
     best = best_of(cells)
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
+        axes = figure.subplots(1, len(AGAINST), sharey=True)
         for axis, ranking in zip(axes, AGAINST):
             values = [cell.value(ranking) for cell in cells]
             means, spreads = zip(*values)

@@ -67,9 +67,9 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
 
 def counts(scores, own):
     """int32 [users, 2]: how many of the scores are above the target's, how many others equal it."""
-    higher = (scores > own).count_nonzero(1)
-    equal = (scores == own).count_nonzero(1)
-    return torch.stack([higher, equal - 1], 1).int()
+    higher = (scores > own).sum(1, dtype=torch.int32)
+    equal = (scores == own).sum(1, dtype=torch.int32)
+    return torch.stack([higher, equal - 1], 1)
 
 
 def per_user(ranks, metric, k):

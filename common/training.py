@@ -45,15 +45,20 @@ def start(args):
         torch.use_deterministic_algorithms(True)
     if device.type == 'cpu':
         keep_freed_memory()
-        faster = seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
         tokens = 2048
     else:
-        faster = torch.cuda.is_bf16_supported()
         tokens = 16384
     if args.precision == 'auto':  # results say what they were made with
-        args.precision = 'bfloat16' if faster else 'float32'
+        args.precision = 'bfloat16' if faster_in_bfloat16(device) else 'float32'
     tokens = getattr(args, 'micro_tokens', None) or tokens
     return Machine(device, args.precision == 'bfloat16', tokens)
+
+
+def faster_in_bfloat16(device):
+    """Whether matrix products are: on a GPU where it has the type, on a CPU by trying."""
+    if device.type != 'cpu':
+        return torch.cuda.is_bf16_supported()
+    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
 
 
 def seconds(kind):
@@ -156,7 +161,7 @@ class Training:
         self.kept = list(vars(self))  # all of the above is in resume.pt
         self.run, self.path = run, run.folder / 'resume.pt'
         self.model, self.optimizer, self.per_epoch = model, optimizer, steps
-        self.clip = clip or math.inf
+        self.clip = clip
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
         self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
@@ -183,7 +188,9 @@ class Training:
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
         not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
         parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         scalars = torch.stack([x.detach().float() for x in (*losses.values(), norm)])
         values = scalars.tolist()  # the one time in a step that the host waits for the device
         if not all(map(math.isfinite, values)):
