@@ -8,37 +8,38 @@
     python evaluate.py recommend drugstore RUN --items 27334 30012         # after these
     python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
     python evaluate.py attention drugstore --seq RUN    # figure 1: figure1.png, figure1.md
-    python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2;
-                                                        # over the steps of a tuning: pt-step<N>
+    python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2
+    python evaluate.py curve drugstore --of step        # over a tuning: embeddings pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2.*, steps.*; --out.
+Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2-*; --out.
 """
 import re
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from common.backbone import load_recformer, start_model, untouched
 from common.baselines import directions, untrained
 from common.data import draw_evaluation_negatives, load
-from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
-                            draw_lines, findings, learning, numbers)
+from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
 from common.metrics import compare, per_user, result_of, summarise
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
+from common.progress import progress
 from common.recommend import began_table, recommend, with_cold
 from common.report import AGAINST, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import item_tokens
 from common.training import start
 
-# In the names of embeddings that `curve` compares: its files, and what the number says
-MOMENTS = {'share': ('figure2', 'share of the source users in stage-PT, percent'),
-           'step': ('steps', 'steps of stage-PT')}
+# What the number says in the names of embeddings that `curve` compares
+MOMENTS = {'share': 'share of the source users in stage-PT, percent',
+           'step': 'steps of stage-PT'}
 
 
 # ------------------------------------------------------------------------ no training
@@ -163,71 +164,58 @@ def inspect(args, data, folder):
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
-    """Figure 1: the paper's four findings as numbers over many users, and maps of one as a PNG."""
+    """Figure 1: what CLS attends to, as numbers over many users, and as maps of one of them."""
     tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
-    layers = tuned.config.layers
-    if layers < 3:
-        raise UserError(f'{data.name}: its language model has {layers} layers; thirds of the depth '
-                        'need three')
-    vanilla = untouched(start_model(None, args.plm or tuned.plm, layers))
+    vanilla = untouched(start_model(None, args.plm or tuned.plm, tuned.config.layers))
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     vanilla.config = tuned.config  # its limits of items and tokens
-    users = np.random.default_rng(0).permutation(data.evaluated)[:args.users]
-    items, offsets, _ = data.split('test', users)
-    likes = [None] * len(users)
+    items, offsets, _ = data.split('test')
+    histories = [items for items in np.split(items, offsets[1:-1])
+                 if len(items) > 2]  # two always lie on a line
+    if not histories:
+        raise UserError(f'{data.name}: no user has three items before the last one')
+    order = np.random.default_rng(0).permutation(len(histories))
+    histories = [histories[user] for user in order[:args.users]]
+    histories.sort(key=len)  # the first is drawn: a short one
+    likes = [None] * len(histories)
     if args.seq:
-        model, _ = load_seq(folder / args.seq, data)
-        if not hasattr(model, 'attention_weights'):
+        sasrec, _ = load_seq(folder / args.seq, data)
+        if not hasattr(sasrec, 'attention_weights'):
             raise UserError(f'--seq {args.seq}: SASRec is needed here')
-        histories = np.split(items, offsets[1:-1])
-        likes = [model.attention_weights(history[-model.max_items:])[:, ::-1]  # newest first
-                 for history in histories]
+        likes = list(map(sasrec.attention_weights, histories))
     tokens = item_tokens(data, tuned.words)
-    drawn = np.diff(offsets).argmin()  # on the maps: a short history
-    maps, averages, body = {}, [], []
+    maps, body = {}, []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         model.on(machine).eval()
-        each = list(cls_attention(model, items, offsets, tokens))
-        packed, maps[f'{name} ({model.stage})'] = each[drawn]
-        values = average([numbers(*one, like) for one, like in zip(each, likes)])
-        averages.append(values)
-        for third, of_third in zip(STRATA, values):
-            body.append([name, third, *(f'{value:.3f}' for value in of_third)])
-    head = ['model', 'third', *MEASURES]
-    text = f'CLS attention of {len(users)} users of {data.name}\n\n{markdown(head, body)}\n'
-    for finding, shown in findings(*averages).items():
-        text += f'- {finding}: {"yes" if shown else "no"}\n'
-    finish(folder / 'figure1.md', text)
-    words = list(map(tuned.words.backend.id_to_token, packed.tokens.tolist()))
-    draw_attention(folder / 'figure1.png', maps, packed, words, likes[drawn])
-
-
-def over_tuning(cells, word):
-    """{(method, number): Cell} of embeddings called pt-<word><number>, LF as number 0, beside
-    random rows; {} where there are none."""
-    found = {}
-    for cell in cells:
-        name = re.fullmatch(f'pt-{word}([0-9.]+)|lf', cell.init or '')
-        if name and not cell.mixed:
-            for shown in filter(None, (cell.random, cell)):
-                found[f'{shown.title}, {shown.variant}', float(name[1] or 0)] = shown
-    more = {method for method, number in found if number}  # than LF
-    return {key: found[key] for key in sorted(found) if key[0] in more}
+        packed = [model.pack(items, [0, len(items)], tokens) for items in histories]
+        weights = [model.cls_attention(one)[:, 0].cpu() for one in progress(packed, desc=name)]
+        maps[f'{name} ({model.stage})'] = weights[0]
+        values = torch.stack(list(map(numbers, packed, weights, likes)))
+        for layer, of_layer in enumerate(values.nanmean(0).tolist()):
+            body.append([name, str(layer), *(f'{value:.3f}' for value in of_layer)])
+    head = ['model', 'layer', *MEASURES[:values.shape[2]]]
+    finish(folder / 'figure1.md', f'CLS attention of {len(histories)} users of {data.name}\n\n'
+                                  f'{markdown(head, body)}')
+    words = list(map(tuned.words.backend.id_to_token, packed[0].tokens.tolist()))
+    draw_attention(folder / 'figure1.png', maps, packed[0], words, likes[0])
 
 
 def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
-    pt-share<percent of the source users> or pt-step<number>."""
-    cells = cells_of(current_of(load_rows(data.name), data))
-    found = {word: over_tuning(cells, word) for word in MOMENTS}
-    if not any(found.values()):
-        raise UserError(f'{folder}: no runs from a share of the source users; '
-                        f'bash run_all.sh {data.name} --figure2 makes them')
-    for word in filter(found.get, MOMENTS):
-        file, below = MOMENTS[word]
-        panels, body = {}, []
-        for (method, number), cell in found[word].items():
+    pt-share<percent of the source users> or pt-step<number>, beside LF (0) and random rows."""
+    lines = {}  # {method: {number: Cell}}
+    for cell in cells_of(current_of(load_rows(data.name), data)):
+        name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
+        if name and not cell.mixed:
+            for shown in filter(None, (cell.random, cell)):
+                method = f'{shown.title}, {shown.variant}'
+                lines.setdefault(method, {})[float(name[1] or 0)] = shown
+    panels, body = {}, []
+    for method, points in lines.items():
+        if not any(points):  # of LF alone
+            continue
+        for number, cell in sorted(points.items()):
             values = {f'{SHOWN}, {AGAINST[ranking]}': cell.value(ranking) for ranking in AGAINST}
             values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
             line = [method, f'{number:g}']
@@ -235,8 +223,11 @@ def show_curve(args, data, folder):
                 line.append(f'{value:.2f} ± {spread:.2f}')
                 panels.setdefault(measure, {}).setdefault(method, {})[number] = value, spread
             body.append(line)
-        finish(folder / f'{file}.md', markdown(['', below, *values], body))
-        draw_lines(folder / f'{file}.png', panels, below, log=word == 'share')
+    if not body:
+        raise UserError(f'{folder}: no runs from embeddings called pt-{args.of}<number>; '
+                        f'bash run_all.sh {data.name} --figure2 makes those of shares')
+    finish(folder / f'figure2-{args.of}.md', markdown(['', MOMENTS[args.of], *panels], body))
+    draw_lines(folder / f'figure2-{args.of}.png', panels, MOMENTS[args.of], args.of == 'share')
 
 
 # ------------------------------------------------------------------------ main
@@ -283,6 +274,7 @@ def parse_args(argv=None):
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')
     option(g, '--seq', 'run of a SASRec to compare with')
     option(g, '--users', 'of the numbers', POSITIVE, 200)
+    option(of['curve'], '--of', 'what the names tell', str, 'share', choices=MOMENTS)
     return p.parse_args(argv)
 
 

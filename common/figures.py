@@ -4,96 +4,48 @@ heads, L = its tokens. Cells: see common/report.py.
 """
 import contextlib
 import itertools
+from math import nan
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
-from common.arrays import parts
 from common.files import runs_root, whole
-from common.progress import progress
+from common.initial import geometry
 from common.report import AGAINST, SHOWN, best_of
 
-STRATA = 'bottom', 'middle', 'top'  # thirds of the depth (paper sec. 3.2: layers 0-3, 4-7, 8-11)
-MEASURES = 'heads', 'layers', 'border', 'first', 'sasrec'  # see `numbers`
-SAME = 0.9  # cosine above which two heads or layers count as redundant (ours)
+MEASURES = 'heads', 'below', 'first', 'sasrec'  # see `numbers`
 
 
 # ------------------------------------------------------------------------ attention as numbers
-
-def cls_attention(model, items, offsets, tokens, at_once=16):
-    """Of each history (ragged, oldest first) its Packed sequence and the weights of CLS
-    [layers, h, L], one after the other."""
-    packed = model.pack(items, offsets, tokens)
-    for part in progress(parts(len(packed.lengths), at_once), desc=model.stage):
-        weights = model.cls_attention(packed.rows(part)).cpu().numpy()
-        for number, user in enumerate(part):
-            one = packed.rows([user])
-            yield one, weights[:, number, :, :len(one.tokens)]
-
 
 def first_tokens(packed):
     """Which of a sequence's tokens are the first of their item: bool [L]."""
     return np.diff(packed.item_positions, prepend=0) > 0
 
 
-def average(values):
-    """Mean over the first axis, of users or pairs, of the finite ones; NaN where there are none."""
-    finite = np.ma.masked_invalid(values)
-    return np.ma.filled(finite.mean(0), np.nan)
-
-
-def alike(pairs):
-    """Mean cosine of pairs of vectors."""
-    cosines = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-               for a, b in pairs]
-    return average(cosines)
-
-
 def numbers(packed, weights, sasrec=None):
-    """What one user's CLS weights [layers, h, L] say: float [thirds, measures], NaN where nothing.
+    """What one user's CLS weights [layers, h, L] say of each layer: the MEASURES [layers, 3 or 4].
 
-    All look at the attention on the items' tokens. heads: mean cosine of two heads of a layer;
-    layers: of two neighbouring layers of the third (mean over heads), and border: of the layer
-    before the third with its first; first: attention per token on the items' first tokens over that
-    on an average token (1 = no preference); sasrec: correlation over items with SASRec's weights
-    [blocks, items] (newest first, mean over blocks), where it has three items at least.
+    All look at the attention on the items' tokens. heads: mean cosine of two of its heads; below:
+    cosine with the layer below (means over heads; NaN: there is none); first: attention per token
+    on the items' first tokens over that on an average token (1 = no preference); sasrec, where its
+    weights [blocks, items] are given: correlation with them over the items, means over heads and
+    blocks.
     """
-    real = packed.item_positions > 0
-    first = first_tokens(packed)
-    found, below = [], []  # nothing lies below the bottom
-    for third in np.array_split(weights * real, 3):
-        layers = third.mean(1)  # [layers, L]
-        mean = layers.mean(0)
-        heads = [pair
-                 for layer in third
-                 for pair in itertools.combinations(layer, 2)]
-        likeness = np.nan
-        if sasrec is not None and sasrec.shape[1] >= 3:
-            items = sasrec.shape[1]
-            per_item = np.bincount(packed.item_positions, mean, items + 1)[1:items + 1]
-            likeness = np.corrcoef(per_item, sasrec.mean(0))[0, 1]
-        found.append([alike(heads),
-                      alike(itertools.pairwise(layers)),
-                      alike(zip(below, layers)),
-                      mean[first].mean() / mean[real].mean(),
-                      likeness])
-        below = layers[-1:]
-    return np.array(found)
-
-
-def findings(vanilla, tuned):
-    """{the paper's finding: whether these averages show it} (paper sec. 3.2; the thresholds are
-    ours)."""
-    heads, layers, border, first, like = tuned.T
-    vanilla_first, vanilla_like = vanilla[1, 3], vanilla[2, 4]
-    return {
-        '(1) strata: neighbouring layers are more alike inside a third than across its border':
-            average(layers) > average(border),
-        "(2) the middle third looks at items' first tokens, more than the others and vanilla's":
-            first[1] > max(1, first[0], first[2], vanilla_first),
-        "(3) the top third resembles SASRec, more than the bottom and vanilla's top":
-            like[2] > max(0, like[0], vanilla_like),
-        f'(4) redundancy: heads or neighbouring layers of a third have a cosine above {SAME}':
-            max(*heads, *layers) > SAME}
+    weights = weights[:, :, 1:]  # without that on CLS itself
+    layers = weights.mean(1)  # [layers, L - 1]
+    first = first_tokens(packed)[1:]
+    columns = [[geometry(heads)['cosine'] for heads in weights],
+               [nan, *F.cosine_similarity(layers[1:], layers[:-1])],
+               layers[:, first].mean(1) / layers.mean(1)]
+    if sasrec is not None:
+        known = np.arange(1, sasrec.shape[1] + 1)
+        of_item = torch.from_numpy(packed.item_positions[1:, None] == known)
+        per_item = layers @ of_item.float()
+        both = torch.cat([per_item, sasrec.mean(0, keepdim=True)])
+        columns.append(both.corrcoef()[-1, :-1])
+    return torch.stack(list(map(torch.as_tensor, columns)), 1)
 
 
 # ------------------------------------------------------------------------ drawing
@@ -121,9 +73,9 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     of the newest position over the same items.
     """
     if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
-        known = np.insert(sasrec, 0, 0, 1)
-        spread = known.take(packed.item_positions, 1, mode='clip')
-        maps = {**maps, 'SASRec': np.repeat(spread[:, None], 8, 1)}  # to be seen
+        known = packed.item_positions.clip(max=sasrec.shape[1])
+        spread = F.pad(sasrec, (1, 0))[:, None, known]
+        maps = {**maps, 'SASRec': spread.expand(-1, 8, -1)}  # to be seen
     rows, begins = [], {}
     for title, weights in maps.items():
         for layer, heads in enumerate(weights):

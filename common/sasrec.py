@@ -45,7 +45,8 @@ class SASRec(AttentionModel):
     @torch.no_grad()
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
-        first (at most max_items) -> [blocks, T]."""
+        first -> [blocks, the newest max_items of them], newest first."""
+        items = items[-self.max_items:]
         x = self.item_embedding.of(self.ids(items))
         x, layout = self.placed(x, np.array([len(items)]))
         found = []
@@ -53,4 +54,4 @@ class SASRec(AttentionModel):
             newest = block.attention_norm(x)[-1:]
             found.append(block.attention.weights(newest, x).mean(0)[0])
             x = block(x, layout)
-        return torch.stack(found).cpu().numpy()
+        return torch.stack(found).flip(1)

@@ -14,10 +14,9 @@ import export_embeddings
 import finetune
 import train_seq
 from common import data, figures, report
-from common.arrays import offsets_of
 from common.backbone import load_recformer
-from common.figures import (MEASURES, STRATA, average, cls_attention, draw_attention, draw_bars,
-                            draw_lines, findings, first_tokens, learning, numbers)
+from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, first_tokens, learning,
+                            numbers)
 from common.files import UserError, load_json, load_pt, save_json, save_npz
 from common.layers import Machine
 from common.models import load_seq
@@ -40,76 +39,31 @@ def packed(positions):
 
 # ------------------------------------------------------------------------ numbers
 
-def named(table):
-    """{third: {measure: value}} of what `numbers` and `average` give."""
-    return {third: dict(zip(MEASURES, values)) for third, values in zip(STRATA, table)}
-
-
-def table_of(strata):
-    """The inverse of `named`."""
-    return np.array([[strata[third][measure] for measure in MEASURES] for third in STRATA])
-
-
 def test_numbers_by_hand():
     """Three layers of two heads over [CLS], item 1 (two tokens), item 2 (two tokens)."""
     p = packed([0, 1, 1, 2, 2])
     assert first_tokens(p).tolist() == [False, True, False, True, False]
     even, first, newest = [.6, .1, .1, .1, .1], [0, .5, 0, .5, 0], [.2, .4, .4, 0, 0]
-    found = named(numbers(p, np.array([[even, even], [first, first], [newest, even]])))
-    bottom, middle, top = (found[name] for name in ('bottom', 'middle', 'top'))
-    assert bottom['heads'] == pytest.approx(1)
-    assert bottom['first'] == pytest.approx(1) and np.isnan(bottom['border'])
-    assert middle['first'] == pytest.approx(2)
-    assert middle['border'] == pytest.approx(.5 ** .5)  # (1 1 1 1) against (1 0 1 0)
-    assert top['heads'] == pytest.approx(.5 ** .5) and top['first'] == pytest.approx(1)
-    assert np.isnan(top['layers']) and np.isnan(top['sasrec'])
+    found = numbers(p, torch.tensor([[even, even], [first, first], [newest, even]]))
+    assert found.shape == (3, 3)
+    heads, below, on_first = found.T.tolist()
+    assert heads == pytest.approx([1, 1, .5 ** .5])
+    mean = np.array([.25, .25, .05, .05])
+    assert np.isnan(below[0]) and below[1:] == pytest.approx(
+        [.5 ** .5, (mean @ [1, 0, 1, 0]) / np.linalg.norm(mean) / 2 ** .5])
+    assert on_first == pytest.approx([1, 2, 1])
 
 
 def test_resemblance_to_sasrec_by_hand():
-    """Per item the top third gives .1, .2, .6 (its last token is cut off the middle item)."""
-    p = packed([0, 1, 2, 2, 3])
-    weights = np.tile([.1, .1, .05, .15, .6], (3, 2, 1))
-    found = named(numbers(p, weights, np.array([[.3, .4, .3], [.1, .2, .7]])))
+    """Per item every layer gives .1, .2, .6; an item that SASRec does not know counts for none."""
+    weights = torch.tensor([.1, .1, .05, .15, .6]).expand(3, 2, 5)
+    sasrec = torch.tensor([[.3, .4, .3], [.1, .2, .7]])
     expected = np.corrcoef([.1, .2, .6], [.2, .3, .5])[0, 1]
-    assert found['top']['sasrec'] == pytest.approx(expected), 'the mean of its blocks'
-    two = named(numbers(packed([0, 1, 2, 2]), weights[:, :, :4], np.array([[.4, .6]])))
-    assert np.isnan(two['top']['sasrec']), 'two items always lie on a line'
-
-
-def test_findings_follow_the_numbers():
-    flat = {'heads': .5, 'layers': .5, 'border': .6, 'first': 1.0, 'sasrec': 0.0}
-    same = table_of({stratum: flat for stratum in STRATA})
-    assert list(findings(same, same).values()) == [False] * 4
-    tuned = table_of({'bottom': {**flat, 'layers': .95},
-                      'middle': {**flat, 'first': 3.0, 'layers': .95},
-                      'top': {**flat, 'sasrec': .7, 'layers': .95}})
-    assert list(findings(same, tuned).values()) == [True] * 4
-    assert named(average([same, tuned]))['top']['sasrec'] == pytest.approx(.35)
-    assert list(findings(tuned, tuned).values()) == [True, False, False, True], \
-        'the vanilla model shows the second and third as well'
-
-
-def test_average_leaves_out_users_without_a_value():
-    users = np.array([np.full((3, 5), 1.), np.full((3, 5), 3.)])
-    users[1, 2] = np.nan
-    users[:, 0, 0] = np.nan
-    users[1, 2, 4] = .4
-    found = named(average(list(users)))
-    assert found['bottom']['first'] == 2.0 and np.isnan(found['bottom']['heads'])
-    assert found['top']['first'] == 1.0 and found['top']['sasrec'] == .7
-
-
-def test_a_third_of_one_layer_has_no_neighbours():
-    """Of four layers only the bottom third has two: its number stands, the others' are none."""
-    p, weights = packed([0, 1, 1, 2, 2]), np.tile([.2, .4, .2, .1, .1], (4, 2, 1))
-    table = average([numbers(p, weights)])
-    found = named(table)
-    assert found['bottom']['layers'] == pytest.approx(1)
-    assert np.isnan(found['middle']['layers']) and np.isnan(found['top']['layers'])
-    assert np.isnan(found['bottom']['border'])
-    for border, inside_is_more in ((.6, True), (.9, True), (1.1, False)):
-        table[:, MEASURES.index('border')] = np.nan, border, border
-        assert list(findings(table, table).values())[0] == inside_is_more
+    found = numbers(packed([0, 1, 2, 2, 3]), weights, sasrec)
+    assert found[:, MEASURES.index('sasrec')].tolist() == pytest.approx([expected] * 3)
+    more = torch.cat([weights, torch.ones(3, 2, 1)], 2)
+    found = numbers(packed([0, 1, 2, 2, 3, 4]), more, sasrec)
+    assert found[:, 3].tolist() == pytest.approx([expected] * 3)
 
 
 def test_sasrecs_weights_are_those_of_its_attention():
@@ -117,11 +71,13 @@ def test_sasrecs_weights_are_those_of_its_attention():
     model = SASRec(ItemTable(SASRec.random_table(20, 16)), 10).eval()
     items = np.array([3, 9, 4, 1], np.int32)
     weights = model.attention_weights(items)
-    assert weights.shape == (2, 4) and weights.sum(1) == pytest.approx(1)
+    assert weights.shape == (2, 4) and weights.sum(1).tolist() == pytest.approx([1, 1])
+    assert torch.equal(model.attention_weights(np.arange(1, 15)),
+                       model.attention_weights(np.arange(5, 15))), 'the newest it knows'
     layout = Layout(np.array([4]), 10, True, Machine())
     x = model.item_embedding()[items] * 4 + model.position_embedding(layout.position)
     block = model.blocks[0]
-    mixed = block.attention.out(torch.from_numpy(weights[0]) @ block.attention.value(x))
+    mixed = block.attention.out(weights[0].flip(0) @ block.attention.value(x))
     expected = block.attention(block.attention_norm(x), x, layout)[-1]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-4)
 
@@ -130,10 +86,10 @@ def test_sasrecs_weights_are_those_of_its_attention():
 
 def test_dollars_in_titles_and_words_are_text(tmp_path):
     r"""matplotlib would read '$x_$' as a formula, and fail."""
-    p, weights = packed([0, 1, 1, 2, 2]), np.full((3, 2, 5), .2)
+    p, weights = packed([0, 1, 1, 2, 2]), torch.full((3, 2, 5), .2)
     words = ['$', 'x_$', r'$\frac{$', '$5 off$', '_^$']
     maps = {'tuned $^{$': weights, r'vanilla $\x$': weights}
-    draw_attention(tmp_path / 'a.png', maps, p, words, np.array([[.3, .7]]))
+    draw_attention(tmp_path / 'a.png', maps, p, words, torch.tensor([[.3, .7]]))
     draw_attention(tmp_path / 'b.png', maps, p, words)
     draw_lines(tmp_path / 'c.png', {'$_$': {'$^{$': {1.0: (2.0, .1)}}}, '$x_$', log=True)
     for name in 'abc':
@@ -142,10 +98,10 @@ def test_dollars_in_titles_and_words_are_text(tmp_path):
 
 
 def test_a_user_of_one_item_and_a_sasrec_of_fewer_items_can_be_drawn(tmp_path):
-    weights = np.full((4, 1, 2), .5)
+    weights = torch.full((4, 1, 2), .5)
     draw_attention(tmp_path / 'one.png', {'tuned': weights}, packed([0, 1]), ['a', 'b'])
-    p, weights = packed([0, 1, 2, 3]), np.full((3, 1, 4), .25)
-    draw_attention(tmp_path / 'few.png', {'tuned': weights}, p, list('abcd'), np.array([[.3, .7]]))
+    p, weights = packed([0, 1, 2, 3]), torch.full((3, 1, 4), .25)
+    draw_attention(tmp_path / 'few.png', {'tuned': weights}, p, list('abcd'), torch.tensor([[.3, .7]]))
 
 
 # ------------------------------------------------------------------------ commands
@@ -261,37 +217,28 @@ def test_what_is_no_id_model_is_refused(world, command):
 def test_attention(world, capsys):
     call('attention', 'one', '--seq', LF, '--users', '5')
     out = capsys.readouterr().out
-    assert out.startswith('CLS attention of 5 users of one\n') and out.count('\n- (') == 4
+    assert out.startswith('CLS attention of 5 users of one\n')
     assert (world / 'figure1.md').read_text() in out
     assert (world / 'figure1.png').read_bytes()[:4] == PNG
-    rows = [cells_of(line) for line in out.splitlines() if line.startswith('|')][2:]
-    assert [row[:2] for row in rows] == [[model, third] for model in ('vanilla', 'tuned')
-                                         for third in ('bottom', 'middle', 'top')]
-    assert {len(row) for row in rows} == {2 + len(MEASURES)}
+    rows = [cells_of(line) for line in out.splitlines() if line.startswith('|')]
+    assert rows[0] == ['model', 'layer', *MEASURES]
+    assert [row[:2] for row in rows[2:]] == [[model, layer] for model in ('vanilla', 'tuned')
+                                             for layer in '012']
     call('attention', 'one', '--users', '2', '--checkpoint', world / 'ft1-seed0')
-    assert capsys.readouterr().out.count('\n- (') == 4, 'without SASRec'
+    assert f'{MEASURES[-1]} |' not in capsys.readouterr().out, 'without SASRec'
     train('random', model='bert4rec')
     with pytest.raises(UserError, match='SASRec is needed here'):
         call('attention', 'one', '--seq', BERT)
-
-
-def test_attention_needs_three_layers(world, tmp_path):
-    plm = str(tiny_bert(tmp_path / 'plm', layers=2))
-    options = ['one', '--stage', '1', '--plm', plm, '--epochs', '1', '--out', str(tmp_path / 'ft1')]
-    finetune.main(finetune.parse_args(options))
-    with pytest.raises(UserError, match='has 2 layers; thirds of the depth need three'):
-        call('attention', 'one', '--checkpoint', tmp_path / 'ft1')
 
 
 def test_both_models_see_the_same_tokens(world, monkeypatch):
     """The tuned one was made with --max-tokens 40; histories of all others are longer."""
     seen = []
 
-    def noticed(model, items, offsets, tokens):
-        for found in cls_attention(model, items, offsets, tokens):
-            seen.append(found[0].tokens.tolist())
-            yield found
-    monkeypatch.setattr(evaluate, 'cls_attention', noticed)
+    def noticed(packed, weights, sasrec=None):
+        seen.append(packed.tokens.tolist())
+        return numbers(packed, weights, sasrec)
+    monkeypatch.setattr(evaluate, 'numbers', noticed)
     call('attention', 'one', '--users', '20')
     vanilla, tuned = seen[:20], seen[20:]
     assert max(map(len, tuned)) == 40, 'some are cut'
@@ -302,16 +249,14 @@ def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
     found, model = data.load('one'), load_recformer(world / 'ft1-seed0').eval()
     tokens = tokenize(found.attributes, model.words)
     items, offsets, _ = found.split('test', found.evaluated[:7])
-    many = list(cls_attention(model, items, offsets, tokens))
-    few = list(cls_attention(model, items, offsets, tokens, at_once=2))
-    assert len(many) == len(few) == 7
-    for row, ((p, weights), (same, others)) in enumerate(zip(many, few)):
-        history = items[offsets[row]:offsets[row + 1]]
-        alone = model.pack(history, offsets_of([len(history)]), tokens)
-        assert p.tokens.tolist() == same.tokens.tolist() == alone.tokens.tolist()
-        assert weights.shape == (3, 2, len(p.tokens))
-        assert weights.sum(2) == pytest.approx(1, abs=1e-5)
-        np.testing.assert_allclose(weights, others, atol=1e-5)
+    many = model.pack(items, offsets, tokens)
+    weights = model.cls_attention(many)
+    for row in range(7):
+        alone = many.rows([row])
+        length = len(alone.tokens)
+        assert weights[:, row, :, :length].sum(2).flatten().tolist() == pytest.approx([1] * 6, abs=1e-5)
+        torch.testing.assert_close(model.cls_attention(alone)[:, 0], weights[:, row, :, :length],
+                                   atol=1e-5, rtol=1e-4)
 
 
 # ------------------------------------------------------------------------ runs as pictures
@@ -420,11 +365,11 @@ def test_table_writes_both_pictures(folder, capsys):
 
 # ------------------------------------------------------------------------ figure 2
 
-def curve(capsys, folder, file='figure2'):
+def curve(capsys, folder, of='share'):
     """The curve's table: {what: [cells of a line]}."""
     capsys.readouterr()
-    call('curve', 'one')
-    text = (folder / f'{file}.md').read_text()
+    call('curve', 'one', '--of', of)
+    text = (folder / f'figure2-{of}.md').read_text()
     assert text in capsys.readouterr().out
     found = {}
     for line in text.splitlines():
@@ -465,10 +410,10 @@ EXPECTED = {
 def test_curve(shares, capsys, monkeypatch, pictures):
     found = curve(capsys, shares)
     assert found == EXPECTED, 'raw rows are of LF alone'
-    assert not (shares / 'steps.md').exists() and pictures == ['figure2.png']
+    assert pictures == ['figure2-share.png']
     monkeypatch.setattr(evaluate, 'draw_lines', draw_lines)
     call('curve', 'one')
-    assert (shares / 'figure2.png').read_bytes()[:4] == PNG
+    assert (shares / 'figure2-share.png').read_bytes()[:4] == PNG
 
 
 def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
@@ -483,7 +428,7 @@ def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
 
 
 def test_curve_without_shares_says_what_makes_them(world):
-    with pytest.raises(UserError, match='bash run_all.sh one --figure2 makes them'):
+    with pytest.raises(UserError, match='bash run_all.sh one --figure2 makes those'):
         call('curve', 'one')
 
 
@@ -512,12 +457,12 @@ def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
     """Beside the shares, in files of its own, in the order of the numbers."""
     for step in (240, 48, 1000):
         made_up(shares, f'pt-step{step}', 'trainable', 'raw', step / 10000)
-    found = curve(capsys, shares, 'steps')
+    found = curve(capsys, shares, 'step')
     assert found[''][0][0] == 'steps of stage-PT'
     assert found['SASRec, one negative, trainable-raw-16'] == [
         ['0', '20.00 ± 0.00', '10.00 ± 0.00', '0.10 ± 0.00'],
         ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.00 ± 0.00'],
         ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.01 ± 0.00'],
         ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '0.05 ± 0.00']]
-    assert pictures == ['figure2.png', 'steps.png']
+    assert pictures == ['figure2-step.png']
     assert curve(capsys, shares) == EXPECTED
