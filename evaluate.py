@@ -267,8 +267,8 @@ def parse_args(argv=None):
     g = g.add_mutually_exclusive_group()
     option(g, '--users', 'ids, or a file of one id a line (default: all)', nargs='+')
     option(g, '--items', 'ids of a history, oldest first', nargs='+')
-    option(g, '--histories', 'a CSV file of new users: user,item and perhaps timestamp; or JSON '
-           'lines (.jsonl): {"user": "ann", "items": ["a7", "b2"]}', Path)
+    option(g, '--histories', 'interactions of new users, a file as interactions.csv is or in any '
+           'form that common.data --from takes', Path)
     g = of['attention']
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')

@@ -11,7 +11,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,13 @@ import torch
 from common.arrays import offsets_of, row_numbers
 from common.baselines import all_scorers, weighted
 from common.files import UserError, whole
+from common.formats import interactions
 from common.initial import read_embeddings, starting_tables
 from common.models import load_seq
 from common.progress import progress
 from common.runs import read_ranks
 from common.sequence import ItemTable
-from common.sources import UNREADABLE
+from common.sources import microseconds
 from common.training import start
 
 COLUMNS = 'user', 'rank', 'item', 'score', 'title'
@@ -111,20 +111,10 @@ def known_of(keys, known, reasons, source):
 
 
 def read_histories(path):
-    """{user: [item ids, oldest first]} of a CSV file with the columns user, item and perhaps
-    timestamp, or of JSON lines {"user": .., "items": [..]} (.jsonl)."""
-    rows, found = [], {}
-    with open(path, encoding='utf-8-sig', newline='') as f:
-        try:
-            for line in map(json.loads, f) if path.suffix == '.jsonl' else csv.DictReader(f):
-                when = float(line.get('timestamp') or 0)
-                for item in [] + (line.get('items') or [line['item']]):  # a text is no list
-                    rows.append((when, str(line['user']), str(item)))
-        except (*UNREADABLE, csv.Error) as error:
-            raise UserError(f'{path}: item {len(rows) + 1:,} cannot be read ({error}); needed are '
-                            'the columns user, item and perhaps timestamp (a number), or in .jsonl '
-                            'lines such as {"user": "ann", "items": ["a7"]}') from None
-    for _, user, item in sorted(rows, key=itemgetter(0)):
+    """{user: [item ids, oldest first]} of a file of interactions in any form that --from takes."""
+    rows = interactions(path, {})
+    found = {}
+    for user, item, _ in sorted(rows, key=lambda row: microseconds(row[2])):
         found.setdefault(user, []).append(item)
     return found
 

@@ -196,11 +196,12 @@ def test_a_history_typed_in_is_that_of_the_user_who_has_it(world, found, capsys)
 
 
 def test_histories_of_new_users(world, tmp_path, capsys):
-    """By time where it is given, else as they stand; both formats alike."""
+    """By their time, whatever the form."""
     text = 'user,item,timestamp\nzoe,i2,30\nann,i9,5\nzoe,i1,4.5\nzoe,gone,31\nbob,gone,1\n'
     (tmp_path / 'h.csv').write_text(text)
-    (tmp_path / 'h.jsonl').write_text('{"user": "zoe", "items": ["i1", "i2"]}\n'
-                                      '{"user": "ann", "items": ["i9"]}\n')
+    keys = text.split()[0].split(',')
+    (tmp_path / 'h.jsonl').write_text(''.join(json.dumps(dict(zip(keys, line.split(',')))) + '\n'
+                                              for line in text.split()[1:]))
     capsys.readouterr()
     first = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.csv')
     assert 'h.csv: gone: not in this dataset; 2 of 5 are left out' in capsys.readouterr().err
@@ -210,23 +211,24 @@ def test_histories_of_new_users(world, tmp_path, capsys):
     assert [row['user'] for row in first] == ['zoe'] * 10 + ['ann'] * 10
 
 
-@pytest.mark.parametrize('name, text', [
-    ('h.csv', 'who,item\na,i1\n'), ('h.csv', 'user,item,timestamp\na,i1,soon\n'),
-    ('h.jsonl', '{"user": "a"}\n'), ('h.jsonl', '[1]\n'),
-    ('h.jsonl', '{"user": "a", "items": 7}\n'), ('h.jsonl', '{"user": "a", "items": "i1"}\n'),
-    ('h.jsonl', '[' * 100_000), ('h.jsonl', 'user,item\na,i1\n'),
-    ('h.csv', ''), ('h.csv', b'\xff\xfe\x00')])
-def test_histories_that_are_none(world, tmp_path, name, text):
+@pytest.mark.parametrize('name, text, words', [
+    ('h.csv', 'who,item\na,i1\n', 'no column user'), ('h.csv', 'user,item\na,i1\n', 'no column timestamp'),
+    ('h.csv', 'user,item,timestamp\na,i1,soon\n', "line 2: timestamp 'soon' is neither"),
+    ('h.jsonl', '{"user": "a"}\n', 'no column item'), ('h.jsonl', '[1]\n', 'no column user'),
+    ('h.jsonl', '{"user": "a", "item": {}, "time": 1}\n', 'line 1 is no record'),
+    ('h.jsonl', '[' * 100_000, 'no column user'), ('h.csv', '', 'no column user'),
+    ('h.csv', b'\xff\xfe\x00', 'no column user')])
+def test_histories_that_are_none(world, tmp_path, name, text, words):
     path = tmp_path / name
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match='the columns user, item|nobody to recommend to') as said:
+    with pytest.raises(UserError, match=words) as said:
         call('recommend', 'one', LF, '--histories', path)
     assert len(str(said.value)) - len(str(path)) < 250
 
 
 def test_numbers_are_ids_too(tmp_path):
     path = tmp_path / 'h.jsonl'
-    path.write_text('{"user": 7, "items": [1, "b"]}')
+    path.write_text('{"user": 7, "item": "b", "time": 2}\n{"user": 7, "item": 1, "time": 1}\n')
     assert read_histories(path) == {'7': ['1', 'b']}
 
 
@@ -235,10 +237,12 @@ def test_numbers_are_ids_too(tmp_path):
 @pytest.mark.parametrize('run', ['popularity', 'item-knn', 'text-knn-lf', 'item+text-knn-lf'])
 def test_rankings_without_training(world, found, tmp_path, run):
     """Their rank of the test item is that of their evaluation ("new": all but the history)."""
-    (tmp_path / 'h.jsonl').write_text(''.join(
-        json.dumps({'user': user, 'items': [found.item_ids[i - 1] for i in history(found, user)[:-1]]})
-        + '\n' for user in found.user_ids))
-    rows = recommended(tmp_path / 'a.csv', run, '--histories', tmp_path / 'h.jsonl', '--k', '99')
+    with open(tmp_path / 'h.csv', 'w') as f:
+        f.write('user,item,timestamp\n')
+        for user in found.user_ids:
+            f.writelines(f'{user},{found.item_ids[item - 1]},{time}\n'
+                         for time, item in enumerate(history(found, user)[:-1]))
+    rows = recommended(tmp_path / 'a.csv', run, '--histories', tmp_path / 'h.csv', '--k', '99')
     of_run = np.load(world / run / 'ranks.npz')
     for user, (higher, ties) in list(zip(of_run['users'], of_run['new']))[:20]:
         name, target = found.user_ids[user], found.item_ids[history(found, found.user_ids[user])[-1] - 1]
