@@ -5,6 +5,7 @@ heads, L = its tokens. Cells: see common/report.py.
 import contextlib
 import itertools
 from math import nan
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -102,18 +103,15 @@ def draw_bars(path, cells):
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
-    names = [f'{cell.title}: {cell.label}' for cell in cells]
-    titles = [cell.title for cell in cells]
-    known = list(dict.fromkeys(titles))
-    colours = [f'C{known.index(title)}' for title in titles]
     popularity = [cell for cell in cells if cell.label == 'popularity']
     best = best_of(cells)
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(AGAINST), sharey=True)
         for axis, ranking in zip(axes, AGAINST):
-            values = [cell.value(ranking) for cell in cells]
-            means, spreads = zip(*values)
-            axis.barh(names, means, xerr=spreads, color=colours)
+            for title, group in itertools.groupby(cells, attrgetter('title')):
+                bars = {f'{title}: {cell.label}': cell.value(ranking) for cell in group}
+                means, spreads = zip(*bars.values())
+                axis.barh(list(bars), means, xerr=spreads)
             title = f'{SHOWN} in percent, {AGAINST[ranking]}'
             lines = filter(None, (best[ranking], *popularity))
             for style, cell in zip(('dashed', 'dotted'), lines):

@@ -7,6 +7,7 @@ anything else that made them (epochs, batch, embeddings, code ...) shows 'mixed'
 import functools
 import itertools
 import re
+from operator import attrgetter
 from statistics import mean, stdev
 
 import numpy as np
@@ -215,7 +216,7 @@ def render(data, rows):
     cells = cells_of(rows)
     best = best_of(cells)
     text = f'# Results: {data.name}\n'
-    for title, group in itertools.groupby(cells, key=lambda cell: cell.title):
+    for title, group in itertools.groupby(cells, attrgetter('title')):
         text += f'\n{group_table(title, group, best)}'
     text += f'\n{footer(rows)}'
     for table in paper().values():
