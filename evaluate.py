@@ -260,7 +260,7 @@ def parse_args(argv=None):
         g = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
         g.add_argument('dataset')
         if name in ('inspect', 'recommend', 'attention'):
-            add_machine_options(g, name == 'attention', trains=False)
+            add_machine_options(g)
     of = commands.choices
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2)
@@ -283,6 +283,7 @@ def parse_args(argv=None):
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')
     option(g, '--seq', 'run of a SASRec to compare with')
     option(g, '--users', 'of the numbers', POSITIVE, 200)
+    option(g, '--micro-tokens', 'tokens in one pass of the model: memory only', POSITIVE)
     return p.parse_args(argv)
 
 

@@ -18,9 +18,9 @@ Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writ
 import time
 from collections import Counter
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -47,7 +47,7 @@ def parse_args(argv=None):
     option(p, '--from-npy', "another encoder's rows: a matrix, an item each", Path)
     option(p, '--ids', "the rows' items: a text file, an id of items.jsonl a line", Path)
     add_plm_options(p)
-    add_machine_options(p, language_model=True, trains=False)
+    add_machine_options(p)
     args = p.parse_args(argv)
     if not (args.ids if args.from_npy else args.checkpoint or args.plm):
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids')
@@ -59,7 +59,7 @@ def read_rows(path, ids, data):
     .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
     try:
         rows = torch.from_numpy(np.load(path)).float()
-    except (ValueError, TypeError, EOFError, BadZipFile):
+    except Exception:  # half a dozen kinds for a missing, damaged or foreign file
         raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
     keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     if rows.dim() != 2 or len(rows) != len(keys):
@@ -67,11 +67,11 @@ def read_rows(path, ids, data):
                         f'the {len(keys):,} lines of {ids}')
     cold = data.cold_ids if {*data.cold_ids} & {*keys} else []
     wanted, found = Counter(data.item_ids + cold), Counter(keys)
-    for what, wrong in ('lacks', wanted - found), ('has unknown or repeated', found - wanted):
-        if wrong:
-            raise UserError(f'{ids}: {what} ids, {len(wrong):,} of them, the first '
-                            f'{next(iter(wrong))!r}; needed are those of {data.n_items:,} items of '
-                            f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
+    wrong = [*(wanted - found), *(found - wanted)]
+    if wrong:
+        raise UserError(f'{ids}: lacks ids, or has unknown or repeated ones, {len(wrong):,} in all, '
+                        f'the first {wrong[0]!r}; needed are those of {data.n_items:,} items of '
+                        f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
     place = dict(zip(keys, rows))
     return torch.stack([place[key] for key in wanted]), cold
 
@@ -89,8 +89,7 @@ def save(out, data, rows, cold_ids, head):
         if out.suffix == '.npy':
             np.save(f, rows)
         else:
-            from safetensors.torch import save as packed
-            f.write(packed({'embeddings': rows}))
+            f.write(safetensors.torch.save({'embeddings': rows}))
 
 
 def main(args):

@@ -1,23 +1,11 @@
-"""Progress with a rate: a bar on a terminal, plain lines at most every 30 s in a log."""
+"""Progress with a rate: a bar on a terminal; in a log it is written at most every 30 s."""
 import sys
 
 from tqdm import tqdm
 
 
-class Lines:
-    """What tqdm writes to where there is no terminal: each state a line of its own."""
-
-    @staticmethod
-    def write(text):
-        text = text.replace('\x1b[A', '').strip()  # a nested bar moves the cursor up
-        if text:
-            sys.stderr.write(text + '\n')
-
-
 def progress(things=None, **options):
     """tqdm over `things` (or by hand, with total=); gone from the terminal once it is done."""
-    if sys.stderr.isatty():
-        return tqdm(things, leave=False, dynamic_ncols=True, **options)
-    form = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
-    return tqdm(things, leave=False, file=Lines, mininterval=30, maxinterval=1e9,
-                delay=30, bar_format=form, **options)
+    every = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(things, leave=False, dynamic_ncols=True, mininterval=every, maxinterval=every,
+                delay=every, **options)

@@ -28,7 +28,9 @@ NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'commo
 @functools.cache
 def parsed(file):
     """A source file's text without comments and docstrings (and without a body where that was one),
-    a statement a line. Read once: a table asks for every run."""
+    a statement a line; '' where there is no such file. Read once: a table asks for every run."""
+    if not (ROOT / file).exists():
+        return ''
     tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
@@ -48,7 +50,7 @@ def code_of(*files):
     found, left = {}, list(files)
     while left:
         file = left.pop()
-        if file not in {*found, *NO_NUMBERS} and (ROOT / file).exists():
+        if file not in {*found, *NO_NUMBERS} and parsed(file):
             found[file] = code_digest(file)
             for line in re.findall('^(?:from|import) .*', parsed(file), re.MULTILINE):
                 folder = 'common/' if 'common' in line else ''
@@ -58,8 +60,7 @@ def code_of(*files):
 
 def changed_code(row):
     """Files that define a run's numbers and are not today what they were when it was made."""
-    return [file for file, then in row['code'].items()
-            if not (ROOT / file).exists() or code_digest(file) != then]
+    return [file for file, then in row['code'].items() if code_digest(file) != then]
 
 
 def differences(old, new):
@@ -114,10 +115,10 @@ class Run(NamedTuple):
         return None
 
     def write(self, ranks=None, **row):
-        """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row.
-        resume.pt has done its work."""
-        row = {'run': self.folder.name, **row, **provenance(), 'date': str(date.today()),
-               'identity': self.identity, 'code': self.code}
+        """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
+        options too; returns the row. resume.pt has done its work."""
+        row = {'run': self.folder.name, **self.identity.get('options', {}), **row, **provenance(),
+               'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:
             save_npz(self.folder / 'ranks.npz', ranks)
         save_json(self.folder / 'row.json', row)
