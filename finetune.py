@@ -23,8 +23,7 @@ from common.backbone import save_recformer, start_model, untouched, weights_dige
 from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, summarise
-from common.options import (COUNT, add_adamw_options, add_machine_options, add_plm_options,
-                            add_training_options, flag, number, option, option_identity,
+from common.options import (COUNT, add_tuning_options, flag, number, option, option_identity,
                             options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
@@ -38,21 +37,17 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')
     option(p, '--stage', 'see above', int, choices=[0, 1, 2], required=True)
-    option(p, '--checkpoint', 'where to start: a folder of pretrain.py or finetune.py, or a '
-           'published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--checkpoint',
+           'a folder of pretrain.py or finetune.py, or published weights (with --plm)')
     option(p, '--out', 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)', Path)
-    add_plm_options(p)
+    add_tuning_options(p, epochs=128, batch=128)  # RecFormer: 16 users x 8 accumulated
     option(p, '--max-tokens',
            "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)",
            number(2, 1024))
     option(p, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
            str, 'all')
     flag(p, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
-    # RecFormer: 16 users x 8 accumulated
-    add_training_options(p, epochs=128, patience=5, batch=128)
-    add_adamw_options(p)
     option(p, '--seeds', 'one after the other', COUNT, [0], nargs='+')
-    add_machine_options(p)
     args = p.parse_args(argv)
     if args.stage == 2:
         if args.plm:
@@ -129,7 +124,7 @@ def tune(args, data, model, tokens, run, seed):
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
-    parts = np.split(np.arange(len(users)), range(args.batch, len(users), args.batch))
+    parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     if machine.rank:  # the first goes on with the generator as it is
         torch.manual_seed(seed + machine.rank)  # dropout
@@ -202,7 +197,7 @@ def one_run(args, machine, data, seed):
             save_recformer(out / 'model.pt', model, model.items.cpu())
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
                   items=args.trainable_items, scale='raw', hidden=model.config.hidden,
-                  plm=model.plm, config=vars(model.config), device=str(machine.device), **found,
+                  plm=model.plm, config=vars(model.config), device=args.device, **found,
                   **result_of(data, ranks))
 
 

@@ -23,8 +23,7 @@ from common.arrays import cut, offsets_of, parts
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
-from common.options import (COUNT, POSITIVE, WEIGHT, add_adamw_options, add_machine_options,
-                            add_plm_options, add_training_options, flag, number, option,
+from common.options import (COUNT, POSITIVE, WEIGHT, add_tuning_options, flag, number, option,
                             option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
@@ -38,23 +37,19 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'sources', 'names of prepared datasets', nargs='+')
     option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
-    add_plm_options(p)
+    # RecFormer: 16 users on each of 4 GPUs, 32 epochs
+    add_tuning_options(p, epochs=32, batch=64)
     p.set_defaults(plm='longformer')
     option(p, '--max-tokens',
            'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
            number(2, 1024), 1024)
-    flag(p, '--leave-out', "leave out each user's last two items (for sources that are targets "
-         'too; paper silent)')
+    flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
     option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100), 100.0)
     option(p, '--valid-share', 'percent of users held out (ours)', number(1e-6, 50), 5.0)
-    # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
-    add_training_options(p, epochs=32, patience=5, batch=64)
-    add_adamw_options(p)
     option(p, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
     option(p, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
     option(p, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
     option(p, '--seed', 'of split points, order, masks and dropout', COUNT, 0)
-    add_machine_options(p)
     return p.parse_args(argv)
 
 
@@ -77,8 +72,7 @@ class Sources:
         users = np.flatnonzero(self.lengths >= 2)
         users = default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        self.valid = users[:held]
-        users = users[held:]
+        self.valid, users = np.split(users, [held])
         kept = max(args.batch, round(len(users) * args.share / 100))
         self.train = users[:kept]
 
@@ -216,9 +210,8 @@ def main(args):
     train = len(sources.train)
     valid = len(sources.valid)
     if min(args.batch, train, 2 * valid) < 2 * machine.world:
-        raise UserError(f'{" ".join(args.sources)}: {train} users train, --batch {args.batch} at '
-                        f'a time, and {valid} are held out; each of {machine.world} processes '
-                        'needs two of a batch and one held out')
+        raise UserError(f'{" ".join(args.sources)}: of {train} users that train and {valid} held '
+                        f'out each process needs two of a --batch ({args.batch}) and one')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
     folder = args.out or runs_root() / 'pretrained' / name
     identity = {'options': option_identity(args),
@@ -236,8 +229,7 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config),
-                  device=str(machine.device), **found)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=args.device, **found)
 
 
 if __name__ == '__main__':

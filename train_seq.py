@@ -167,7 +167,7 @@ def one_run(args, machine, data, embedding, about, start_from):
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         row = run.write(**found, **origin_of(embedding), **result_of(data, ranks),
-                        device=str(machine.device),
+                        device=args.device,
                         parameters=sum(p.numel() for p in model.parameters()))
     from common.baselines import popularity_value  # in here: it defines no number of the run
     bound = popularity_value(data)
@@ -181,12 +181,12 @@ def one_run(args, machine, data, embedding, about, start_from):
 def main(args):
     data, machine = load(args.dataset), start(args)
     folder = runs_root() / data.name
-    embeddings = {}
+    embeddings, widths = {}, {}
     for source, mode in args.variants:
         if source not in embeddings and mode != 'random':
             path = folder / 'embeddings' / f'{source}.pt'
             embeddings[source] = read_embeddings(path, data)
-    widths = {source: found.matrix.shape[1] for source, found in embeddings.items()}
+            widths[source] = embeddings[source].matrix.shape[1]
     widths.setdefault('random', next(iter(widths.values()), 768))
     best = {}  # (source, mode, seed) -> name of the run of its best rate
     for source, mode in with_freeze(args.variants):

@@ -9,11 +9,9 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import zlib
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +55,9 @@ def command(main, *args):
 
 
 def stop(number, _):
-    """SIGTERM, Ctrl-C: leave at once, as a shell would say it (143, 130); whatever is open cleans up
-    on its way out. Until `command` is entered Python ends the process, which a shell says in the
-    same way.
+    """SIGTERM, Ctrl-C: leave at once, as a shell would say it (143, 130); whatever is open cleans
+    up on its way out. Until `command` is entered Python ends the process, which a shell says in
+    the same way.
     """
     sys.exit(128 + number)
 
@@ -88,9 +86,8 @@ def digest(*parts):
     hold."""
     h = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            part = part.numpy(force=True)
-        if isinstance(part, np.ndarray):
+        if isinstance(part, torch.Tensor | np.ndarray):
+            part = np.asarray(part)
             h.update(f'{part.dtype.str}{part.shape}'.encode())
             part = part.ravel().view('u1')  # no copy where it is in order
         elif not isinstance(part, bytes):
@@ -108,15 +105,6 @@ def file_stamp(path, known={}):
         return known
     stamp['sha256'] = content_sha256(path)
     return known if stamp['sha256'] == known.get('sha256') else stamp
-
-
-def provenance():
-    """What travels with every result: commit ('+': the tree was changed), versions, command."""
-    git = 'git describe --always --exclude="*" --abbrev=12 --dirty=+'
-    # by a shell, which says nothing on this pipe where the machine has no git
-    found = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True)
-    return {'commit': found.stdout.strip() or 'unknown', 'torch': version('torch'),
-            'transformers': version('transformers'), 'command': ' '.join(sys.argv)}
 
 
 # ------------------------------------------------------------------------ writing

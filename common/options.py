@@ -53,11 +53,15 @@ def add_training_options(parser, epochs, patience, batch=None):
     option(parser, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
 
 
-def add_adamw_options(parser):
-    """--lr, --warmup, --weight-decay; defaults are RecFormer's where its paper or code has them."""
+def add_tuning_options(parser, epochs, batch):
+    """All that stage-PT and stage-FT share; defaults are RecFormer's where its paper or code has
+    them (patience is ours)."""
+    add_plm_options(parser)
+    add_training_options(parser, epochs, 5, batch)
     option(parser, '--lr', 'peak rate', RATE, 5e-5)
     option(parser, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
     option(parser, '--weight-decay', "AdamW's", WEIGHT, 0.0)
+    add_machine_options(parser)
 
 
 def add_machine_options(parser):

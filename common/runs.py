@@ -9,13 +9,16 @@ import ast
 import functools
 import json
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import (ROOT, UserError, digest, load_json, load_npz, provenance, runs_root,
-                          save_json, save_npz)
+from common.files import (ROOT, UserError, digest, load_json, load_npz, runs_root, save_json,
+                          save_npz)
 
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
@@ -112,12 +115,16 @@ class Run(NamedTuple):
             return row
         # the files beside it will not be those that it tells of; another process may be faster
         (self.folder / 'row.json').unlink(missing_ok=True)
-        return None
 
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
-        row = {'run': self.folder.name, **self.identity.get('options', {}), **row, **provenance(),
+        # of today's code ('+': it was changed since); a shell says nothing where there is no git
+        git = 'git describe --always --exclude="*" --abbrev=12 --dirty=+'
+        commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+        row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
+               'commit': commit.strip() or 'unknown', 'torch': version('torch'),
+               'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:
             save_npz(self.folder / 'ranks.npz', ranks)

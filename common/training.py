@@ -33,15 +33,16 @@ AHEAD = 'cuda',  # a CPU has no time to spare for the next batch
 # ------------------------------------------------------------------------ machine
 
 def start(args):
-    """The Machine for these options. Errors: UserError where the device cannot be had."""
-    name = args.device
-    if name == 'auto':  # LOCAL_RANK: torchrun's number of this process
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
+    """The Machine for these options, in which 'auto' is replaced. Errors: UserError where the
+    device cannot be had."""
+    if args.device == 'auto':
+        args.device = 'cpu'
+        if torch.cuda.is_available():  # LOCAL_RANK: torchrun's number of this process
+            args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; '
-                        'try --device cpu') from None
+        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from None
     if args.deterministic:
         # cuBLAS asks for it before its first product
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
@@ -76,9 +77,9 @@ def keep_freed_memory():
     """Let glibc keep what is freed for the next step: fresh pages from the kernel cost a CPU more
     than many a layer's work on them. Elsewhere (no glibc) nothing changes."""
     with contextlib.suppress(OSError, AttributeError):
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2 ** 31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join(machine):
