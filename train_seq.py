@@ -65,8 +65,7 @@ def parse_args(argv=None):
            '--variants, else 768 (paper sec. 4.2)', number(1, 65_536))
     option(p, '--max-items', "newest of a history (authors' code)", number(2, 10_000), 50)
     option(p, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
-           "softmax over --negatives (ours); default: the model's own",
-           choices=['bce', 'ce', 'sampled', 'masked'])
+           "softmax over --negatives (ours); masked; default: the model's own")
     option(p, '--negatives', 'of --loss sampled (default: 256)', number(2))
     option(p, '--lrs', "Adam's (paper sec. 4.2)", RATE, [0.0003, 0.001, 0.003, 0.01], nargs='+')
     # authors' code: 200 epochs; paper sec. 4.2: patience

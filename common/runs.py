@@ -32,9 +32,10 @@ NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'commo
 def parsed(file):
     """A source file's text without comments and docstrings (and without a body where that was one),
     a statement a line; '' where there is no such file. Read once: a table asks for every run."""
-    if not (ROOT / file).exists():
+    path = ROOT / file
+    if not path.exists():
         return ''
-    tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
+    tree = ast.parse(path.read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         if known and ast.get_docstring(node):
