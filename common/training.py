@@ -255,8 +255,8 @@ class Training(contextlib.AbstractContextManager):
             self.bar.close()
             if kind is SystemExit:
                 self.save()
-                print(f'stopped before {self.where()}; the same command, without --again, goes on '
-                      f'from {self.path}', file=sys.stderr)
+                print(f'stopped before {self.where()}; the same command goes on from {self.path} '
+                      '(leave --again out)', file=sys.stderr)
 
     def save(self):
         """Write resume.pt and log.csv."""

@@ -545,8 +545,8 @@ def test_stopped_it_goes_on_to_the_same_bits(tmp_path, handler, capsys, stop, co
     assert leave.value.code == code
     where = f'epoch {stand[0] + 1}, step {stand[1] + 1}'
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == (f'stopped before {where}; the same command, without --again, goes on from '
-                    f'{folder / "resume.pt"}')
+    assert said == (f'stopped before {where}; the same command goes on from '
+                    f'{folder / "resume.pt"} (leave --again out)')
     found = saved(folder)
     assert (found['stand']['epoch'], found['stand']['step']) == stand
     assert found['head']['identity'] == IDENTITY and found['head']['code'] == CODE
