@@ -44,7 +44,8 @@ def parse_args(argv=None):
            'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
            number(2, 1024), 1024)
     flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
-    option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100), 100.0)
+    option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100),
+           100.0)
     option(p, '--valid-share', 'percent of users held out (ours)', number(1e-6, 50), 5.0)
     option(p, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
     option(p, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
@@ -229,7 +230,8 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=args.device, **found)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=args.device,
+                  **found)
 
 
 if __name__ == '__main__':
