@@ -222,7 +222,7 @@ def parse_args(argv=None):
         g = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
         g.add_argument('dataset')
         if name in ('recommend', 'attention'):
-            add_machine_options(g, name == 'attention', trains=False)
+            add_machine_options(g)
     of = commands.choices
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2)

@@ -18,9 +18,9 @@ Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writ
 import time
 from collections import Counter
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -42,12 +42,12 @@ def parse_args(argv=None):
     option(p, '--out',
            'file to write: runs/<dataset>/embeddings/<name>.pt, or a .npy or .safetensors', Path,
            required=True)
-    option(p, '--checkpoint', 'a folder of pretrain.py or finetune.py, or a published RecFormer '
-           "state dict (with --plm); default: --plm's language model itself")
+    option(p, '--checkpoint',
+           "a folder of pretrain.py or finetune.py, or published weights; default: --plm's own")
     option(p, '--from-npy', "another encoder's rows: a matrix, an item each", Path)
     option(p, '--ids', "the rows' items: a text file, an id of items.jsonl a line", Path)
     add_plm_options(p)
-    add_machine_options(p, language_model=True, trains=False)
+    add_machine_options(p)
     args = p.parse_args(argv)
     if not (args.ids if args.from_npy else args.checkpoint or args.plm):
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids')
@@ -55,11 +55,11 @@ def parse_args(argv=None):
 
 
 def read_rows(path, ids, data):
-    """(rows of the items, then of the cold items [n + c, H], float32; the cold items' ids) of a
-    .npy file and the ids of its rows; all cold items or none. UserError: what is wrong."""
+    """Rows of the items, then of the cold items, all or none: [n + c, H] or [n, H], float32, of a
+    .npy file and the ids of its rows. UserError: what is wrong."""
     try:
         rows = torch.from_numpy(np.load(path)).float()
-    except (ValueError, TypeError, EOFError, BadZipFile):
+    except Exception:  # half a dozen kinds for a missing, damaged or foreign file
         raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
     keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     if rows.dim() != 2 or len(rows) != len(keys):
@@ -67,30 +67,30 @@ def read_rows(path, ids, data):
                         f'the {len(keys):,} lines of {ids}')
     cold = data.cold_ids if {*data.cold_ids} & {*keys} else []
     wanted, found = Counter(data.item_ids + cold), Counter(keys)
-    for what, wrong in ('lacks', wanted - found), ('has unknown or repeated', found - wanted):
-        if wrong:
-            raise UserError(f'{ids}: {what} ids, {len(wrong):,} of them, the first '
-                            f'{next(iter(wrong))!r}; needed are those of {data.n_items:,} items of '
-                            f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
+    wrong = [*(wanted - found), *(found - wanted)]
+    if wrong:
+        raise UserError(f'{ids}: lacks ids, or has unknown or repeated ones, {len(wrong):,} in '
+                        f'all, the first {wrong[0]!r}; needed are those of {data.n_items:,} items '
+                        f'of {data.name}, and all or none of {len(data.cold_ids):,} cold ones')
     place = dict(zip(keys, rows))
-    return torch.stack([place[key] for key in wanted]), cold
+    return torch.stack([place[key] for key in wanted])
 
 
-def save(out, data, rows, cold_ids, head):
+def save(out, data, rows, head):
     """Write the file, in the format that its name ends in."""
+    ids = (data.item_ids + data.cold_ids)[:len(rows)]
     if out.suffix not in PLAIN:
         matrix = F.pad(rows[:data.n_items], (0, 0, 1, 0))
         cold = rows[data.n_items:].clone()  # of a view all rows would be saved
         save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
-                cold_items=cold_ids)
+                cold_items=ids[data.n_items:])
         return
-    save_text(out.with_suffix('.ids.txt'), '\n'.join(data.item_ids + cold_ids))
+    save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
     with whole(out) as part, open(part, 'wb') as f:
         if out.suffix == '.npy':
             np.save(f, rows)
         else:
-            from safetensors.torch import save as packed
-            f.write(packed({'embeddings': rows}))
+            f.write(safetensors.torch.save({'embeddings': rows}))
 
 
 def main(args):
@@ -99,13 +99,13 @@ def main(args):
 
     # ---------------------------------------------------- rows, or a model
     if args.from_npy:
-        rows, cold_ids = read_rows(args.from_npy, args.ids, data)
+        rows = read_rows(args.from_npy, args.ids, data)
         plm, identity = args.from_npy.name, {'rows': digest(rows)}
     else:
         model = start_model(args.checkpoint, args.plm, args.layers)
         if model.stage == 'lf':
             untouched(model)
-        plm, cold_ids = model.plm, data.cold_ids
+        plm = model.plm
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)
         identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
@@ -127,10 +127,10 @@ def main(args):
                             'that are not finite; of a language model: try --precision float32')
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
-        save(out, data, rows, cold_ids, head)
-        print(f'{data.n_items:,} items and {len(cold_ids):,} cold ones x {rows.shape[1]}, mean '
-              f'norm {head["norm"]:.2f}, mean cosine of two items {head["cosine"]:.2f}, '
-              f'written to {out}')
+        save(out, data, rows, head)
+        print(f'{data.n_items:,} items and {len(rows) - data.n_items:,} cold ones x '
+              f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
+              f'{head["cosine"]:.2f}, written to {out}')
 
 
 if __name__ == '__main__':

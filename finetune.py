@@ -17,19 +17,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.random import default_rng
 
 from common.arrays import cut, take
 from common.backbone import save_recformer, start_model, untouched, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, summarise
-from common.options import (COUNT, add_machine_options, add_optimizer_options, add_plm_options,
-                            flag, number, option, option_identity, options_parser)
+from common.options import (COUNT, add_tuning_options, flag, number, option, option_identity,
+                            options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens
-from common.training import Training, adamw, join, prefetch, start
+from common.training import Training, adamw, prefetch, start
 
 
 # ------------------------------------------------------------------------ options
@@ -38,20 +37,17 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')
     option(p, '--stage', 'see above', int, choices=[0, 1, 2], required=True)
-    option(p, '--checkpoint', 'where to start: a folder of pretrain.py or finetune.py, or a '
-           'published state dict (with --plm); stage 2: ft1-seed<N>')
+    option(p, '--checkpoint',
+           'a folder of pretrain.py or finetune.py, or published weights (with --plm)')
     option(p, '--out', 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)', Path)
-    g = add_plm_options(p)
-    option(g, '--max-tokens',
+    add_tuning_options(p, epochs=128, batch=128)  # RecFormer: 16 users x 8 accumulated
+    option(p, '--max-tokens',
            "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)",
-           number(int, 2, 1024))
-    option(g, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
+           number(2, 1024))
+    option(p, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
            str, 'all')
-    flag(g, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
-    # RecFormer: 16 users x 8 accumulated
-    g = add_optimizer_options(p, epochs=128, patience=5, batch=128)
-    option(g, '--seeds', 'one after the other', COUNT, [0], nargs='+')
-    add_machine_options(p, language_model=True)
+    flag(p, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
+    option(p, '--seeds', 'one after the other', COUNT, [0], nargs='+')
     args = p.parse_args(argv)
     if args.stage == 2:
         if args.plm:
@@ -128,13 +124,13 @@ def tune(args, data, model, tokens, run, seed):
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table}).train()
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
-    parts = np.split(np.arange(len(users)), range(args.batch, len(users), args.batch))
+    parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     if machine.rank:  # the first goes on with the generator as it is
         torch.manual_seed(seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
-            rng = default_rng([seed, 5, epoch])
+            rng = np.random.default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())
@@ -201,15 +197,14 @@ def one_run(args, machine, data, seed):
             save_recformer(out / 'model.pt', model, model.items.cpu())
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
                   items=args.trainable_items, scale='raw', hidden=model.config.hidden,
-                  tune_layers=args.tune_layers, lr=args.lr, seed=seed, plm=model.plm,
-                  config=vars(model.config), device=str(machine.device), **found,
+                  plm=model.plm, config=vars(model.config), device=args.device, **found,
                   **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    machine, data = join(start(args)), load(args.dataset)
+    machine, data = start(args), load(args.dataset)
     for seed in args.seeds:
         one_run(args, machine, data, seed)
 

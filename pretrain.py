@@ -19,17 +19,16 @@ import torch
 import torch.nn.functional as F
 from numpy.random import default_rng
 
-from common.arrays import cut, offsets_of
+from common.arrays import cut, offsets_of, parts
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
-from common.options import (COUNT, POSITIVE, WEIGHT, add_machine_options, add_optimizer_options,
-                            add_plm_options, flag, number, option, option_identity,
-                            options_parser)
+from common.options import (COUNT, POSITIVE, WEIGHT, add_tuning_options, flag, number, option,
+                            option_identity, options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words
-from common.training import Training, adamw, join, prefetch, start
+from common.training import Training, adamw, prefetch, start
 
 
 # ------------------------------------------------------------------------ options
@@ -38,24 +37,20 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'sources', 'names of prepared datasets', nargs='+')
     option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
-    g = add_plm_options(p)
-    g.set_defaults(plm='longformer')
-    option(g, '--max-tokens',
+    # RecFormer: 16 users on each of 4 GPUs, 32 epochs
+    add_tuning_options(p, epochs=32, batch=64)
+    p.set_defaults(plm='longformer')
+    option(p, '--max-tokens',
            'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
-           number(int, 2, 1024), 1024)
-    g = p.add_argument_group('data')
-    flag(g, '--leave-out', "leave out each user's last two items (for sources that are targets "
-         'too; paper silent)')
-    option(g, '--share', 'percent of the source users (paper sec. 4.6)', number(float, 1e-6, 100),
+           number(2, 1024), 1024)
+    flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
+    option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100),
            100.0)
-    option(g, '--valid-share', 'percent of users held out (ours)', number(float, 1e-6, 50), 5.0)
-    # RecFormer: 16 users on each of 4 GPUs, 32 epochs; patience is ours
-    g = add_optimizer_options(p, epochs=32, patience=5, batch=64)
-    option(g, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
-    option(g, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
-    option(g, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
-    option(g, '--seed', 'of split points, order, masks and dropout', COUNT, 0)
-    add_machine_options(p, language_model=True)
+    option(p, '--valid-share', 'percent of users held out (ours)', number(1e-6, 50), 5.0)
+    option(p, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
+    option(p, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
+    option(p, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
+    option(p, '--seed', 'of split points, order, masks and dropout', COUNT, 0)
     return p.parse_args(argv)
 
 
@@ -66,7 +61,7 @@ class Sources:
     to the next. `train`, `valid`: users with two items at least, seeded."""
 
     def __init__(self, args, words):
-        leave = 2 if args.leave_out else 0
+        leave = 2 * args.leave_out  # items
         domains = [load(name) for name in args.sources]
         self.fingerprints = [[data.name, data.fingerprint] for data in domains]
         self.tokens = joined([item_tokens(data, words) for data in domains])
@@ -78,8 +73,7 @@ class Sources:
         users = np.flatnonzero(self.lengths >= 2)
         users = default_rng([args.seed, 1]).permutation(users)
         held = max(2, round(len(users) * args.valid_share / 100))
-        self.valid = users[:held]
-        users = users[held:]
+        self.valid, users = np.split(users, [held])
         kept = max(args.batch, round(len(users) * args.share / 100))
         self.train = users[:kept]
 
@@ -106,8 +100,8 @@ class Sources:
             seed = rng.integers(2 ** 62)
             batches = []
             users = shares[step]
-            for batch in np.array_split(users, -(-len(users) // args.batch)):
-                *pair, ids = self.draw(batch, rng, model)
+            for part in parts(len(users), args.batch):
+                *pair, ids = self.draw(users[part], rng, model)
                 masks = [mask_words(packed, rng, model.words.mask, model.config.vocab_size)
                          for packed in pair if args.mlm_weight]
                 batches.append((pair, ids, masks))
@@ -210,16 +204,15 @@ def tune(args, model, sources, run):
 
 
 def main(args):
-    machine = join(start(args))
+    machine = start(args)
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
     train = len(sources.train)
     valid = len(sources.valid)
     if min(args.batch, train, 2 * valid) < 2 * machine.world:
-        raise UserError(f'{" ".join(args.sources)}: {train} users train, --batch {args.batch} at '
-                        f'a time, and {valid} are held out; each of {machine.world} processes '
-                        'needs two of a batch and one held out')
+        raise UserError(f'{" ".join(args.sources)}: of {train} users that train and {valid} held '
+                        f'out each process needs two of a --batch ({args.batch}) and one')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
     folder = args.out or runs_root() / 'pretrained' / name
     identity = {'options': option_identity(args),
@@ -237,8 +230,8 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        device = str(machine.device)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=device, **found)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=args.device,
+                  **found)
 
 
 if __name__ == '__main__':

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from numpy.random import default_rng
 
-from common.arrays import take
+from common.arrays import parts, take
 from common.data import load
 from common.files import (Diverged, UserError, command, digest, load_pt, lock, runs_root,
                           save_pt)
 from common.initial import SCALES, origin_of, read_embeddings, starting_tables
 from common.metrics import result_of, summarise
 from common.models import MODELS
-from common.options import (COUNT, POSITIVE, RATE, add_machine_options, number, option,
+from common.options import (COUNT, RATE, add_machine_options, add_training_options, number, option,
                             option_identity, options_parser)
 from common.runs import Run, code_of
 from common.sequence import ItemTable, draw_training_negatives
@@ -53,29 +53,24 @@ variant.__name__ = f'variant (random, E-{", E-".join(MODES)})'  # argparse print
 def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')
-    g = p.add_argument_group('model')
-    option(g, '--model', 'of common/models.py', choices=MODELS, required=True)
-    option(g, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
+    option(p, '--model', 'of common/models.py', choices=MODELS, required=True)
+    option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
            metavar='VARIANT')
-    option(g, '--init-scale',
+    option(p, '--init-scale',
            "of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or "
            'whitened, then rescaled; permuted = centred, in a random order of items (a control)',
            str, 'raw', choices=SCALES)
-    option(g, '--hidden', 'width. Wider embeddings are reduced to their principal components '
+    option(p, '--hidden', 'width. Wider embeddings are reduced to their principal components '
            "(ours); default: the embeddings' width, for random that of the first embeddings in "
-           '--variants, else 768 (paper sec. 4.2)', number(int, 1, 65_536))
-    option(g, '--max-items', "newest of a history (authors' code)", number(int, 2, 10_000), 50)
-    g = p.add_argument_group('optimisation')
-    option(g, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
-           "softmax over --negatives (ours); default: the model's own",
-           choices=['bce', 'ce', 'sampled', 'masked'])
-    option(g, '--negatives', 'of --loss sampled (default: 256)', number(int, 2))
-    option(g, '--lrs', "Adam's (paper sec. 4.2)", RATE, [0.0003, 0.001, 0.003, 0.01], nargs='+')
-    option(g, '--batch', 'users (paper sec. 4.2: 128, BERT4Rec 256)', POSITIVE)
-    option(g, '--epochs', "at most (authors' code)", POSITIVE, 200)
-    option(g, '--patience', 'epochs with no better validation NDCG@10 (paper sec. 4.2)', POSITIVE,
-           10)
-    option(g, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
+           '--variants, else 768 (paper sec. 4.2)', number(1, 65_536))
+    option(p, '--max-items', "newest of a history (authors' code)", number(2, 10_000), 50)
+    option(p, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
+           "softmax over --negatives (ours); masked; default: the model's own")
+    option(p, '--negatives', 'of --loss sampled (default: 256)', number(2))
+    option(p, '--lrs', "Adam's (paper sec. 4.2)", RATE, [0.0003, 0.001, 0.003, 0.01], nargs='+')
+    # authors' code: 200 epochs; paper sec. 4.2: patience
+    add_training_options(p, epochs=200, patience=10)
+    option(p, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
     add_machine_options(p)
     args = p.parse_args(argv)
     kind = MODELS[args.model]
@@ -89,7 +84,7 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------------------------------ order, width
+# ------------------------------------------------------------------------ order
 
 def with_freeze(variants):
     """The variants in order, each further-* after the freeze run that it starts from."""
@@ -101,19 +96,11 @@ def with_freeze(variants):
     return list(ordered)
 
 
-def width_of(args, embeddings, source):
-    """The model's width for this source of its initial rows; embeddings: all that are needed, by
-    source."""
-    first = next(iter(embeddings.values()), None)
-    found = embeddings.get(source, first)
-    return args.hidden or (found.matrix.shape[1] if found else 768)
-
-
 # ------------------------------------------------------------------------ one run
 
 def build(data, embedding, about, begun=None):
-    """The model at the start of training. embedding: Embeddings, None for random rows; begun:
-    weights of the freeze run, of further-*."""
+    """The model at the start of training. embedding: Embeddings, None for random rows; about: the
+    run's options; begun: weights of the freeze run, of further-*."""
     kind = MODELS[about['model']]
     table, text = starting_tables(kind, data.n_items, embedding, about)
     table = ItemTable(table, about['mode'] != 'freeze', text)
@@ -134,18 +121,18 @@ def fit(data, model, run, about):
     if not len(users):
         raise UserError(f'{data.name}: {args.model} needs users with two training items '
                         '(four interactions)')
-    steps = -(-len(users) // args.batch)
+    batches = parts(len(users), args.batch)
     optimizer = torch.optim.Adam(model.parameters(), about['lr'], model.betas, fused=True)
-    training = Training(run, model, optimizer, steps)
+    training = Training(run, model, optimizer, len(batches))
     with training:
         for epoch in training.epochs():
             model.train()
             rng = default_rng([seed, 7, epoch])
-            batches = np.array_split(rng.permutation(users), steps)
+            order = rng.permutation(users)
             if args.loss == 'bce':
                 negatives = draw_training_negatives(items, offsets, data.n_items, rng)
             for step in training.steps():
-                batch, drawn = batches[step], args.negatives
+                batch, drawn = order[batches[step]], args.negatives
                 if args.loss == 'bce':
                     drawn, _ = take(negatives, offsets, batch)
                 rng = default_rng([seed, 8, epoch, step])
@@ -153,8 +140,7 @@ def fit(data, model, run, about):
                     loss = model.loss(*take(items, offsets, batch), rng, args.loss, drawn)
                 loss.backward()
                 training.update(loss=loss)
-            found = summarise(model.ranks(data, 'valid'))
-            training.end_epoch(found['sampled']['NDCG@10'], full=found['full']['NDCG@10'])
+            training.end_epoch(summarise(model.ranks(data, 'valid'))['sampled']['NDCG@10'])
     return training.restore_best()
 
 
@@ -166,7 +152,7 @@ def one_run(args, machine, data, embedding, about, start_from):
             f'-seed{about["seed"]}')
     folder = runs_root() / data.name / name
     begun = start_from and load_pt(start_from / 'model.pt', 'seq')['model']
-    identity = {'options': {**option_identity(args), **about}, 'data': data.fingerprint,
+    identity = {'options': about, 'data': data.fingerprint,
                 'embedding': embedding and embedding.digest,
                 'from': begun and digest(*begun.values())}
     code = code_of('train_seq.py', f'{MODELS[args.model].__module__.replace(".", "/")}.py')
@@ -179,19 +165,14 @@ def one_run(args, machine, data, embedding, about, start_from):
         ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
-        row = run.write(**about, **found, **origin_of(embedding), **result_of(data, ranks),
-                        device=str(machine.device),
+        row = run.write(**found, **origin_of(embedding), **result_of(data, ranks),
+                        device=args.device,
                         parameters=sum(p.numel() for p in model.parameters()))
-    warn(data, row)
-    return row
-
-
-def warn(data, row):
-    """Say where a model did no better on validation than counting how often items were bought."""
-    from common.baselines import popularity_value
+    from common.baselines import popularity_value  # in here: it defines no number of the run
     bound = popularity_value(data)
-    if row['valid'] <= bound:
-        print(f'{row["run"]}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
+    if found['valid'] <= bound:
+        print(f'{name}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
+    return row
 
 
 # ------------------------------------------------------------------------ main
@@ -199,22 +180,25 @@ def warn(data, row):
 def main(args):
     data, machine = load(args.dataset), start(args)
     folder = runs_root() / data.name
-    sources = dict.fromkeys(source for source, _ in args.variants if source != 'random')
-    embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
-                  for source in sources}
-    best = {}  # (source, mode, seed) -> row of its best rate
+    embeddings, widths = {}, {}
+    for source, mode in args.variants:
+        if source not in embeddings and mode != 'random':
+            path = folder / 'embeddings' / f'{source}.pt'
+            embeddings[source] = read_embeddings(path, data)
+            widths[source] = embeddings[source].matrix.shape[1]
+    widths.setdefault('random', next(iter(widths.values()), 768))
+    best = {}  # (source, mode, seed) -> name of the run of its best rate
     for source, mode in with_freeze(args.variants):
         embedding, rates = embeddings.get(source), args.lrs
         for seed in args.seeds:
             start_from = None
             if mode.startswith('further'):
-                start_from = folder / best[source, 'freeze', seed]['run']
+                start_from = folder / best[source, 'freeze', seed]
             rows = []
             for lr in rates:
-                about = {'model': args.model, 'loss': args.loss, 'init': source, 'mode': mode,
+                about = {**option_identity(args), 'init': source, 'mode': mode,
                          'scale': 'raw' if source == 'random' else args.init_scale,
-                         'hidden': width_of(args, embeddings, source),
-                         'max_items': args.max_items, 'lr': lr, 'seed': seed}
+                         'hidden': args.hidden or widths[source], 'lr': lr, 'seed': seed}
                 try:
                     rows.append(one_run(args, machine, data, embedding, about, start_from))
                 except Diverged as error:
@@ -222,8 +206,9 @@ def main(args):
             if not rows:
                 raise UserError(f'{args.model} {source} {mode}: training diverged with every rate '
                                 'of --lrs; add lower ones')
-            best[source, mode, seed] = max(rows, key=lambda row: row['valid'])
-            rates = [best[source, mode, seed]['lr']]  # the first seed chooses for the others
+            row = max(rows, key=lambda row: row['valid'])
+            best[source, mode, seed] = row['run']
+            rates = [row['lr']]  # the first seed chooses for the others
 
 
 if __name__ == '__main__':

@@ -9,17 +9,16 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import zlib
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+STOPPING = signal.SIGTERM, signal.SIGINT  # kill's, and Ctrl-C's
 
 
 class UserError(Exception):
@@ -35,7 +34,8 @@ class Diverged(UserError):
 def command(main, *args):
     """Run a script's main: what a user can mend ends in one line on standard error, exit code 2."""
     try:
-        signal.signal(signal.SIGTERM, stop)
+        for number in STOPPING:
+            signal.signal(number, stop)
         main(*args)
         sys.stdout.flush()
         return
@@ -50,16 +50,14 @@ def command(main, *args):
             raise
         said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
                 'script has it; what was saved is kept')
-    except KeyboardInterrupt:
-        print('interrupted; the same command goes on from what was saved', file=sys.stderr)
-        sys.exit(130)
     print(f'error: {" ".join(said.split())}', file=sys.stderr)
     sys.exit(2)
 
 
 def stop(number, _):
-    """SIGTERM: leave at once, as a shell would say it (143); whatever is open cleans up on its way
-    out. Until `command` is entered the system ends the process, which a shell says in the same way.
+    """SIGTERM, Ctrl-C: leave at once, as a shell would say it (143, 130); whatever is open cleans
+    up on its way out. Until `command` is entered Python ends the process, which a shell says in
+    the same way.
     """
     sys.exit(128 + number)
 
@@ -88,9 +86,8 @@ def digest(*parts):
     hold."""
     h = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor):
-            part = part.numpy(force=True)
-        if isinstance(part, np.ndarray):
+        if isinstance(part, torch.Tensor | np.ndarray):
+            part = np.asarray(part)
             h.update(f'{part.dtype.str}{part.shape}'.encode())
             part = part.ravel().view('u1')  # no copy where it is in order
         elif not isinstance(part, bytes):
@@ -108,17 +105,6 @@ def file_stamp(path, known={}):
         return known
     stamp['sha256'] = content_sha256(path)
     return known if stamp['sha256'] == known.get('sha256') else stamp
-
-
-def provenance():
-    """What travels with every result: commit ('+': the tree was changed), versions, command."""
-    git = 'git describe --always --exclude=* --abbrev=12 --dirty=+'.split()
-    try:
-        found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine
-        found = ''
-    return {'commit': found or 'unknown', 'torch': version('torch'),
-            'transformers': version('transformers'), 'command': ' '.join(sys.argv)}
 
 
 # ------------------------------------------------------------------------ writing
@@ -155,11 +141,9 @@ def save_json(path, value):
 
 
 def load_json(path):
-    """Read JSON; UserError where the file is missing or is none."""
+    """Read JSON; UserError where the file is none."""
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise UserError(f'{path}: no such file') from None
     except ValueError as error:
         raise UserError(f'{path}: not valid JSON ({error}); remove it and run again') from None
 
@@ -189,20 +173,20 @@ def save_pt(path, kind, **content):
             raise UserError(f'{path}: could not be written ({error}); is the disk full?') from None
 
 
-def load_pt(path, kind, device='cpu'):
-    """Read what save_pt wrote. UserError: missing, cut short, not ours, or of another kind."""
-    if not Path(path).exists():
-        raise UserError(f'{path}: no such file; README.md says what makes it')
-    with open(path, 'rb') as f:
-        try:
-            content = torch.load(f, map_location=device, weights_only=True)
-            found = content['kind']
-        except Exception:  # half a dozen kinds for a damaged or foreign file
-            raise UserError(f'{path}: not a readable {kind} file: damaged, or not made here; '
-                            'README.md says what makes it') from None
-    if found != kind:
-        raise UserError(f'{path}: is a {found} file; a {kind} file is needed here')
-    return content
+def load_pt(path, kind):
+    """Read what save_pt wrote, to the CPU. UserError: cut short, not ours, or of another kind."""
+    # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
+    with open(path, 'rb') as f, suppress(Exception):
+        content = torch.load(f, map_location='cpu', weights_only=True)
+        if content['kind'] == kind:
+            return content
+    raise UserError(f'{path}: is no readable {kind} file: damaged, of another kind, or not made '
+                    'here; README.md says what makes it')
+
+
+def follower():
+    """Whether this is one of torchrun's processes, and not the first, which writes for all."""
+    return int(os.environ.get('RANK', 0)) > 0
 
 
 @contextmanager
@@ -211,8 +195,8 @@ def lock(folder, wait=False):
     number and command."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / '.lock'
-    follower = int(os.environ.get('RANK', 0)) and not wait  # of torchrun's the first holds it
-    if follower or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
+    shared = follower() and not wait  # the first holds it
+    if shared or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
         yield
         return
     with open(path, 'a') as f:

@@ -8,18 +8,20 @@ def options_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def option(group, name, text, kind=str, default=None, **more):
+def option(parser, name, text, kind=str, default=None, **more):
     """One option: its name, its help, the type of its value, its default."""
-    group.add_argument(name, help=text, type=kind, default=default, **more)
+    parser.add_argument(name, help=text, type=kind, default=default, **more)
 
 
-def flag(group, name, text):
+def flag(parser, name, text):
     """An option without a value: True where it is given."""
-    group.add_argument(name, help=text, action='store_true')
+    parser.add_argument(name, help=text, action='store_true')
 
 
-def number(kind, least, most=1e99):
-    """An argparse type: a finite int or float, at least `least` and at most `most`."""
+def number(least, most=1e99):
+    """An argparse type: a finite number of the type of `least`, from that to `most`."""
+    kind = type(least)
+
     def convert(text):
         value = kind(text)
         if not least <= value <= most:
@@ -31,53 +33,53 @@ def number(kind, least, most=1e99):
     return convert
 
 
-COUNT, POSITIVE = number(int, 0), number(int, 1)
-WEIGHT, RATE = number(float, 0), number(float, 1e-12)
+COUNT, POSITIVE = number(0), number(1)
+WEIGHT, RATE = number(0.0), number(1e-12)
 
 
 def add_plm_options(parser):
-    """--plm, --layers: the language model to start from."""
-    g = parser.add_argument_group('language model')
-    option(g, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
-    option(g, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
-    return g
+    """--plm, --layers: the language model to start from; --micro-tokens: the memory it takes."""
+    option(parser, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
+    option(parser, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
+    option(parser, '--micro-tokens',
+           'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)', POSITIVE)
 
 
-def add_optimizer_options(parser, epochs, patience, batch):
-    """--epochs ... --weight-decay; defaults are RecFormer's where its paper or code has them."""
-    g = parser.add_argument_group('optimisation')
-    option(g, '--epochs', 'at most', POSITIVE, epochs)
-    option(g, '--patience', 'epochs without a better validation', POSITIVE, patience)
-    option(g, '--batch', 'users', number(int, 2), batch)
-    option(g, '--lr', 'peak rate', RATE, 5e-5)
-    option(g, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
-    option(g, '--weight-decay', "AdamW's", WEIGHT, 0.0)
-    return g
+def add_training_options(parser, epochs, patience, batch=None):
+    """--epochs ... --save-every: how long a training goes on."""
+    option(parser, '--epochs', 'at most', POSITIVE, epochs)
+    option(parser, '--patience', 'epochs without a better validation', POSITIVE, patience)
+    option(parser, '--batch', 'users (an ID model, if not said: its own)', number(2), batch)
+    option(parser, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
 
 
-def add_machine_options(parser, language_model=False, trains=True):
-    """--device, --precision, ..., and what to do with an earlier result."""
-    g = parser.add_argument_group('machine')
-    if language_model:
-        option(g, '--micro-tokens',
-               'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)',
-               POSITIVE)
-    option(g, '--device', 'auto (CUDA where there is one), cpu, cuda:1, ...', str, 'auto')
-    option(g, '--precision',
+def add_tuning_options(parser, epochs, batch):
+    """All that stage-PT and stage-FT share; defaults are RecFormer's where its paper or code has
+    them (patience is ours)."""
+    add_plm_options(parser)
+    add_training_options(parser, epochs, 5, batch)
+    option(parser, '--lr', 'peak rate', RATE, 5e-5)
+    option(parser, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
+    option(parser, '--weight-decay', "AdamW's", WEIGHT, 0.0)
+    add_machine_options(parser)
+
+
+def add_machine_options(parser):
+    """--device, --precision, --deterministic, and what to do with an earlier result."""
+    option(parser, '--device', 'auto (CUDA where there is one), cpu, cuda:1, ...', str, 'auto')
+    option(parser, '--precision',
            'of matrix products; weights stay float32. auto: bfloat16 where it is faster',
            str, 'auto', choices=['auto', 'bfloat16', 'float32'])
-    flag(g, '--deterministic',
+    flag(parser, '--deterministic',
          'CUDA: only kernels that give the same bits on every run (slower; a CPU always does)')
-    if trains:
-        option(g, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
     add_earlier_options(parser)
 
 
 def add_earlier_options(parser):
     """--again, --keep: what to do with an earlier result."""
-    g = parser.add_argument_group('an earlier result').add_mutually_exclusive_group()
-    flag(g, '--again', 'make it again, whatever is there')
-    flag(g, '--keep', 'use it as it is where only the code has changed since')
+    either = parser.add_mutually_exclusive_group()
+    flag(either, '--again', 'make an earlier result again, whatever is there')
+    flag(either, '--keep', 'use it as it is where only the code has changed since')
 
 
 # Options that change no number, and those whose meaning is known by content (data, weights).

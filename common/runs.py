@@ -9,13 +9,16 @@ import ast
 import functools
 import json
 import re
+import subprocess
+import sys
 from argparse import Namespace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from common.files import (ROOT, UserError, digest, load_json, load_npz, provenance, runs_root,
-                          save_json, save_npz)
+from common.files import (ROOT, UserError, digest, load_json, load_npz, runs_root, save_json,
+                          save_npz)
 
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
@@ -28,8 +31,11 @@ NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'commo
 @functools.cache
 def parsed(file):
     """A source file's text without comments and docstrings (and without a body where that was one),
-    a statement a line. Read once: a table asks for every run."""
-    tree = ast.parse((ROOT / file).read_text(encoding='utf-8'))
+    a statement a line; '' where there is no such file. Read once: a table asks for every run."""
+    path = ROOT / file
+    if not path.exists():
+        return ''
+    tree = ast.parse(path.read_text(encoding='utf-8'))
     for node in ast.walk(tree):
         known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
         if known and ast.get_docstring(node):
@@ -48,7 +54,7 @@ def code_of(*files):
     found, left = {}, list(files)
     while left:
         file = left.pop()
-        if file not in {*found, *NO_NUMBERS} and (ROOT / file).exists():
+        if file not in {*found, *NO_NUMBERS} and parsed(file):
             found[file] = code_digest(file)
             for line in re.findall('^(?:from|import) .*', parsed(file), re.MULTILINE):
                 folder = 'common/' if 'common' in line else ''
@@ -58,8 +64,7 @@ def code_of(*files):
 
 def changed_code(row):
     """Files that define a run's numbers and are not today what they were when it was made."""
-    return [file for file, then in row['code'].items()
-            if not (ROOT / file).exists() or code_digest(file) != then]
+    return [file for file, then in row['code'].items() if code_digest(file) != then]
 
 
 def differences(old, new):
@@ -111,13 +116,17 @@ class Run(NamedTuple):
             return row
         # the files beside it will not be those that it tells of; another process may be faster
         (self.folder / 'row.json').unlink(missing_ok=True)
-        return None
 
     def write(self, ranks=None, **row):
-        """Write ranks.npz (per-user ranks, where there are any), then row.json; returns the row.
-        resume.pt has done its work."""
-        row = {'run': self.folder.name, **row, **provenance(), 'date': str(date.today()),
-               'identity': self.identity, 'code': self.code}
+        """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
+        options too; returns the row. resume.pt has done its work."""
+        # of today's code ('+': it was changed since); a shell says nothing where there is no git
+        git = 'git describe --always --exclude="*" --abbrev=12 --dirty=+'
+        commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+        row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
+               'commit': commit.strip() or 'unknown', 'torch': version('torch'),
+               'transformers': version('transformers'), 'command': ' '.join(sys.argv),
+               'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:
             save_npz(self.folder / 'ranks.npz', ranks)
         save_json(self.folder / 'row.json', row)

@@ -19,8 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from torch import distributed
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.files import Diverged, UserError, load_pt, save_pt, save_text
+from common.files import (STOPPING, Diverged, UserError, follower, load_pt, save_pt,
+                          save_text)
 from common.layers import Machine
 from common.progress import progress
 
@@ -30,28 +33,26 @@ AHEAD = 'cuda',  # a CPU has no time to spare for the next batch
 # ------------------------------------------------------------------------ machine
 
 def start(args):
-    """The Machine for these options. Errors: UserError where the device cannot be had."""
-    name = args.device
-    if name == 'auto':  # LOCAL_RANK: torchrun's number of this process
-        name = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
+    """The Machine for these options, in which 'auto' is replaced. Errors: UserError where the
+    device cannot be had."""
+    if args.device == 'auto':
+        args.device = 'cpu'
+        if torch.cuda.is_available():  # LOCAL_RANK: torchrun's number of this process
+            args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
-        device = torch.empty(1, device=name).device
+        device = torch.empty(1, device=args.device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}; '
-                        'try --device cpu') from None
+        raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from None
     if args.deterministic:
         # cuBLAS asks for it before its first product
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    if device.type == 'cpu':
-        keep_freed_memory()
-        tokens = 2048
-    else:
-        tokens = 16384
+    keep_freed_memory()
     if args.precision == 'auto':  # results say what they were made with
         args.precision = 'bfloat16' if faster_in_bfloat16(device) else 'float32'
+    tokens = 2048 if device.type == 'cpu' else 16384
     tokens = getattr(args, 'micro_tokens', None) or tokens
-    return Machine(device, args.precision == 'bfloat16', tokens)
+    return join(Machine(device, args.precision == 'bfloat16', tokens))
 
 
 def faster_in_bfloat16(device):
@@ -76,9 +77,9 @@ def keep_freed_memory():
     """Let glibc keep what is freed for the next step: fresh pages from the kernel cost a CPU more
     than many a layer's work on them. Elsewhere (no glibc) nothing changes."""
     with contextlib.suppress(OSError, AttributeError):
-        mallopt, trim_threshold, mmap_max = ctypes.CDLL(None).mallopt, -1, -4  # malloc.h
-        mallopt(mmap_max, 0)
-        mallopt(trim_threshold, 2 ** 31 - 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join(machine):
@@ -88,9 +89,9 @@ def join(machine):
         return machine
     if machine.device.type == 'cuda':
         torch.cuda.set_device(machine.device)
-    torch.distributed.init_process_group()
-    atexit.register(torch.distributed.destroy_process_group)
-    machine.rank, machine.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    distributed.init_process_group()
+    atexit.register(distributed.destroy_process_group)
+    machine.rank, machine.world = distributed.get_rank(), distributed.get_world_size()
     if machine.rank:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
         sys.stdout = sys.stderr = open(os.devnull, 'w')
@@ -137,7 +138,21 @@ def linear_schedule(optimizer, warmup, total):
 
 # ------------------------------------------------------------------------ one run's training
 
-class Training:
+@contextlib.contextmanager
+def uninterrupted():
+    """What happens in here happens whole before a SIGTERM or Ctrl-C is obeyed."""
+    came = {}  # by number; a handler is called with that and a frame
+    before = {number: signal.signal(number, came.setdefault) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+class Training(contextlib.AbstractContextManager):
     """One run's training: where it stands, its best weights, its log; it saves itself and goes on.
 
         with training:
@@ -150,9 +165,8 @@ class Training:
     epoch, step: 0-based, those that are left. The validation metric is better when higher.
     steps: of an epoch; warmup: see linear_schedule; clip: of the gradient's norm; most: steps.
     Everything that the next step depends on is in resume.pt, which is used again only for the same
-    identity and code.
+    identity and code. It is written too where a signal ends the process (see `command`).
     """
-    parts = 'model', 'optimizer', 'schedule'
 
     def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
         self.epoch = self.step = self.best_epoch = 0
@@ -164,8 +178,6 @@ class Training:
         self.clip = clip
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
-        self.first = not int(os.environ.get('RANK', 0))  # of several processes the one that writes
-        self.asked = self.busy = False
         self.began = self.saved_at = time.monotonic()
         if self.path.exists():
             self.resume()
@@ -187,20 +199,20 @@ class Training:
     def update(self, **losses):
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
         not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
-        parameters = [p for group in self.optimizer.param_groups for p in group['params']]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        moving = [p for group in self.optimizer.param_groups for p in group['params']
+                  if p.grad is not None]
+        norm = get_total_norm([p.grad for p in moving])
         if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        scalars = torch.stack([x.detach().float() for x in (*losses.values(), norm)])
-        values = scalars.tolist()  # the one time in a step that the host waits for the device
+            clip_grads_with_norm_(moving, self.clip, norm)
+        # the one time in a step that the host waits for the device
+        values = torch.stack([*losses.values(), norm]).tolist()
         if not all(map(math.isfinite, values)):
-            kept = 'holds the last good state' if self.path.exists() else 'was not written yet'
             raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient '
-                           f'norm {values[-1]}; {self.path} {kept}; try a lower rate or '
-                           '--precision float32')
-        with self.uninterrupted():
+                           f'norm {values[-1]}; {self.path}, where it was written yet, holds the '
+                           'last good state; try a lower rate or --precision float32')
+        with uninterrupted():
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             self.schedule.step()
             self.step += 1
             self.rng = rng_state()
@@ -210,18 +222,15 @@ class Training:
         if time.monotonic() - self.saved_at >= 60 * self.run.args.save_every:
             self.save()
 
-    def end_epoch(self, metric, **more):
+    def end_epoch(self, metric):
         """Take one epoch's validation metric; keep its weights where it is the best so far."""
-        if not math.isfinite(metric):
-            raise Diverged(f'validation metric is {metric} after epoch {self.epoch + 1}: '
-                           'try a lower rate')
-        with self.uninterrupted():
+        with uninterrupted():
             self.epoch, self.step = self.epoch + 1, 0
             if metric > self.best:
                 self.best, self.best_epoch = metric, self.epoch
                 self.best_weights = copy.deepcopy(self.model.state_dict())
             entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
-                     'valid': metric, **more}
+                     'valid': metric}
             self.log = self.log or [','.join(entry)]
             self.log.append(','.join(map(str, entry.values())))
         self.save()
@@ -241,45 +250,22 @@ class Training:
 
     # -------------------------------------------------- stopping and going on
 
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.asked_to_stop)
-                       for number in (signal.SIGTERM, signal.SIGINT) if self.first}
-        return self
-
     def __exit__(self, kind, *_):
-        self.bar.close()
-        stopped = kind in (SystemExit, KeyboardInterrupt)
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_IGN if stopped else handler)
-        if stopped:
-            self.save()
-            command = 'the command without --again' if self.run.args.again else 'the same command'
-            print(f'stopped before {self.where()}; {command} goes on from {self.path}',
-                  file=sys.stderr)
-
-    def asked_to_stop(self, number, _):
-        """SIGTERM, Ctrl-C: leave at once, as a shell would say it (128 + the signal), but not from
-        within a change of the state."""
-        self.asked = number
-        if not self.busy:
-            sys.exit(128 + number)
-
-    @contextlib.contextmanager
-    def uninterrupted(self):
-        """What happens in here happens whole before a SIGTERM is obeyed."""
-        self.busy = True
-        yield
-        self.busy = False
-        if self.asked:
-            sys.exit(128 + self.asked)
+        with uninterrupted():
+            self.bar.close()
+            if kind is SystemExit:
+                self.save()
+                print(f'stopped before {self.where()}; the same command goes on from {self.path} '
+                      '(leave --again out)', file=sys.stderr)
 
     def save(self):
         """Write resume.pt and log.csv."""
         self.saved_at = time.monotonic()
-        if not self.first:
+        if follower():
             return
         head = {'identity': self.run.identity, 'code': self.run.code, 'seconds': self.seconds()}
-        states = {name: getattr(self, name).state_dict() for name in self.parts}
+        states = {name: getattr(self, name).state_dict()
+                  for name in ('model', 'optimizer', 'schedule')}
         stand = {key: getattr(self, key) for key in self.kept}
         save_pt(self.path, 'resume', head=head, states=states, stand=stand)
         save_text(self.run.folder / 'log.csv', '\n'.join([*self.log, '']))

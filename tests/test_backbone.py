@@ -125,8 +125,8 @@ def test_published_files_whose_names_do_not_add_up_are_refused(tuned, tmp_path, 
              'Missing.*lm_head.dense': without('lm_head.dense')(state),
              'Missing.*item_position': without('item_position')(state),
              'Missing.*position_embeddings': without('position_embeddings')(state),
-             'not a readable recformer file': {'state_dict': state, 'callbacks': Code()},
-             'not a readable recformer file: damaged': twice}
+             'is no readable recformer file': {'state_dict': state, 'callbacks': Code()},
+             'is no readable recformer file: damaged': twice}
     for words, content in cases.items():
         torch.save(content, file)
         with pytest.raises(UserError, match=f'{file}: .*{words}') as caught:
@@ -134,7 +134,7 @@ def test_published_files_whose_names_do_not_add_up_are_refused(tuned, tmp_path, 
         assert '\n' not in str(caught.value)
     assert 'code from a file' not in capsys.readouterr().out
     (tmp_path / 'cut.safetensors').write_bytes(b'\x08' * 40)
-    with pytest.raises(UserError, match='cut.safetensors: not a readable'):
+    with pytest.raises(UserError, match='cut.safetensors: is no readable'):
         load_recformer(tmp_path / 'cut.safetensors', str(folder))
 
 

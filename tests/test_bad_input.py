@@ -36,7 +36,7 @@ OPTIONS = [  # script, a command line that is right, options above 0, options fr
     ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
      '--patience', '--seeds --save-every'),
     ('evaluate', RECOMMEND, '--k', ''),
-    ('evaluate', ['attention', 'one'], '--users --micro-tokens', ''),
+    ('evaluate', ['attention', 'one'], '--users', ''),
 ]
 RIGHT = {script: line for script, line, _, _ in OPTIONS} | {'evaluate': RECOMMEND}
 WRONG_VALUES = [(script, line, option, value) for script, line, above, least in OPTIONS

@@ -446,13 +446,13 @@ def not_finite(rows):
 
 
 FAULTS = {
-    "ids.txt: lacks ids, 1 of them, the first 'i7'":
+    "ids.txt: lacks ids, or has unknown or repeated ones, 2 in all, the first 'i7'":
         listed(lambda ids: ['x1' if key == 'i7' else key for key in ids]),
-    "ids.txt: has unknown or repeated ids, 1 of them, the first 'zz'":
+    "ids.txt: lacks ids, or has unknown or repeated ones, 1 in all, the first 'zz'":
         lambda ids, rows: ([*ids, 'zz'], np.concatenate([rows, rows[:1]])),
-    "repeated ids, 1 of them, the first 'i7'":
+    "repeated ones, 1 in all, the first 'i7'":
         lambda ids, rows: ([*ids, 'i7'], np.concatenate([rows, rows[:1]])),
-    "lacks ids, 1 of them, the first 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
+    "lacks ids, .* 1 in all, the first 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
     r'rows.npy: has the shape \[31, 8\]; .* 32 lines of': of_rows(lambda rows: rows[1:]),
     r'rows.npy: has the shape \[256\]': of_rows(lambda rows: rows.ravel()),
     'rows.npy: gives embeddings that are not finite': of_rows(not_finite),

@@ -19,7 +19,7 @@ from common import bert4rec, initial, sequence
 from common.arrays import take
 from common.bert4rec import BERT4Rec, BERT4RecBlock
 from common.data import load, prepare
-from common.files import ROOT, UserError, command, load_pt, save_pt
+from common.files import ROOT, UserError, command, load_pt, save_pt, stop
 from common.gru4rec import GRU4Rec
 from common.layers import Machine
 from common.metrics import product_scorer, rank_counts
@@ -809,7 +809,7 @@ def test_a_saved_model_gives_the_ranks_of_its_run_again(toy, kind):
         '.lock', 'log.csv', 'model.pt', 'ranks.npz', 'row.json']
 
 
-def test_the_width_is_that_of_every_variant(toy, capsys):
+def test_the_width_is_that_of_every_variant(toy, capsys, monkeypatch):
     """--hidden reduces wider embeddings; without it a random table takes the embeddings' width."""
     data, folder = toy
     options = ['toy', '--model', 'sasrec', '--lrs', '0.01', '--epochs', '1', '--precision',
@@ -827,7 +827,11 @@ def test_the_width_is_that_of_every_variant(toy, capsys):
     train_seq.main(train_seq.parse_args([*options, '--hidden', '16']))
     assert capsys.readouterr().out.count('up to date') == 2, 'the same width, said or not'
     args = train_seq.parse_args(['toy', '--model', 'sasrec'])
-    assert train_seq.width_of(args, {}, 'random') == 768
+    about = []
+    monkeypatch.setattr(train_seq, 'one_run', lambda *given: about.append(given[4]) or
+                        {'run': 'x', 'valid': 1, 'lr': 1})
+    train_seq.main(args)
+    assert {found['hidden'] for found in about} == {768}
 
 
 def test_the_best_epoch_is_kept_and_patience_ends_training(toy, monkeypatch):
@@ -837,7 +841,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_training(toy, monkeypatch):
     def trained(values, *options):
         left = iter(values)
         monkeypatch.setattr(Training, 'end_epoch',
-                            lambda self, metric, **more: original(self, next(left), **more))
+                            lambda self, metric: original(self, next(left)))
         run(*options, epochs=9)
         assert not list(left)
         return state_of(folder, name), read_row(folder / name)
@@ -1077,7 +1081,7 @@ def test_a_half_trained_run_of_other_code_is_not_gone_on_with(toy, capsys, monke
     place = folder / name_of('sasrec')
     whole = state_of(folder, place.name)
     shutil.rmtree(place)
-    with killed(monkeypatch, [3], KeyboardInterrupt):
+    with killed(monkeypatch, [3], signal.SIGINT):
         run('--batch', '8', epochs=2)
     shutil.move(place / 'resume.pt', place / 'kept.pt')
     content = load_pt(place / 'kept.pt', 'resume')
@@ -1153,7 +1157,7 @@ def test_what_defines_a_models_numbers_is_in_its_digest(tree):
     ('common/metrics.py', 'equal - 1', 'equal - 0', True),
     ('train_seq.py', 'rng.permutation(users)', 'users', True),
     ('common/bert4rec.py', 'dropout = 0.1', 'dropout = 0.0', False),
-    ('common/progress.py', 'mininterval=30', 'mininterval=10', False)])
+    ('common/progress.py', 'else 30', 'else 10', False)])
 def test_an_edit_of_the_code_changes_its_digest_but_one_of_a_comment_does_not(
         tree, file, old, new, changed):
     before = code_of_model('sasrec')
@@ -1191,27 +1195,27 @@ class Gone(Exception):
 def killed(monkeypatch, at, how):
     """In here the steps numbered `at` (from 1, over all calls) raise `how`, or get that signal."""
     original, calls = Training.update, []
-    before = signal.getsignal(signal.SIGTERM)
+    stopping = isinstance(how, signal.Signals)
+    before = stopping and signal.signal(how, stop)  # as `command` does
 
     def update(self, **losses):
         calls.append(1)
         if len(calls) in at:
-            if isinstance(how, signal.Signals):
+            if stopping:
                 signal.raise_signal(how)
             raise how
         original(self, **losses)
     with monkeypatch.context() as patch:
         patch.setattr(Training, 'update', update)
-        expected = SystemExit if isinstance(how, signal.Signals) else how
-        with pytest.raises(expected) as stopped:
+        with pytest.raises(SystemExit if stopping else how) as stopped:
             yield
-        signal.signal(signal.SIGTERM, before)
-        if expected is SystemExit:
-            assert stopped.value.code == 143
+        if stopping:
+            signal.signal(how, before)
+            assert stopped.value.code == 128 + how
 
 
 @pytest.mark.parametrize('how, every', [
-    (KeyboardInterrupt, '10'), (signal.SIGTERM, '10'), (Gone, '0'), (Gone, '10')])
+    (signal.SIGINT, '10'), (signal.SIGTERM, '10'), (Gone, '0'), (Gone, '10')])
 @pytest.mark.parametrize('kind', MODELS)
 def test_killed_and_started_again_gives_the_same_bits(toy, monkeypatch, capsys, kind, how, every):
     """Saved on the way out; after every step; or at the end of the last epoch alone."""
@@ -1372,7 +1376,7 @@ def test_embeddings_of_something_else_are_refused(toy, change, word, capsys):
 
 def test_embeddings_that_are_not_there_are_refused(toy, capsys):
     line, = refused(capsys, '--variants', 'random', 'pt-freeze')
-    assert 'pt.pt: no such file' in line and not load_rows('toy')
+    assert 'pt.pt: No such file' in line and not load_rows('toy')
 
 
 def test_training_parts_hold_neither_validation_nor_test_items(toy, monkeypatch):
