@@ -174,7 +174,10 @@ def save_pt(path, kind, **content):
 
 
 def load_pt(path, kind):
-    """Read what save_pt wrote, to the CPU. UserError: cut short, not ours, or of another kind."""
+    """Read what save_pt wrote, to the CPU. UserError: missing, cut short, not ours, or of another
+    kind."""
+    if not Path(path).exists():
+        raise UserError(f'{path}: no such file; README.md says what makes it')
     # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
     with open(path, 'rb') as f, suppress(Exception):
         content = torch.load(f, map_location='cpu', weights_only=True)

@@ -645,13 +645,8 @@ WRONG = [
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
-<<<<<<< HEAD
     (['evaluate.py', 'attention', 'mine'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from embeddings called pt-share'),
-=======
-    (['evaluate.py', 'attention', 'mine'], 'No such file'),
-    (['evaluate.py', 'curve', 'mine'], 'no runs from a share'),
->>>>>>> 767930ab2b41479b146c065999b1427d974c83eb
 ]
 
 
