@@ -19,10 +19,10 @@ import numpy as np
 from common.arrays import cut, offsets_of
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
-from common.formats import canonical_from_amazon, convert, named_columns
+from common.formats import AMAZON, canonical_from_amazon, convert, named_columns
 from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
-from common.sources import AMAZON, canonical_file, read_interactions, read_items
+from common.sources import read_interactions, read_items
 
 # name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
@@ -47,16 +47,14 @@ def as_lines(texts):
 
 
 def stored(folder, name):
-    """Yield the values of a member that as_lines() made; a list of pairs as one of tuples."""
-    for line in io.BytesIO(prepared(folder, name)[name]):
-        value = json.loads(line)
-        yield list(map(tuple, value)) if isinstance(value, list) else value
+    """The values of a member that as_lines() made, one by one."""
+    return map(json.loads, io.BytesIO(prepared(folder, name)[name]))
 
 
 def member(name):
     """A property of a Dataset: the values of a member, read when they are first asked for."""
     def read(data):
-        return list(stored(data.folder, name))
+        return list(data.each(name))
     return cached_property(read)
 
 
@@ -76,7 +74,7 @@ class Dataset:
     folder: Path
     identity: dict = None  # what it was prepared from, see identity_of
 
-    # of item i at i - 1: list of (name, value) in reading order
+    # of item i at i - 1: list of [name, value] in reading order
     attributes = member('attributes')
     # Items that have a text but are in nobody's sequence: sorted text ids, and their attributes in
     # that order. They are none of the items 1..n, and the fingerprint knows nothing of them.
@@ -89,9 +87,9 @@ class Dataset:
         self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
         self.lengths = np.diff(self.offsets)
 
-    def each_attributes(self):
-        """Yield what `attributes` lists, and keep none of it."""
-        return stored(self.folder, 'attributes')
+    def each(self, name):
+        """What one of these four lists, one by one, and none of it is kept."""
+        return stored(self.folder, name)
 
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
@@ -119,6 +117,15 @@ def folder_of(name):
     if not re.fullmatch(r'[A-Za-z0-9_-]+', name):
         raise UserError(f'dataset name {name!r}: letters, digits, - and _ only')
     return data_root() / name
+
+
+def canonical_file(folder, stem):
+    """The file `stem` or `stem`.gz; UserError where neither or both are there."""
+    found = [*folder.glob(stem), *folder.glob(f'{stem}.gz')]
+    if len(found) != 1:
+        raise UserError(f'{folder}: one of {stem} and {stem}.gz must be there, not {len(found)}; '
+                        'data/README.md says what it holds')
+    return found[0]
 
 
 # ------------------------------------------------------------------------ filters, split, negatives
@@ -179,7 +186,7 @@ def build(folder, filters, identity):
     """{name: array}, what prepared.npz holds of the canonical files in `folder`."""
     texts = read_items(canonical_file(folder, 'items.jsonl'))
     path = canonical_file(folder, 'interactions.csv')
-    columns, user_ids, item_ids, unknown = read_interactions(path, texts)
+    columns, user_ids, unknown = read_interactions(path, texts)
     repeated = repeats(columns)
     columns = [np.delete(column, repeated) for column in columns]
     user, item, time = filtered(*columns, *filters)
@@ -192,7 +199,7 @@ def build(folder, filters, identity):
         raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) and '
                         'two last items that occur in training parts; there is nothing to evaluate')
     user_names = [user_ids[u] for u in users]
-    catalogue = list(compress(item_ids, kept))
+    catalogue = list(compress(texts, kept))
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
     # a user's first item has no neighbour before it
@@ -221,13 +228,12 @@ def build(folder, filters, identity):
 # ------------------------------------------------------------------------ prepared.npz
 
 def filters_of(folder, given):
-    """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's. All
-    None: those of last time."""
-    if set(given) == {None}:
-        with suppress(UserError):
-            return head_of(folder)['identity']['filters']
-    pairs = zip(given, FILTERS.get(folder.name, DEFAULT))
-    return [default if value is None else value for value, default in pairs]
+    """[fewest interactions of a user, of an item, users sampled]: as given; for each None that of
+    last time, else the dataset's."""
+    known = FILTERS.get(folder.name, DEFAULT)
+    with suppress(UserError):
+        known = head_of(folder)['identity']['filters']
+    return [old if new is None else new for new, old in zip(given, known)]
 
 
 def identity_of(folder, filters, known):
@@ -282,14 +288,9 @@ def load(name, filters=None):
 
 # ------------------------------------------------------------------------ report
 
-def published_counts(name):
-    """What the paper's table 2 and its code say of a dataset: {count: value}, {} where nothing."""
-    return paper()['table2'].get(name, {})
-
-
 def report(data):
-    """Counts beside the published ones, and what will not work well."""
-    c, known = data.counts, published_counts(data.name)
+    """Counts beside those of the paper's table 2 and code, and what will not work well."""
+    c, known = data.counts, paper()['table2'].get(data.name, {})
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
         found, note = round(c[key], 1), ''
         if key in known:

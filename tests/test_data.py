@@ -11,8 +11,8 @@ import pytest
 
 from common import data, files
 from common.arrays import newest, offsets_of, ragged, row_numbers, take
-from common.files import UserError, lock
-from common.sources import AMAZON
+from common.files import UserError, lock, paper
+from common.formats import AMAZON
 from tests.toy import amazon, canonical
 
 
@@ -93,7 +93,7 @@ def test_ten_users_by_hand(root):
     again = data.load('toy')
     assert again.fingerprint == d.fingerprint
     assert (again.negatives == d.negatives).all() and again.attributes == d.attributes
-    assert d.attributes[0] == [('title', 'item a')] and d.title(2) == 'item b'
+    assert d.attributes[0] == [['title', 'item a']] and d.title(2) == 'item b'
 
 
 def test_training_part_and_chosen_users(root):
@@ -180,9 +180,9 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     rows = [*ten_rows(), ('v', 'z', 0), ('v', 'a', 1)]
     folder = write(root, rows, items='zabcdefgih')
     d = data.prepare('toy', (4, 4, 0))
-    assert d.item_ids == list('abcd') and d.attributes[0] == [('title', 'item a')]
+    assert d.item_ids == list('abcd') and d.attributes[0] == [['title', 'item a']]
     assert d.cold_ids == list('efghiz')
-    assert d.cold_attributes == [[('title', f'item {i}')] for i in 'efghiz']
+    assert d.cold_attributes == [[['title', f'item {i}']] for i in 'efghiz']
     assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
     data.report(d)
     assert 'items nobody has (they can be recommended, see evaluate.py recommend --cold): 6\n' \
@@ -195,7 +195,7 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     text = (folder / 'items.jsonl').read_text().replace('item e', 'item E')
     (folder / 'items.jsonl').write_text(text)
     d = data.prepare('toy', (4, 4, 0))
-    assert d.fingerprint == first and d.cold_attributes[0] == [('title', 'item E')]
+    assert d.fingerprint == first and d.cold_attributes[0] == [['title', 'item E']]
     d = data.prepare('toy', (3, 1, 0))
     assert d.cold_ids == d.cold_attributes == [] and d.dropped_users == ['v']
     data.report(d)
@@ -218,7 +218,7 @@ def test_odd_ids_of_cold_items_and_dropped_users(root):
         f.write(r'{"id": "x\ny", "title": "\u2028"}' + '\n' + r'{"id": "\ud800", "a": "\n"}' + '\n')
     d = data.prepare('toy', data.DEFAULT)
     assert d.cold_ids == ['?', *'hijkl', 'x\ny'] and d.dropped_users == ['u7', 'a\nb', 'c\0']
-    assert d.cold_attributes[0] == [('a', '\n')] and d.cold_attributes[-1] == [('title', '\u2028')]
+    assert d.cold_attributes[0] == [['a', '\n']] and d.cold_attributes[-1] == [['title', '\u2028']]
 
 
 def test_opening_reads_neither_texts_nor_cold_items(root, monkeypatch):
@@ -252,9 +252,9 @@ def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     (folder / 'items.jsonl').write_text('\n'.join(map(json.dumps, odd)))
     d = data.prepare('toy', data.DEFAULT)
     assert letters(d, d.items[:4]) == 'abcd' and d.n_users == 9
-    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ('brand', '')
-    assert d.attributes[2] == [('category', 'p q'), ('price', '3')]
-    assert d.attributes[3] == [('na?me', 'half a ? pair')]
+    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ['brand', '']
+    assert d.attributes[2] == [['category', 'p q'], ['price', '3']]
+    assert d.attributes[3] == [['na?me', 'half a ? pair']]
     assert d.title(5) == 'e', 'no text: its id'
 
 
@@ -266,9 +266,9 @@ def test_missing_values_are_no_words(root):
     lines += [json.dumps({'id': i}) for i in 'cdefg']
     (folder / 'items.jsonl').write_text('\n'.join(lines))
     d = data.prepare('toy', data.DEFAULT)
-    assert d.attributes[0] == [('title', ''), ('brand', 'acme'), ('price', '0'), ('size', '2.5')]
+    assert d.attributes[0] == [['title', ''], ['brand', 'acme'], ['price', '0'], ['size', '2.5']]
     title, tags, sold = d.attributes[1]
-    assert title == ('title', '') and tags[1].split() == ['x', 'y'] and sold == ('sold', 'False')
+    assert title == ['title', ''] and tags[1].split() == ['x', 'y'] and sold == ['sold', 'False']
     assert d.title(1) == 'acme'
 
 
@@ -417,48 +417,53 @@ def test_other_filters_make_it_again(root):
 
 HEADER = 'user,item,timestamp\n'
 BAD_INTERACTIONS = {
-    '': 'it is nothing',
-    'u,a,1\n': 'line 1 must be user,item,timestamp',
-    'user;item;timestamp\n': 'line 1 must be',
+    '': 'has no column .user, .*but nothing',
+    'u,a,1\n': 'has no column .user, .*but u, a, 1',
+    'user,item\n': 'has no column .timestamp, .*but user, item',
+    'user;item;timestamp\n': 'no interaction',
     HEADER: 'no interaction',
-    HEADER + 'u,a\n': 'line 2 has 2 columns',
-    HEADER + 'u,a,1,9\n': 'line 2 has 4 columns',
+    HEADER + 'u,a\n': r"line 2 is no record with a user, .*: \['u', 'a'\]",
+    HEADER + 'u,a,1,9\n': r"line 2 is no record .*: \['u', 'a', '1', '9'\]",
     HEADER + 'u,"a,1\n': 'line 2 is not CSV',
     HEADER + 'u,"a"b,1\n': 'line 2 is not CSV',
-    HEADER + '"u\nv",a,1\nu,a\n': 'line 4 has 2 columns',
-    HEADER + 'u,a,1\nu,b,soon\n': "line 3: timestamp 'soon'",
-    HEADER + 'u,a,nan\n': 'timestamp',
-    HEADER + 'u,a,inf\n': 'timestamp',
-    HEADER + 'u,a,2023-13-01\n': 'timestamp',
-    HEADER + 'u,a,\n': 'timestamp',
-    HEADER + 'u,a,' + '9' * 30 + '\n': 'timestamp',
-    HEADER + 'u,a,' + '9' * 5000 + '\n': 'timestamp',
+    HEADER + '"u\nv",a,1\nu,a\n': r"line 4 is no record .*: \['u', 'a'\]",
+    HEADER + 'u,a,1\nu,b,soon\n': "line 3 is no record with .* a time .a number or ISO 8601.: .*'soon'",
+    HEADER + 'u,a,nan\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,inf\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,2023-13-01\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,' + '9' * 30 + '\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,' + '9' * 5000 + '\n': 'line 2 is no record with .* a time',
     HEADER + 'u,' + 'a' * 140_000 + ',1\n': 'line 2 is not CSV',
-    HEADER + ',a,1\n': 'empty user or item',
-    HEADER + 'u,,1\n': 'empty user or item',
-    HEADER + 'u,"",1\n': 'empty user or item',
+    HEADER + ',a,1\n': 'line 2 is no record with a user, an item',
+    HEADER + 'u,,1\n': 'line 2 is no record with a user, an item',
+    HEADER + 'u,"",1\n': 'line 2 is no record with a user, an item',
     HEADER + 'u,zzz,1\n': 'unknown items',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
 }
-OBJECT = 'is no row or JSON object with an "id"'
+OBJECT = 'is no record with the column id: '
+NO_OBJECT = 'has no column .id., but nothing'
 BAD_ITEMS = {
-    '': 'holds no items',
-    '\n\n': 'holds no items',
-    'id,title\n': 'line 1 is no row or JSON object',
-    '{"id": "a"\n': 'line 1 is no row or JSON object',
-    '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2 is no row or JSON object',
-    '[]\n': f'line 1 {OBJECT}',
-    '7\n': f'line 1 {OBJECT}',
-    '{"title": "x"}\n': f'line 1 {OBJECT}',
+    '': NO_OBJECT,
+    '\n\n': NO_OBJECT,
+    'id,title\n': NO_OBJECT,
+    '{"id": "a"\n': NO_OBJECT,
+    '{"id": "a"}\n{"id": "b", "title": "cut': f'line 2 {OBJECT}',
+    '[]\n': NO_OBJECT,
+    '7\n': NO_OBJECT,
+    '[]\n{"id": "a"}\n': f'line 1 {OBJECT}',
+    '{"id": "a"}\n7\n': f'line 2 {OBJECT}',
+    '{"title": "x"}\n': 'has no column .id., but title',
+    '{"id": "a"}\n{"title": "x"}\n': f'line 2 {OBJECT}',
     '{"id": ""}\n': f'line 1 {OBJECT}',
     '{"id": " "}\n': f'line 1 {OBJECT}',
     '{"id": null}\n': f'line 1 {OBJECT}',
     '{"id": ["a"]}\n': f'line 1 {OBJECT}',
-    '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
-    '{"id": 1}\n{"id": "1"}\n': 'line 2 repeats the id 1',
+    '{"id": "a"}\n{"id": "a"}\n': 'two lines have the id a',
+    '{"id": 1}\n{"id": "1"}\n': 'two lines have the id 1',
     '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is no',
-    '{"id": "a", "title": ' + '9' * 5000 + '}\n': 'line 1 is no row or JSON object',
+    '{"id": "a", "title": ' + '9' * 5000 + '}\n': NO_OBJECT,
 }
 
 
@@ -485,9 +490,10 @@ def test_bad_items(root, text):
 def damaged_versions(text):
     """Bytes of a broken .gz of this text, and what is said of it."""
     whole = gzip.compress(text)
-    return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'line 1 must be'),
+    return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'has no column'),
             (whole[:30] + b'xx' + whole[32:], 'damaged'),
-            (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'), 'line 7 is not UTF-8')]
+            (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'),
+             r"b'.xff.xfe,a,1.n' is not UTF-8")]
 
 
 def test_damaged_files(root):
@@ -499,11 +505,11 @@ def test_damaged_files(root):
         with pytest.raises(UserError, match=f'interactions.csv.gz: .*{word}'):
             data.prepare('toy', data.DEFAULT)
     (folder / 'interactions.csv').write_text(HEADER)
-    with pytest.raises(UserError, match='has both'):
+    with pytest.raises(UserError, match='one of interactions.csv and interactions.csv.gz must be there, not 2'):
         data.prepare('toy', data.DEFAULT)
     for name in ('interactions.csv', 'interactions.csv.gz'):
         (folder / name).unlink()
-    with pytest.raises(UserError, match='interactions.csv: no such file.*data/README.md'):
+    with pytest.raises(UserError, match='one of interactions.csv and .* must be there, not 0.*data/README.md'):
         data.prepare('toy', data.DEFAULT)
 
 
@@ -601,7 +607,7 @@ def test_items_without_any_text_are_warned_of(root, capsys):
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])
 def test_published_counts_of_every_dataset(name):
-    known = data.published_counts(name)
+    known = paper()['table2'].get(name, {})
     assert bool(known) == (name not in ('toy', 'industrial', 'office'))
     assert known.keys() <= {'users', 'items', 'interactions', 'avg_len', 'evaluated'}
     assert ('evaluated' in known) == (name in ('pantry', 'instruments', 'arts', 'movies', 'sports'))
