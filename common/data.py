@@ -123,8 +123,8 @@ def canonical_file(folder, stem):
     """The file `stem` or `stem`.gz; UserError where neither or both are there."""
     found = [*folder.glob(stem), *folder.glob(f'{stem}.gz')]
     if len(found) != 1:
-        raise UserError(f'{folder}: one of {stem} and {stem}.gz must be there, not {len(found)}; '
-                        'data/README.md says what it holds')
+        raise UserError(f'{folder}: must hold one of {stem} and {stem}.gz (data/README.md), not '
+                        f'{len(found)}; known datasets: drugstore, grocery, {", ".join(AMAZON)}')
     return found[0]
 
 
@@ -137,15 +137,15 @@ def repeats(columns):
     return order[1:][np.all(same, 0)]
 
 
-def core(user, item, min_user, min_item):
-    """Rows left when users with fewer than min_user, items with fewer than min_item rows are
-    dropped until none is."""
-    rows = np.arange(len(user))
+def core(columns, min_user, min_item):
+    """The columns user, item, time without the rows of users who have fewer than min_user and of
+    items that have fewer than min_item, until there are none."""
     while True:
+        user, item, _ = columns
         keep = (np.bincount(user) >= min_user)[user] & (np.bincount(item) >= min_item)[item]
         if keep.all():
-            return rows
-        rows, user, item = rows[keep], user[keep], item[keep]
+            return columns
+        columns = [column[keep] for column in columns]
 
 
 def draw_evaluation_negatives(items, offsets, users, n):
@@ -170,16 +170,16 @@ def evaluated_users(items, offsets):
     return np.flatnonzero(np.isin(items[last_two], trained).all(0)).astype(np.int32)
 
 
-def filtered(user, item, time, min_user, min_item, sample):
+def filtered(columns, min_user, min_item, sample):
     """The three columns without the users and items that go, by user, time and place in the
     file."""
-    rows = core(user, item, max(3, min_user), min_item)
-    alive = np.unique(user[rows])
+    user, _, time = columns = core(columns, max(3, min_user), min_item)
+    order = np.lexsort((time, user))
+    alive = np.unique(user)
     if 0 < sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
-        rows = rows[np.isin(user[rows], alive)]
-    rows = rows[np.lexsort((time[rows], user[rows]))]
-    return user[rows], item[rows], time[rows]
+        order = order[np.isin(user[order], alive)]
+    return [column[order] for column in columns]
 
 
 def build(folder, filters, identity):
@@ -189,7 +189,7 @@ def build(folder, filters, identity):
     columns, user_ids, unknown = read_interactions(path, texts)
     repeated = repeats(columns)
     columns = [np.delete(column, repeated) for column in columns]
-    user, item, time = filtered(*columns, *filters)
+    user, item, time = filtered(columns, *filters)
     users, lengths = np.unique(user, return_counts=True)
     offsets = offsets_of(lengths)
     kept = np.bincount(item) > 0
@@ -252,14 +252,10 @@ def prepare(name, given):
     filters = filters_of(folder, given)
     if name in AMAZON:
         canonical_from_amazon(folder, filters[:2])
-    elif not folder.is_dir():
-        raise UserError(f'unknown dataset {name}: known are drugstore, grocery, '
-                        f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
-                        f'into {folder}')
     with suppress(UserError):  # it is made now
         return load(name, filters)
+    identity = identity_of(folder, filters, {})
     with lock(folder):
-        identity = identity_of(folder, filters, {})
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 

