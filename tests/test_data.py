@@ -423,8 +423,8 @@ BAD_INTERACTIONS = {
     '': 'has no column .user, .*but nothing',
     'u,a,1\n': 'has no column .user, .*but u, a, 1',
     'user,item\n': 'has no column .timestamp, .*but user, item',
-    'user;item;timestamp\n': 'no interaction',
-    HEADER: 'no interaction',
+    'user;item;timestamp\n': 'no user has 4',
+    HEADER: r'no user has 4 .*unknown items: 0\).*nothing to evaluate',
     HEADER + 'u,a\n': r"line 2 is no record with a user, .*: \['u', 'a'\]",
     HEADER + 'u,a,1,9\n': r"line 2 is no record .*: \['u', 'a', '1', '9'\]",
     HEADER + 'u,"a,1\n': 'line 2 is not CSV',
@@ -441,7 +441,7 @@ BAD_INTERACTIONS = {
     HEADER + ',a,1\n': 'line 2 is no record with a user, an item',
     HEADER + 'u,,1\n': 'line 2 is no record with a user, an item',
     HEADER + 'u,"",1\n': 'line 2 is no record with a user, an item',
-    HEADER + 'u,zzz,1\n': 'unknown items',
+    HEADER + 'u,zzz,1\n': 'unknown items: 1',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
 }
@@ -588,13 +588,12 @@ def test_report_counts_and_warns(root, capsys):
     assert 'warning: users with fewer than 100 negatives, as the catalogue is small: ' \
            f'{len(d.evaluated)}\n' in out
     assert 'nobody has' not in out
-    assert 'items whose text another item has too: 5' in out
-    assert 'warning: all items have the same text' in out
+    assert 'warning: items whose text, or lack of one, another item has too: 5\n' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'
     data.report(d)
     out = capsys.readouterr().out
-    assert 'paper 21,300   warning: differs\n' in out and out.count('warning: differs') == 5
+    assert 'paper 21,300\n' in out and out.count('   paper ') == 5
     d.counts['users'] = 22601
     data.report(d)
     assert 'users              22,601   paper 22,601\n' in capsys.readouterr().out
@@ -606,7 +605,7 @@ def test_items_without_any_text_are_warned_of(root, capsys):
     lines = [json.dumps({'id': i} | json.loads(empty[k % 4])) for k, i in enumerate('abcdefg')]
     (folder / 'items.jsonl').write_text('\n'.join(lines))
     data.report(data.prepare('toy', data.DEFAULT))
-    assert 'warning: all items have the same text, or none' in capsys.readouterr().out
+    assert 'warning: items whose text, or lack of one, another item has too: 6\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])
