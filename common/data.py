@@ -314,9 +314,8 @@ def main(args):
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    filters = data.identity['filters']
-    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; at least {filters[0]} '
-          f'interactions of a user, {filters[1]} of an item; users sampled: {filters[2] or "all"}')
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user, '
+          f'of an item, users sampled (0 = all): {data.identity["filters"]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -135,7 +135,7 @@ def write(rows_file, texts_file, pair, named, filters):
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
-def canonical_from(folder, pair, named, filters, expected):
+def canonical_from(folder, pair, named, filters, expected=None):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
     these two files, options and code. `expected`: the sha256 that the first must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
@@ -148,7 +148,8 @@ def canonical_from(folder, pair, named, filters, expected):
     now = {'files': stamps, 'columns': named, 'filters': filters,
            'code': list(map(code_digest, CODE))}
     if now == then and all(path.exists() for path in made):
-        print(f'{folder}: the canonical files are up to date')
+        if not filters:
+            print(f'{folder}: the canonical files are up to date')
         return
     with (whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
@@ -182,7 +183,7 @@ def convert(folder, path, texts, named):
                         'make and never overwrites: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
-    canonical_from(folder, pair, named, [], None)
+    canonical_from(folder, pair, named, [])
 
 
 def named_columns(text):

@@ -134,8 +134,8 @@ def interactions(path, named, most=MOST_MALFORMED):
     """(user, item, time as it stands, the same in microseconds) of each row of a file of
     interactions."""
     places, rows = table(path, most)
-    roles, width = ('user', 'item', 'time'), len(places)
-    u, i, t = [places[column(path, places, role, named)] for role in roles]
+    u, i, t = [places[column(path, places, role, named)] for role in ('user', 'item', 'time')]
+    width = len(places)
 
     def parse(row):
         user, item, stamp = row[u], row[i], row[t]
