@@ -314,8 +314,8 @@ def main(args):
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a user, '
-          f'of an item, users sampled (0 = all): {data.identity["filters"]}')
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -108,7 +108,8 @@ def column(path, names, role, named):
         if name in there:
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
-                    f'{", ".join(names)[:100] or "nothing that can be read"}; --from takes --columns {role}=NAME')
+                    f'{", ".join(names)[:100] or "nothing that can be read"}; --from takes '
+                    f'--columns {role}=NAME')
 
 
 def readable(path, rows, parse, what, most):
