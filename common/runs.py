@@ -23,7 +23,7 @@ from common.files import (ROOT, UserError, digest, load_json, load_npz, runs_roo
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
 NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'common/options.py',
-              'common/plm.py', 'common/progress.py', 'common/runs.py', 'common/sources.py'}
+              'common/progress.py', 'common/runs.py', 'common/sources.py'}
 
 
 # ------------------------------------------------------------------------ code

@@ -14,7 +14,6 @@ import numpy as np
 
 from common.arrays import offsets_of, ragged, row_numbers
 from common.files import UserError, digest, load_npz, save_npz
-from common.plm import from_pretrained
 from common.runs import code_digest
 
 NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), unused when packed
@@ -79,55 +78,29 @@ class Words:
         self.backend.no_padding()
 
 
-def load_words(path, config=None):
-    """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
-    where it does not fit the model's Config."""
-    from transformers import AutoTokenizer
-    tokenizer = from_pretrained(AutoTokenizer, path)
-    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
-    if cls is None:
-        cls = tokenizer.bos_token_id
-    if not tokenizer.is_fast or tokenizer.mask_token_id is None or cls is None:
-        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
-                        'cls or bos token (BERT, RoBERTa, Longformer)')
-    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
-    largest = max(words.backend.get_vocab().values())  # added tokens too
-    if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
-        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
-                        f'its model has {config.vocab_size} words and counts positions from '
-                        f'{config.position_offset}, by config.json: they do not fit each other')
-    return words
-
-
 def tokenize(attributes, words):
     """Tokens of every item's attributes: the name's, then the value's, cut to 32 together; at most
-    three attributes.
+    three attributes. Equal texts are tokenized once.
 
     attributes: in the order of the items, of each a list of (name, value) -> ItemTokens.
     """
     ids, types, starts, offsets = array('i'), array('b'), array('b'), array('q', [0, 0])
-    for pairs in encoded(attributes, words):
-        for name, value in pairs:
-            kinds = [NAME] * len(name) + [VALUE] * len(value)
-            begins = word_starts(name.word_ids) + word_starts(value.word_ids)
-            ids.extend((name.ids + value.ids)[:MOST_TOKENS])
-            types.extend(kinds[:MOST_TOKENS])
-            starts.extend(begins[:MOST_TOKENS])
-        offsets.append(len(ids))
-    # the arrays' own memory, not copies of it
-    return ItemTokens(np.asarray(ids), np.asarray(types), np.asarray(starts).view(bool),
-                      np.asarray(offsets))
-
-
-def encoded(attributes, words):
-    """Each item's attributes, (name, value) as tokenizers.Encoding without special tokens; equal
-    texts are tokenized once."""
     items = iter(attributes)
     while some := list(islice(items, AT_ONCE)):
         texts = list({text for pairs in some for pair in pairs for text in pair})
         known = dict(zip(texts, words.backend.encode_batch(texts, add_special_tokens=False)))
         for pairs in some:
-            yield [(known[name], known[value]) for name, value in pairs[:MOST_ATTRIBUTES]]
+            for pair in pairs[:MOST_ATTRIBUTES]:
+                name, value = map(known.get, pair)
+                kinds = [NAME] * len(name) + [VALUE] * len(value)
+                begins = word_starts(name.word_ids) + word_starts(value.word_ids)
+                ids.extend((name.ids + value.ids)[:MOST_TOKENS])
+                types.extend(kinds[:MOST_TOKENS])
+                starts.extend(begins[:MOST_TOKENS])
+            offsets.append(len(ids))
+    # the arrays' own memory, not copies of it
+    return ItemTokens(np.asarray(ids), np.asarray(types), np.asarray(starts).view(bool),
+                      np.asarray(offsets))
 
 
 def word_starts(word_ids):
@@ -145,7 +118,7 @@ def item_tokens(data, words):
         *arrays, known = load_npz(path, [*ItemTokens._fields, 'made_from'], '').values()
         if known == made_from:
             return ItemTokens(*arrays)
-    tokens = tokenize(data.each_attributes(), words)
+    tokens = tokenize(data.each('attributes'), words)
     with suppress(OSError):
         save_npz(path, tokens._asdict() | {'made_from': made_from})
     return tokens
@@ -153,9 +126,9 @@ def item_tokens(data, words):
 
 def joined(parts):
     """ItemTokens of several datasets as one, their items numbered on from one to the next."""
-    ids, types, starts, offsets = zip(*parts)
+    *arrays, offsets = zip(*parts)
     lengths = [np.diff(each)[1:] for each in offsets]  # without item 0
-    return ItemTokens(*map(np.concatenate, (ids, types, starts)),
+    return ItemTokens(*map(np.concatenate, arrays),
                       np.append(0, offsets_of(np.concatenate(lengths))))
 
 

@@ -16,10 +16,11 @@ from transformers import (AutoModelForMaskedLM, BertConfig, CamembertConfig, Cam
 
 import evaluate
 import export_embeddings
-from common.backbone import (from_backbone, load_recformer, save_recformer, start_model, untouched, weights_digest)
+from common.backbone import (from_backbone, load_recformer, load_words, save_recformer, start_model, untouched,
+                             weights_digest)
 from common.data import prepare
 from common.files import UserError
-from common.text import load_words, mask_words, pack, tokenize
+from common.text import mask_words, pack, tokenize
 from tests.test_recformer import all_of, packed, published, square
 from tests.toy import WORDS, canonical, tiny_bert, tiny_longformer
 
@@ -357,7 +358,7 @@ def test_attention_of_a_model_whose_origin_moved(world, monkeypatch):
     (world / 'plm').rename(world / 'moved')
     monkeypatch.setattr(evaluate, 'draw_attention', lambda *_: None)
     line = ['attention', 'one', '--users', '2']
-    with pytest.raises(UserError, match=f'--plm {world / "plm"}: no such folder'):
+    with pytest.raises(UserError, match=f'--plm {world / "plm"}: no language model could be loaded'):
         evaluate.main(evaluate.parse_args(line))
     model_of('bert', num_hidden_layers=3, vocab_size=200).save_pretrained(world / 'other')
     shutil.copy(world / 'moved' / 'tokenizer.json', world / 'other')

@@ -608,7 +608,7 @@ SASREC = ['train_seq.py', 'mine', '--model', 'sasrec']
 FT1 = ['finetune.py', 'mine', '--stage', '1']
 PT = ['pretrain.py', 'mine', '--plm', 'PLM', '--out', 'X']
 WRONG = [
-    (['run_all.sh', 'nosuch'], 'unknown dataset nosuch'),
+    (['run_all.sh', 'nosuch'], '/nosuch: must hold one of'),
     (['run_all.sh', '../x'], 'letters, digits'),
     (['run_all.sh', '--seeds', '0,1'], 'take numbers'),
     (['run_all.sh', '--pretrained', '/nosuch/x'], '--pretrained /nosuch/x: no such'),
@@ -617,7 +617,7 @@ WRONG = [
     (['run_all.sh', 'grocery', '--plm'], '--plm needs a value'),
     (['run_all.sh', 'grocery', 'pantry'], 'one dataset at a time: grocery, pantry'),
     (['run_all.sh', 'mine', '--figure2'], '--figure2 needs a --source'),
-    (['-m', 'common.data', 'nosuch'], 'unknown dataset nosuch'),
+    (['-m', 'common.data', 'nosuch'], '/nosuch: must hold one of'),
     ([*SASREC, '--lrs', '-1'], '--lrs'), ([*SASREC, '--epochs', '0'], '--epochs'),
     ([*SASREC, '--lrs', 'nan'], '--lrs'),
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--max-items', '1'], '--max-items'),
@@ -630,7 +630,7 @@ WRONG = [
     (['finetune.py', 'mine', '--stage', '2'], 'ft1-seed0'), (FT1, '--checkpoint'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], 'layers 0 to 1'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', 'top'], '--tune-layers top'),
-    ([*FT1, '--plm', '/nosuch/model'], 'no such folder'),
+    ([*FT1, '--plm', '/nosuch/model'], '--plm /nosuch/model: no language model'),
     ([*FT1, '--plm', 'PLM', '--layers', '5'], '--layers 5'),
     ([*FT1, '--plm', 'PLM', '--trainable-items'], '--stage 2'),
     ([*FT1, '--plm', 'PLM', '--out', 'X', '--seeds', '0', '1'], '--out'),
@@ -638,7 +638,7 @@ WRONG = [
     ([*PT, '--batch', '1'], '--batch'), ([*PT, '--share', '0'], '--share'),
     ([*PT, '--lr', 'inf'], '--lr'), ([*PT, '--again', '--keep'], '--keep'),
     (['pretrain.py', 'nosuch', '--plm', 'PLM', '--out', 'X'], 'run python -m common.data nosuch'),
-    (['pretrain.py', 'mine', '--plm', '/nosuch/model', '--out', 'X'], 'no such folder'),
+    (['pretrain.py', 'mine', '--plm', '/nosuch/model', '--out', 'X'], '--plm /nosuch/model: no language model'),
     (['export_embeddings.py', 'mine', '--out', 'X'], '--checkpoint'),
     (['export_embeddings.py', 'mine', '--out', 'X', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
     (['evaluate.py', 'table', 'mine'], 'no results yet'),

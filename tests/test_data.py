@@ -11,8 +11,8 @@ import pytest
 
 from common import data, files
 from common.arrays import newest, offsets_of, ragged, row_numbers, take
-from common.files import UserError, lock
-from common.sources import AMAZON
+from common.files import UserError, lock, paper
+from common.formats import AMAZON
 from tests.toy import amazon, canonical
 
 
@@ -93,7 +93,7 @@ def test_ten_users_by_hand(root):
     again = data.load('toy')
     assert again.fingerprint == d.fingerprint
     assert (again.negatives == d.negatives).all() and again.attributes == d.attributes
-    assert d.attributes[0] == [('title', 'item a')] and d.title(2) == 'item b'
+    assert d.attributes[0] == [['title', 'item a']] and d.title(2) == 'item b'
 
 
 def test_training_part_and_chosen_users(root):
@@ -125,8 +125,9 @@ def test_core_is_repeated_until_nothing_changes():
     # at two rows each
     user = np.array([0, 0, 0, 0, 1, 1])
     item = np.array([0, 0, 1, 1, 0, 2])
-    assert data.core(user, item, 2, 2).tolist() == [0, 1, 2, 3]
-    assert data.core(user, item, 5, 2).tolist() == []
+    columns = [user, item, np.arange(6)]
+    assert [c.tolist() for c in data.core(columns, 2, 2)] == [[0] * 4, [0, 0, 1, 1], [0, 1, 2, 3]]
+    assert [c.tolist() for c in data.core(columns, 5, 2)] == [[], [], []]
 
 
 def test_repeats_are_what_unique_rows_leave_out():
@@ -180,9 +181,9 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     rows = [*ten_rows(), ('v', 'z', 0), ('v', 'a', 1)]
     folder = write(root, rows, items='zabcdefgih')
     d = data.prepare('toy', (4, 4, 0))
-    assert d.item_ids == list('abcd') and d.attributes[0] == [('title', 'item a')]
+    assert d.item_ids == list('abcd') and d.attributes[0] == [['title', 'item a']]
     assert d.cold_ids == list('efghiz')
-    assert d.cold_attributes == [[('title', f'item {i}')] for i in 'efghiz']
+    assert d.cold_attributes == [[['title', f'item {i}']] for i in 'efghiz']
     assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
     data.report(d)
     assert 'items nobody has (they can be recommended, see evaluate.py recommend --cold): 6\n' \
@@ -195,7 +196,7 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     text = (folder / 'items.jsonl').read_text().replace('item e', 'item E')
     (folder / 'items.jsonl').write_text(text)
     d = data.prepare('toy', (4, 4, 0))
-    assert d.fingerprint == first and d.cold_attributes[0] == [('title', 'item E')]
+    assert d.fingerprint == first and d.cold_attributes[0] == [['title', 'item E']]
     d = data.prepare('toy', (3, 1, 0))
     assert d.cold_ids == d.cold_attributes == [] and d.dropped_users == ['v']
     data.report(d)
@@ -218,7 +219,7 @@ def test_odd_ids_of_cold_items_and_dropped_users(root):
         f.write(r'{"id": "x\ny", "title": "\u2028"}' + '\n' + r'{"id": "\ud800", "a": "\n"}' + '\n')
     d = data.prepare('toy', data.DEFAULT)
     assert d.cold_ids == ['?', *'hijkl', 'x\ny'] and d.dropped_users == ['u7', 'a\nb', 'c\0']
-    assert d.cold_attributes[0] == [('a', '\n')] and d.cold_attributes[-1] == [('title', '\u2028')]
+    assert d.cold_attributes[0] == [['a', '\n']] and d.cold_attributes[-1] == [['title', '\u2028']]
 
 
 def test_opening_reads_neither_texts_nor_cold_items(root, monkeypatch):
@@ -252,9 +253,9 @@ def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     (folder / 'items.jsonl').write_text('\n'.join(map(json.dumps, odd)))
     d = data.prepare('toy', data.DEFAULT)
     assert letters(d, d.items[:4]) == 'abcd' and d.n_users == 9
-    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ('brand', '')
-    assert d.attributes[2] == [('category', 'p q'), ('price', '3')]
-    assert d.attributes[3] == [('na?me', 'half a ? pair')]
+    assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ['brand', '']
+    assert d.attributes[2] == [['category', 'p q'], ['price', '3']]
+    assert d.attributes[3] == [['na?me', 'half a ? pair']]
     assert d.title(5) == 'e', 'no text: its id'
 
 
@@ -266,9 +267,9 @@ def test_missing_values_are_no_words(root):
     lines += [json.dumps({'id': i}) for i in 'cdefg']
     (folder / 'items.jsonl').write_text('\n'.join(lines))
     d = data.prepare('toy', data.DEFAULT)
-    assert d.attributes[0] == [('title', ''), ('brand', 'acme'), ('price', '0'), ('size', '2.5')]
+    assert d.attributes[0] == [['title', ''], ['brand', 'acme'], ['price', '0'], ['size', '2.5']]
     title, tags, sold = d.attributes[1]
-    assert title == ('title', '') and tags[1].split() == ['x', 'y'] and sold == ('sold', 'False')
+    assert title == ['title', ''] and tags[1].split() == ['x', 'y'] and sold == ['sold', 'False']
     assert d.title(1) == 'acme'
 
 
@@ -359,6 +360,7 @@ def test_what_is_up_to_date_needs_no_lock_writes_nothing_and_is_not_read(root, m
         raise OSError('written or read')
     monkeypatch.setattr(data, 'save_npz', forbidden)
     monkeypatch.setattr(files, 'whole', forbidden)
+    real = files.content_sha256
     monkeypatch.setattr(files, 'content_sha256', forbidden)
     with lock(folder):  # as of another process
         monkeypatch.setattr(data, 'lock', forbidden)
@@ -366,6 +368,7 @@ def test_what_is_up_to_date_needs_no_lock_writes_nothing_and_is_not_read(root, m
             assert data.prepare('toy', given).n_users == 9
         data.main(data.parse_args(['toy']))
         monkeypatch.setattr(data, 'lock', lock)
+        monkeypatch.setattr(files, 'content_sha256', real)
         with pytest.raises(UserError, match='is in use by process'):
             data.prepare('toy', [3, None, None])
 
@@ -417,48 +420,53 @@ def test_other_filters_make_it_again(root):
 
 HEADER = 'user,item,timestamp\n'
 BAD_INTERACTIONS = {
-    '': 'it is nothing',
-    'u,a,1\n': 'line 1 must be user,item,timestamp',
-    'user;item;timestamp\n': 'line 1 must be',
-    HEADER: 'no interaction',
-    HEADER + 'u,a\n': 'line 2 has 2 columns',
-    HEADER + 'u,a,1,9\n': 'line 2 has 4 columns',
+    '': 'has no column .user, .*but nothing',
+    'u,a,1\n': 'has no column .user, .*but u, a, 1',
+    'user,item\n': 'has no column .timestamp, .*but user, item',
+    'user;item;timestamp\n': 'no user has 4',
+    HEADER: r'no user has 4 .*unknown items: 0\).*nothing to evaluate',
+    HEADER + 'u,a\n': r"line 2 is no record with a user, .*: \['u', 'a'\]",
+    HEADER + 'u,a,1,9\n': r"line 2 is no record .*: \['u', 'a', '1', '9'\]",
     HEADER + 'u,"a,1\n': 'line 2 is not CSV',
     HEADER + 'u,"a"b,1\n': 'line 2 is not CSV',
-    HEADER + '"u\nv",a,1\nu,a\n': 'line 4 has 2 columns',
-    HEADER + 'u,a,1\nu,b,soon\n': "line 3: timestamp 'soon'",
-    HEADER + 'u,a,nan\n': 'timestamp',
-    HEADER + 'u,a,inf\n': 'timestamp',
-    HEADER + 'u,a,2023-13-01\n': 'timestamp',
-    HEADER + 'u,a,\n': 'timestamp',
-    HEADER + 'u,a,' + '9' * 30 + '\n': 'timestamp',
-    HEADER + 'u,a,' + '9' * 5000 + '\n': 'timestamp',
+    HEADER + '"u\nv",a,1\nu,a\n': r"line 4 is no record .*: \['u', 'a'\]",
+    HEADER + 'u,a,1\nu,b,soon\n': "line 3 is no record with .* a time .a number or ISO 8601.: .*'soon'",
+    HEADER + 'u,a,nan\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,inf\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,2023-13-01\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,' + '9' * 30 + '\n': 'line 2 is no record with .* a time',
+    HEADER + 'u,a,' + '9' * 5000 + '\n': 'line 2 is no record with .* a time',
     HEADER + 'u,' + 'a' * 140_000 + ',1\n': 'line 2 is not CSV',
-    HEADER + ',a,1\n': 'empty user or item',
-    HEADER + 'u,,1\n': 'empty user or item',
-    HEADER + 'u,"",1\n': 'empty user or item',
-    HEADER + 'u,zzz,1\n': 'unknown items',
+    HEADER + ',a,1\n': 'line 2 is no record with a user, an item',
+    HEADER + 'u,,1\n': 'line 2 is no record with a user, an item',
+    HEADER + 'u,"",1\n': 'line 2 is no record with a user, an item',
+    HEADER + 'u,zzz,1\n': 'unknown items: 1',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
     HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
 }
-OBJECT = 'is no row or JSON object with an "id"'
+OBJECT = 'is no record with the column id: '
+NO_OBJECT = 'has no column .id., but nothing'
 BAD_ITEMS = {
-    '': 'holds no items',
-    '\n\n': 'holds no items',
-    'id,title\n': 'line 1 is no row or JSON object',
-    '{"id": "a"\n': 'line 1 is no row or JSON object',
-    '{"id": "a"}\n{"id": "b", "title": "cut': 'line 2 is no row or JSON object',
-    '[]\n': f'line 1 {OBJECT}',
-    '7\n': f'line 1 {OBJECT}',
-    '{"title": "x"}\n': f'line 1 {OBJECT}',
+    '': NO_OBJECT,
+    '\n\n': NO_OBJECT,
+    'id,title\n': NO_OBJECT,
+    '{"id": "a"\n': NO_OBJECT,
+    '{"id": "a"}\n{"id": "b", "title": "cut': f'line 2 {OBJECT}',
+    '[]\n': NO_OBJECT,
+    '7\n': NO_OBJECT,
+    '[]\n{"id": "a"}\n': f'line 1 {OBJECT}',
+    '{"id": "a"}\n7\n': f'line 2 {OBJECT}',
+    '{"title": "x"}\n': 'has no column .id., but title',
+    '{"id": "a"}\n{"title": "x"}\n': f'line 2 {OBJECT}',
     '{"id": ""}\n': f'line 1 {OBJECT}',
     '{"id": " "}\n': f'line 1 {OBJECT}',
     '{"id": null}\n': f'line 1 {OBJECT}',
     '{"id": ["a"]}\n': f'line 1 {OBJECT}',
-    '{"id": "a"}\n{"id": "a"}\n': 'line 2 repeats the id a',
-    '{"id": 1}\n{"id": "1"}\n': 'line 2 repeats the id 1',
+    '{"id": "a"}\n{"id": "a"}\n': 'two lines have the id a',
+    '{"id": 1}\n{"id": "1"}\n': 'two lines have the id 1',
     '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is no',
-    '{"id": "a", "title": ' + '9' * 5000 + '}\n': 'line 1 is no row or JSON object',
+    '{"id": "a", "title": ' + '9' * 5000 + '}\n': NO_OBJECT,
 }
 
 
@@ -485,9 +493,10 @@ def test_bad_items(root, text):
 def damaged_versions(text):
     """Bytes of a broken .gz of this text, and what is said of it."""
     whole = gzip.compress(text)
-    return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'line 1 must be'),
+    return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'has no column'),
             (whole[:30] + b'xx' + whole[32:], 'damaged'),
-            (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'), 'line 7 is not UTF-8')]
+            (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'),
+             r"b'.xff.xfe,a,1.n' is not UTF-8")]
 
 
 def test_damaged_files(root):
@@ -499,11 +508,11 @@ def test_damaged_files(root):
         with pytest.raises(UserError, match=f'interactions.csv.gz: .*{word}'):
             data.prepare('toy', data.DEFAULT)
     (folder / 'interactions.csv').write_text(HEADER)
-    with pytest.raises(UserError, match='has both'):
+    with pytest.raises(UserError, match='one of interactions.csv and interactions.csv.gz .*, not 2'):
         data.prepare('toy', data.DEFAULT)
     for name in ('interactions.csv', 'interactions.csv.gz'):
         (folder / name).unlink()
-    with pytest.raises(UserError, match='interactions.csv: no such file.*data/README.md'):
+    with pytest.raises(UserError, match='one of interactions.csv and .*data/README.md.*, not 0'):
         data.prepare('toy', data.DEFAULT)
 
 
@@ -527,8 +536,9 @@ def test_names_are_plain_words(root, name):
 
 
 def test_missing_and_damaged_preparation(root):
-    with pytest.raises(UserError, match='unknown dataset nothing'):
+    with pytest.raises(UserError, match='/nothing: must hold one of .* not 0; known datasets: drugstore, grocery, '):
         data.prepare('nothing', data.DEFAULT)
+    assert not (root / 'nothing').exists()
     folder = ten_users(root)
     with pytest.raises(UserError, match='run python -m common.data toy'):
         data.load('toy')
@@ -578,13 +588,12 @@ def test_report_counts_and_warns(root, capsys):
     assert 'warning: users with fewer than 100 negatives, as the catalogue is small: ' \
            f'{len(d.evaluated)}\n' in out
     assert 'nobody has' not in out
-    assert 'items whose text another item has too: 5' in out
-    assert 'warning: all items have the same text' in out
+    assert 'warning: items whose text, or lack of one, another item has too: 5\n' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'
     data.report(d)
     out = capsys.readouterr().out
-    assert 'paper 21,300   warning: differs\n' in out and out.count('warning: differs') == 5
+    assert 'paper 21,300\n' in out and out.count('   paper ') == 5
     d.counts['users'] = 22601
     data.report(d)
     assert 'users              22,601   paper 22,601\n' in capsys.readouterr().out
@@ -596,12 +605,12 @@ def test_items_without_any_text_are_warned_of(root, capsys):
     lines = [json.dumps({'id': i} | json.loads(empty[k % 4])) for k, i in enumerate('abcdefg')]
     (folder / 'items.jsonl').write_text('\n'.join(lines))
     data.report(data.prepare('toy', data.DEFAULT))
-    assert 'warning: all items have the same text, or none' in capsys.readouterr().out
+    assert 'warning: items whose text, or lack of one, another item has too: 6\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])
 def test_published_counts_of_every_dataset(name):
-    known = data.published_counts(name)
+    known = paper()['table2'].get(name, {})
     assert bool(known) == (name not in ('toy', 'industrial', 'office'))
     assert known.keys() <= {'users', 'items', 'interactions', 'avg_len', 'evaluated'}
     assert ('evaluated' in known) == (name in ('pantry', 'instruments', 'arts', 'movies', 'sports'))

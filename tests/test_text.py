@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer
 
 from common import text
+from common.backbone import load_words
 from common.files import UserError, load_pt, save_pt
-from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, load_words,
-                         mask_words, micro_batches, pack, tokenize)
+from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, mask_words, micro_batches,
+                         pack, tokenize)
 from tests.toy import wordpiece
 
 
@@ -129,10 +130,11 @@ def dataset(folder, items=ITEMS, fingerprint='one'):
     """What item_tokens asks of a Dataset; `read` counts how often its texts were."""
     data = SimpleNamespace(folder=folder, fingerprint=fingerprint, read=0)
 
-    def each_attributes():
+    def each(name):
+        assert name == 'attributes'
         data.read += 1
         yield from items
-    data.each_attributes = each_attributes
+    data.each = each
     return data
 
 
