@@ -136,6 +136,8 @@ def from_backbone(path, layers=None):
     backbone, lacking = read_backbone(path)
     b, encoder = backbone.config, backbone.base_model.encoder
     layers = layers or b.num_hidden_layers
+    if layers > b.num_hidden_layers:
+        raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
     encoder.layer = encoder.layer[:layers]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
@@ -155,7 +157,7 @@ def from_backbone(path, layers=None):
     model = RecFormer(c)
     if re.search('lm_head|cls.predictions.transform', str(lacking)):
         given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
-    load_named(model, given, f'--plm {path} --layers {layers}')
+    load_named(model, given, path)
     return model
 
 

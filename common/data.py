@@ -283,8 +283,11 @@ def report(data):
     """Counts beside those of the paper's table 2 and code, and what will not work well."""
     c, known = data.counts, paper()['table2'].get(data.name, {})
     for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        note = f'   paper {known[key]:,}' if key in known else ''
-        print(f'  {key:13}{round(c[key], 1):>12,}{note}')
+        found, note = round(c[key], 1), ''
+        if key in known:
+            differs = '' if found == known[key] else '   warning: differs'
+            note = f'   paper {known[key]:,}{differs}'
+        print(f'  {key:13}{found:>12,}{note}')
     print(f'  neighbours with one timestamp, in the file\'s order: {c["tied_neighbours"]:.1%}')
     for key, what in NOTES.items():
         if c[key]:

