@@ -15,6 +15,7 @@ Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.n
 Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2.*, steps.*; --out.
 """
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,13 +146,14 @@ def inspect(args, data, folder):
     last = data.items[data.offsets[1:] - 1]
     users = np.flatnonzero(np.isin(last, new))
     negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
+    asked = replace(data, evaluated=users, negatives=negatives)
     for run in args.runs:
         row, _ = read_ranks(data.name, run)
         model, _ = load_seq(folder / run, data)
         began, reached = began_table(folder, row, model, data), ['-', '-']
         if len(users) and began is not None:
             model.item_embedding.weight.data[new] = began[new]
-            found = summarise(model.on(machine).ranks(data, 'test', users, negatives))
+            found = summarise(model.on(machine).ranks(asked, 'test'))
             reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
                        f'{100 * found["full"]["HR@50"]:.2f}']
         body.append([run, f'{row["parameters"]:,}', *reached])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from common.files import UserError, digest, load_pt
 
-SCALES = ('raw', 'rescaled', 'centred', 'whitened', 'permuted')
+SCALES = 'raw', 'centred', 'whitened', 'permuted'
 
 
 class Embeddings(NamedTuple):
@@ -76,15 +76,13 @@ def components(matrix, width, n):
 def initial_table(matrix, scale, norm, seed, n):
     """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
 
-    raw: unchanged (paper). The others are ours; each ends with one factor for all rows, which gives
-    them that norm. permuted: centred, in a random order of the items (a control). More rows (of
-    cold items) get what the n items give: their mean, their axes, their factor.
+    raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for all
+    rows, which gives them that norm. permuted: in a random order of the items (a control). More
+    rows (of cold items) get what the n items give: their mean, their axes, their factor.
     """
     if scale == 'raw':
         return matrix
-    rows = matrix[1:]
-    if scale != 'rescaled':
-        rows = rows - rows[:n].mean(0)
+    rows = matrix[1:] - matrix[1:n + 1].mean(0)
     if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
         u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
         least = s[0] * 1e-4
@@ -105,7 +103,8 @@ def starting_tables(kind, n, embeddings, about):
     train_seq.py). Seeds torch's generator and draws from it.
     """
     torch.manual_seed(about['seed'])
-    table = kind.random_table(n, about['hidden'])
+    table = kind.draw(torch.empty(n + 1, about['hidden']))
+    table[0] = 0
     if embeddings is None:
         return table, None
     given = embeddings.matrix
