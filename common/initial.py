@@ -24,20 +24,20 @@ def read_embeddings(path, data, cold=False):
     content = load_pt(path, 'embeddings')
     matrix = content['matrix'].float()
     head = content['head']
-    if content['items'] != data.item_ids or head['identity']['data'] != data.fingerprint:
-        raise UserError(f'{path}: is of another version of {head["dataset"]}, or of other items; '
-                        f'export it again for {data.name}')
-    if (len(matrix) != data.n_items + 1 or not torch.isfinite(matrix.sum())
-            or matrix[0].any()):
-        raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
-                        f'row 0; export it again for {data.name}')
+    known = digest(matrix)
+    ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
+            and len(matrix) == data.n_items + 1 and torch.isfinite(matrix.sum())
+            and not matrix[0].any())
+    if ours and cold:
+        ours = content.get('cold_items') == data.cold_ids
+    if not ours:
+        raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
+                        "other cold items than today's, or not their rows of finite numbers with a "
+                        f'zero row 0; export it again for {data.name}')
     rows = matrix[1:]
     if (rows - rows.mean(0)).norm() <= 1e-5 * rows.norm():  # nothing but rounding
         raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
-    known = digest(matrix)
     if cold:
-        if content.get('cold_items') != data.cold_ids:
-            raise UserError(f'{path}: has no rows of today\'s cold items; export it again')
         matrix = torch.cat([matrix, content['cold'].float()])
     return Embeddings(matrix, known, head)
 

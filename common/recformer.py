@@ -204,12 +204,10 @@ class RecFormer(Model):
         super().__init__()
         c = self.config = config
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        encoder = nn.ModuleDict({'layer': layers})
         self.longformer = nn.ModuleDict({'embeddings': Embeddings(c),
-                                         'encoder': encoder})
-        dense = nn.Linear(c.hidden, c.hidden)
-        norm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.lm_head = nn.ModuleDict({'dense': dense, 'layer_norm': norm})
+                                         'encoder': nn.ModuleDict({'layer': layers})})
+        self.lm_head = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.hidden),
+                                      'layer_norm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         nn.init.eye_(self.lm_head.dense.weight)  # where the backbone has no head
         nn.init.zeros_(self.lm_head.dense.bias)
@@ -273,7 +271,7 @@ class RecFormer(Model):
 
         def states(part, _):
             return self(part)
-        for group in progress(groups, desc=label, unit='batch', disable=not label):
+        for group in progress(groups, desc=label, disable=not label):
             part = packed.rows(group)
             if len(groups) == 1:
                 x = self(part)

@@ -114,7 +114,7 @@ def test_a_third_of_one_layer_has_no_neighbours():
 
 def test_sasrecs_weights_are_those_of_its_attention():
     torch.manual_seed(0)
-    model = SASRec(ItemTable(SASRec.random_table(20, 16)), 10).eval()
+    model = SASRec(ItemTable(SASRec.draw(torch.empty(21, 16))), 10).eval()
     items = np.array([3, 9, 4, 1], np.int32)
     weights = model.attention_weights(items)
     assert weights.shape == (2, 4) and weights.sum(1) == pytest.approx(1)
