@@ -14,6 +14,7 @@ Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.n
 Writes: runs/<dataset>/results.*, curves.png, figure1.*, figure2-*; --out.
 """
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np

@@ -122,7 +122,7 @@ def tune(args, data, model, tokens, run, seed):
     machine = model.machine
     # the same memory as model.items, which thus is what trains and what the best weights bring back
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
-    tuned = torch.nn.ModuleDict({'model': model, 'item_table': table}).train()
+    tuned = torch.nn.ModuleDict({'model': model, 'item_table': table})
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
@@ -130,6 +130,7 @@ def tune(args, data, model, tokens, run, seed):
         torch.manual_seed(seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
+            tuned.train()
             rng = np.random.default_rng([seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
@@ -158,7 +159,7 @@ def ranks_of(model, tokens, data, which):
     score = product_scorer(F.normalize(states[mine], dim=-1), F.normalize(model.items, dim=-1))
     found = rank_counts(score, data.n_items, targets[mine], data.negatives[mine],
                         take(items, offsets, mine))
-    return {name: model.machine.gather(ranks, len(targets)) for name, ranks in found.items()}
+    return {name: model.machine.gather(ranks) for name, ranks in found.items()}
 
 
 def one_run(args, machine, data, seed):

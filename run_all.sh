@@ -123,7 +123,7 @@ for loss in ce bce; do
   sasrec ${WIDTH[@]+"${WIDTH[@]}"} --variants random $(of trainable)
   sasrec ${WIDTH[@]+"${WIDTH[@]}"} --init-scale centred --variants $(of trainable)
   case $BUDGET in longer|full)
-    for scale in rescaled whitened; do sasrec --init-scale $scale --variants $(of trainable); done
+    sasrec --init-scale whitened --variants $(of trainable)
     sasrec --init-scale permuted --variants lf-trainable
     sasrec --hidden 128 --variants random
     for scale in centred whitened; do sasrec --hidden 128 --init-scale $scale --variants $(of trainable); done ;;

@@ -57,8 +57,8 @@ def parse_args(argv=None):
     option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
            metavar='VARIANT')
     option(p, '--init-scale',
-           "of the embeddings: raw (paper); rescaled to a random table's mean row norm; centred or "
-           'whitened, then rescaled; permuted = centred, in a random order of items (a control)',
+           "of the embeddings: raw (paper); centred or whitened, then scaled to a random table's "
+           'mean row norm; permuted = centred, in a random order of items (a control)',
            str, 'raw', choices=SCALES)
     option(p, '--hidden', 'width. Wider embeddings are reduced to their principal components '
            "(ours); default: the embeddings' width, for random that of the first embeddings in "
@@ -102,14 +102,13 @@ def build(data, embedding, about, begun=None):
     """The model at the start of training. embedding: Embeddings, None for random rows; about: the
     run's options; begun: weights of the freeze run, of further-*."""
     kind = MODELS[about['model']]
-    table, text = starting_tables(kind, data.n_items, embedding, about)
-    table = ItemTable(table, about['mode'] != 'freeze', text)
+    table = ItemTable(*starting_tables(kind, data.n_items, embedding, about))
     model = kind(table, about['max_items'])
     if begun:
         model.load_state_dict(begun)
     if about['mode'] == 'further-emb':
         model.requires_grad_(False)
-        model.item_embedding.weight.requires_grad_(True)
+    table.weight.requires_grad_(about['mode'] != 'freeze')
     return model
 
 

@@ -169,10 +169,8 @@ def untrained(data, embeddings):
         began = time.monotonic()
         # popularity looks at no history
         decays = DECAYS[:1] if name == 'popularity' else DECAYS
-        valid = {}
-        for weight, decay in product(scorers, decays):
-            ranks = ranks_of(part, 'valid', scorers[weight], decay)
-            valid[weight, decay] = value_of(ranks)
+        valid = {(weight, decay): value_of(ranks_of(part, 'valid', scorers[weight], decay))
+                 for weight, decay in product(scorers, decays)}
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
         seconds = round(time.monotonic() - began, 1)

@@ -1,14 +1,16 @@
 """BERT4Rec without padding. Sun et al., "BERT4Rec" (2019), in the variant that the paper's code
 trains. Letters as in common/sequence.py. The mask vector is a parameter of its own, always trained.
 """
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import newest, ragged, row_numbers
-from common.layers import ALL, rows
-from common.sequence import AttentionBlock, AttentionModel, softmax_loss
+from common.layers import rows
+from common.sequence import AttentionBlock, AttentionModel, SoftmaxLoss
 
 MASK_SHARE = 0.15  # of the items (paper's code)
 LAST_ONLY = 0.09  # of the draws (paper's code)
@@ -20,7 +22,7 @@ class BERT4RecBlock(AttentionBlock):
     eps = 1e-5
     widening = 4
 
-    def forward(self, x, layout, wanted=ALL):
+    def forward(self, x, layout, wanted=...):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         y = self.attention(x, x, layout, wanted)
         x = self.attention_norm(rows(x, wanted) + self.drop(y))
@@ -41,6 +43,7 @@ class BERT4Rec(AttentionModel):
     betas = 0.9, 0.999
     losses = ('masked',)
     least = 1
+    draw = staticmethod(partial(nn.init.normal_, std=0.02))  # ours, as the BERT4Rec paper
 
     def __init__(self, item_embedding, max_items):
         super().__init__(item_embedding, max_items)
@@ -49,27 +52,19 @@ class BERT4Rec(AttentionModel):
         self.draw(self.mask)
         self.draw_matrices()
 
-    @staticmethod
-    def draw(matrix):
-        """Random start of a matrix, in place: N(0, 0.02) (ours, as the BERT4Rec paper)."""
-        return nn.init.normal_(matrix, std=0.02)
-
     def scorer(self):
         """(table [n + 1, H], bias [n + 1]): score of item i = state . table[i] + bias[i]."""
         return self.output.weight, self.output.bias
 
-    def forward(self, items, lengths, wanted=ALL):
-        """items [T], 0 where masked -> states [T, H], or of the rows `wanted` [R]."""
-        masked = (items == 0)[:, None]
-        x = torch.where(masked, self.mask, self.item_embedding.of(items))
-        return self.encoded(x, lengths, wanted)
+    def look_up(self, items):
+        """What `forward` takes of these items: the mask vector where 0 stands for one."""
+        ids = self.ids(items)
+        return torch.where((ids == 0)[:, None], self.mask, self.item_embedding(ids))
 
     def states(self, items, offsets):
         """State of a mask put after each history: [B, H]."""
-        items, lengths = newest(items, offsets, self.max_items - 1)
-        shown = np.insert(items, np.cumsum(lengths), 0)
-        lengths = lengths + 1
-        return self(self.ids(shown), lengths, self.ids(np.cumsum(lengths) - 1))
+        shown = np.insert(items, offsets[1:], 0)
+        return super().states(shown, offsets + np.arange(len(offsets)))
 
     def loss(self, items, offsets, rng, *_):
         """Mean cross-entropy over the masked items of training parts; zero where none was masked.
@@ -88,10 +83,10 @@ class BERT4Rec(AttentionModel):
         drawn = rng.integers(1, len(self.item_embedding.weight), len(items))
         shown = np.where(chosen & (how < 0.9), drawn, items)
         shown[chosen & (how < 0.8)] = 0
-        kept = np.isin(row, row[chosen])
-        _, lengths = np.unique(row[kept], return_counts=True)
-        if not len(lengths):
+        some = np.unique(row[chosen])
+        if not len(some):
             return sum(p.sum() for p in self.parameters()) * 0
+        kept = np.isin(row, some)
         places = np.flatnonzero(chosen[kept])
-        x = self(self.ids(shown[kept]), lengths, self.ids(places))
-        return softmax_loss(x, *self.scorer(), self.ids(items[chosen]))
+        x = self(self.look_up(shown[kept]), lengths[some], self.ids(places))
+        return SoftmaxLoss.apply(x, *self.scorer(), self.ids(items[chosen]))

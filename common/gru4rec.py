@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from common.layers import ALL, rows
+from common.layers import rows
 from common.sequence import SequenceModel
 
 
@@ -22,15 +22,14 @@ class GRU4Rec(SequenceModel):
         self.gru = nn.GRU(self.hidden, self.hidden)
         self.norm = nn.LayerNorm(self.hidden)
 
-    def forward(self, x, lengths, wanted=ALL):
+    def forward(self, x, lengths, wanted=...):
         """Rows of the item table [T, H], sequences one after the other -> states [T, H], or of the
         rows `wanted` [R] alone."""
         numbers = torch.arange(len(x)).split(lengths.tolist())
         longest_first = sorted(numbers, key=len, reverse=True)
         packed = pack_sequence(longest_first)  # the rows' numbers step after step
         order = packed.data.to(x.device)
-        x = rows(x, order).float()
-        x = self.drop(x)
+        x = self.drop(rows(x, order))
         # the norm of an item's row says nothing; its scale would saturate the gates
         y, _ = self.gru(PackedSequence(self.norm(x), packed.batch_sizes))
         return rows(self.drop(y.data), order.argsort()[wanted])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from common.files import UserError, digest, load_pt
 
-SCALES = ('raw', 'rescaled', 'centred', 'whitened', 'permuted')
+SCALES = 'raw', 'centred', 'whitened', 'permuted'
 
 
 class Embeddings(NamedTuple):
@@ -24,20 +24,20 @@ def read_embeddings(path, data, cold=False):
     content = load_pt(path, 'embeddings')
     matrix = content['matrix'].float()
     head = content['head']
-    if content['items'] != data.item_ids or head['identity']['data'] != data.fingerprint:
-        raise UserError(f'{path}: is of another version of {head["dataset"]}, or of other items; '
-                        f'export it again for {data.name}')
-    if (len(matrix) != data.n_items + 1 or not torch.isfinite(matrix.sum())
-            or matrix[0].any()):
-        raise UserError(f'{path}: is not {data.n_items + 1} rows of finite numbers with a zero '
-                        f'row 0; export it again for {data.name}')
+    known = digest(matrix)
+    ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
+            and len(matrix) == data.n_items + 1 and torch.isfinite(matrix.sum())
+            and not matrix[0].any())
+    if ours and cold:
+        ours = content.get('cold_items') == data.cold_ids
+    if not ours:
+        raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
+                        "other cold items than today's, or not their rows of finite numbers with a "
+                        f'zero row 0; export it again for {data.name}')
     rows = matrix[1:]
     if (rows - rows.mean(0)).norm() <= 1e-5 * rows.norm():  # nothing but rounding
         raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
-    known = digest(matrix)
     if cold:
-        if content.get('cold_items') != data.cold_ids:
-            raise UserError(f'{path}: has no rows of today\'s cold items; export it again')
         matrix = torch.cat([matrix, content['cold'].float()])
     return Embeddings(matrix, known, head)
 
@@ -76,15 +76,13 @@ def components(matrix, width, n):
 def initial_table(matrix, scale, norm, seed, n):
     """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
 
-    raw: unchanged (paper). The others are ours; each ends with one factor for all rows, which gives
-    them that norm. permuted: centred, in a random order of the items (a control). More rows (of
-    cold items) get what the n items give: their mean, their axes, their factor.
+    raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for all
+    rows, which gives them that norm. permuted: in a random order of the items (a control). More
+    rows (of cold items) get what the n items give: their mean, their axes, their factor.
     """
     if scale == 'raw':
         return matrix
-    rows = matrix[1:]
-    if scale != 'rescaled':
-        rows = rows - rows[:n].mean(0)
+    rows = matrix[1:] - matrix[1:n + 1].mean(0)
     if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
         u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
         least = s[0] * 1e-4
@@ -105,7 +103,8 @@ def starting_tables(kind, n, embeddings, about):
     train_seq.py). Seeds torch's generator and draws from it.
     """
     torch.manual_seed(about['seed'])
-    table = kind.random_table(n, about['hidden'])
+    table = kind.draw(torch.empty(n + 1, about['hidden']))
+    table[0] = 0
     if embeddings is None:
         return table, None
     given = embeddings.matrix

@@ -1,11 +1,18 @@
 """What the layers of all models share: where and how they compute, dropout, attention."""
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from common.files import UserError
+
+# remade(function, *inputs): its intermediate results are made again for the gradient, with the same
+# random numbers of the devices that tensors among the inputs are on, instead of kept.
+remade = partial(checkpoint, use_reentrant=False)
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Machine:
 
     def put(self, array):
         """A numpy array as a tensor on the device; the host does not wait for the copy."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.as_tensor(array)
         if self.device.type == 'cuda':
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
@@ -34,11 +41,13 @@ class Machine:
         shares = np.array_split(np.arange(n), self.world)
         return shares[self.rank]
 
-    def gather(self, part, n):
-        """The array [n, ...] of which each process has its share."""
-        whole = np.zeros((n, *part.shape[1:]), part.dtype)
-        whole[self.share(n)] = part
-        return self.sum(self.put(whole)).numpy(force=True)
+    def gather(self, part):
+        """The array of which each process has its share."""
+        parts = [part]
+        if self.world > 1:
+            parts *= self.world
+            torch.distributed.all_gather_object(parts, part)
+        return np.concatenate(parts)
 
     def sum(self, x):
         """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
@@ -68,9 +77,6 @@ class Model(nn.Module):
         return self.to(machine.device)
 
 
-ALL = slice(None)  # of the rows
-
-
 def half(x):
     """x in autocast's type, where that is on: cast once for several products."""
     if torch.is_autocast_enabled(x.device.type):
@@ -79,43 +85,29 @@ def half(x):
 
 
 def rows(x, index):
-    """x[index] along the first axis. Embedding's backward is several times faster on a CPU than
-    that of indexing."""
-    if isinstance(index, slice):
-        return x[index]
+    """x[index] along the first axis, x itself where index is `...`. Embedding's backward is several
+    times faster on a CPU than that of indexing."""
+    if index is ...:
+        return x
     return F.embedding(index, x)
 
 
-# ------------------------------------------------------------------------ dropout
+class Dropout(nn.Dropout):
+    """nn.Dropout; on a CPU 8 or 16 random bits decide an element (p to 1/65536), in a fraction of
+    the time of torch's draw."""
 
-class Dropout(torch.autograd.Function):
-    """Dropout on a CPU: 8 or 16 random bits decide an element (p to 1/65536), in a fraction of the
-    time of torch's draw."""
-
-    @staticmethod
-    def forward(ctx, x, p):
-        kind = torch.int8 if p * 256 % 1 == 0 else torch.int16
+    def forward(self, x):
+        if not (self.training and self.p and x.device.type == 'cpu'):
+            return super().forward(x)
+        kind = torch.int8 if self.p * 256 % 1 == 0 else torch.int16
         bits = 8 * kind.itemsize
         count = -(-x.numel() * bits // 64)
         words = torch.empty(count, dtype=torch.int64).random_(-2 ** 63, None)
         drawn = words.view(kind)[:x.numel()].view(x.shape)
-        low = round(p * 2 ** bits) - 2 ** (bits - 1) - 1
+        low = round(self.p * 2 ** bits) - 2 ** (bits - 1) - 1
         # 0 or 1: clamping and shifting integers is faster than comparing to a bool
         kept = drawn.clamp_(low, low + 1).sub_(low)
-        factor = kept.to(x.dtype).mul_(1 / (1 - p))
-        ctx.save_for_backward(factor)
-        return x * factor
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0], None
-
-
-def dropout(x, p, training):
-    """F.dropout, on a CPU by the class above."""
-    if training and p and x.device.type == 'cpu':
-        return Dropout.apply(x, p)
-    return F.dropout(x, p, training)
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
 # ------------------------------------------------------------------------ attention
@@ -126,44 +118,50 @@ def additive(seen):
     return half(torch.where(seen, 0.0, -torch.inf))
 
 
-def remade(function, *inputs, draws=False):
-    """function(*inputs), whose intermediate results are made again for the gradient instead of
-    kept. draws: with the same random numbers, of a device that a tensor of the inputs is on."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
-
-
-def attend(q, k, v, mask, p=0.0, training=False):
-    """softmax(q k' / sqrt(d) + mask) v, the weights dropped out with p.
+def attend(q, k, v, mask, drop):
+    """softmax(q k' / sqrt(d) + mask) v, the weights dropped out by `drop`, a Dropout.
 
     q [..., Q, d], k and v [..., K, d], mask as of `additive` -> [..., Q, d]. torch's fused kernel
     but for two cases on a CPU: in bfloat16 it is slower than plain products on sequences this
     short, and it takes no dropout.
     """
-    p = p if training else 0.0
+    p = drop.p * drop.training
     if q.device.type != 'cpu' or (q.dtype == torch.float32 and not p):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     q = q * q.shape[-1] ** -0.5
     scores = q @ k.mT
     weights = scores.add_(mask).softmax(-1, dtype=q.dtype)
-    return dropout(weights, p, training) @ v
+    return drop(weights) @ v
 
 
-def split_heads(y, heads):
-    """[..., T, H] -> [..., h, T, d]."""
-    return y.unflatten(-1, (heads, -1)).transpose(-3, -2)
+class Attention(nn.Module):
+    """Linear maps called query, key, value, and those that a subclass names as `more`; attention
+    with `heads` heads, whose weights are dropped out."""
+    more = ()
 
+    def __init__(self, hidden, heads, dropout=0.0):
+        super().__init__()
+        if hidden % heads:
+            raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
+                            'choose another --hidden')
+        self.heads = heads
+        self.drop = Dropout(dropout)
+        for name in ('query', 'key', 'value', *self.more):
+            setattr(self, name, nn.Linear(hidden, hidden))
 
-def attend_packed(q, k, v, layout, heads, wanted=ALL, p=0.0, training=False):
-    """Attention of T tokens, one sequence after the other: [T, H], or of the rows `wanted` [R].
+    def split(self, y):
+        """[..., T, H] -> [..., h, T, d]."""
+        return y.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
 
-    q, k, v [T, H]. layout: `queries` [N, Q] and `keys` [N, K], the rows that stand in N blocks;
-    `mask` as of `additive`; `place` [T], where token t stands among the N * Q queries.
-    """
-    query = split_heads(rows(q, layout.queries), heads)
-    key = split_heads(rows(k, layout.keys), heads)
-    value = split_heads(rows(v, layout.keys), heads)
-    y = attend(query, key, value, layout.mask, p, training)
-    y = y.transpose(1, 2).flatten(2)  # [N, Q, H]
-    return rows(y.flatten(0, 1), layout.place[wanted])
+    def packed(self, q, k, v, layout, wanted=...):
+        """Attention of T tokens, one sequence after the other: [T, H], or of the rows `wanted` [R].
+
+        q, k, v [T, H]. layout: `queries` [N, Q] and `keys` [N, K], the rows that stand in N blocks;
+        `mask` as of `additive`; `place` [T], where token t stands among the N * Q queries.
+        """
+        query = self.split(rows(q, layout.queries))
+        key = self.split(rows(k, layout.keys))
+        value = self.split(rows(v, layout.keys))
+        y = attend(query, key, value, layout.mask, self.drop)
+        y = y.transpose(1, 2).flatten(2)  # [N, Q, H]
+        return rows(y.flatten(0, 1), layout.place[wanted])

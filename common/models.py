@@ -22,7 +22,7 @@ def load_seq(folder, data):
     about, state = content['about'], content['model']
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')
-    table = ItemTable(state['item_embedding.weight'], text=state.get('item_embedding.text'))
+    table = ItemTable(state['item_embedding.weight'], state.get('item_embedding.text'))
     model = MODELS[about['model']](table, about['max_items'])
     model.load_state_dict(state)
     return model.eval(), about

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from common.arrays import parts, take
-from common.layers import ALL, Model, additive, attend_packed, dropout, half, remade, rows
+from common.layers import Attention, Dropout, Model, additive, half, remade, rows
 from common.progress import progress
 from common.text import RECTANGLE, micro_batches, pack
 
@@ -71,41 +72,38 @@ class Batch:
         self.real = column < lengths[:, None]
         self.all = self.cls[:, None] + column * self.real
 
-        whole = longest <= RECTANGLE
-        width = longest if whole else BLOCK
+        side = window // 2
+        if longest <= RECTANGLE:
+            width = longest
+            reach = arange(1, longest)
+        else:
+            width = BLOCK
+            reach = arange(-side, width + side)
         blocks = -(-lengths // width)
         first = blocks.cumsum(0) - blocks  # block of each sequence
         self.place = first[owner] * width + self.positions
         count = int(np.sum(-(-packed.lengths // width)))
         of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
         begin = (arange(count) - first[of_block]) * width
-        side = window // 2
-        query = begin[:, None] + arange(width)  # a token's number in its
-        key = query                                                  # sequence
-        if not whole:
-            reach = arange(-side, width + side)
-            key = F.pad(begin[:, None] + reach, (1, 0))
+        query = begin[:, None] + arange(width)       # a token's number in its
+        key = F.pad(begin[:, None] + reach, (1, 0))  # sequence; column 0 is CLS
         cls = self.cls[of_block, None]
         last = lengths[of_block, None] - 1
         self.queries = cls + query.minimum(last)
         self.keys = cls + key.clamp_min(0).minimum(last)
         near = (query[0, :, None] - key[0]).abs() <= side  # the same in every block
         known = (key > 0) & (key <= last)
-        near[:, 0] = known[:, 0] = True  # CLS
+        near[:, 0] = known[:, 0] = True
         # a sum is the only pass over the mask's size: 0 + 0, or -inf from either side
         self.mask = (additive(near) + additive(known)[:, None])[:, None]
 
 
 # ------------------------------------------------------------------------ layers
 
-class WindowedAttention(nn.Module):
-    """Windowed attention of all tokens, global attention of each CLS, each with own projections."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.heads = c.heads
-        for name in ('query', 'key', 'value', 'query_global', 'key_global', 'value_global'):
-            setattr(self, name, nn.Linear(c.hidden, c.hidden))
+class WindowedAttention(Attention):
+    """Windowed attention of all tokens, global attention of each CLS, each with own projections.
+    Weights get no dropout (README, differences)."""
+    more = 'query_global', 'key_global', 'value_global'
 
     def forward(self, x, batch):
         """[T, H] -> [T, H]. Its inside is made again for the gradient."""
@@ -113,9 +111,9 @@ class WindowedAttention(nn.Module):
         return remade(self.mix, x, *three, batch)
 
     def mix(self, x, q, k, v, batch):
-        """Windowed attention with a CLS as any other token, then the outputs of each CLS replaced.
-        Weights get no dropout (README, differences)."""
-        y = attend_packed(q, k, v, batch, self.heads)
+        """Windowed attention with a CLS as any other token, then the outputs of each CLS
+        replaced."""
+        y = self.packed(q, k, v, batch)
         return y.index_copy(0, batch.cls, self.cls(x, batch))
 
     def cls_weights(self, x, batch):
@@ -146,21 +144,21 @@ class Output(nn.Module):
         super().__init__()
         self.dense = nn.Linear(inside, c.hidden)
         self.LayerNorm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.dropout = c.dropout
+        self.drop = Dropout(c.dropout)
 
     def forward(self, y, x):
-        return self.LayerNorm(dropout(y, self.dropout, self.training) + x)
+        return self.LayerNorm(self.drop(y) + x)
 
 
 class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.attention = nn.ModuleDict({'self': WindowedAttention(c),
+        self.attention = nn.ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
                                         'output': Output(c.hidden, c)})
         self.output = Output(c.intermediate, c)
         self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
 
-    def forward(self, x, batch, wanted=ALL):
+    def forward(self, x, batch, wanted=...):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         if wanted is batch.cls:  # no windowed attention
             y = self.attention.self.cls(half(x), batch)
@@ -183,14 +181,15 @@ class Embeddings(nn.Module):
         self.token_type_embeddings = nn.Embedding(4, c.hidden)  # special, name, value, padding
         self.item_position_embeddings = nn.Embedding(c.max_items + 1, c.hidden)  # 0 is CLS
         self.LayerNorm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.offset, self.dropout = c.position_offset, c.dropout
+        self.drop = Dropout(c.dropout)
+        self.offset = c.position_offset
 
     def forward(self, batch):
         x = (self.word_embeddings(batch.tokens)
              + self.position_embeddings(batch.positions + self.offset)
              + self.token_type_embeddings(batch.types)
              + self.item_position_embeddings(batch.item_positions))
-        return dropout(self.LayerNorm(x), self.dropout, self.training)
+        return self.drop(self.LayerNorm(x))
 
 
 # ------------------------------------------------------------------------ the model
@@ -205,12 +204,10 @@ class RecFormer(Model):
         super().__init__()
         c = self.config = config
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        encoder = nn.ModuleDict({'layer': layers})
         self.longformer = nn.ModuleDict({'embeddings': Embeddings(c),
-                                         'encoder': encoder})
-        dense = nn.Linear(c.hidden, c.hidden)
-        norm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.lm_head = nn.ModuleDict({'dense': dense, 'layer_norm': norm})
+                                         'encoder': nn.ModuleDict({'layer': layers})})
+        self.lm_head = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.hidden),
+                                      'layer_norm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         nn.init.eye_(self.lm_head.dense.weight)  # where the backbone has no head
         nn.init.zeros_(self.lm_head.dense.bias)
@@ -239,10 +236,11 @@ class RecFormer(Model):
         with self.machine.autocast():
             batch = Batch(packed, self.config.window, self.machine)
             x = half(self.longformer.embeddings(batch))
-            for layer in self.layers[:-1]:
+            *before, last = self.layers
+            for layer in before:
                 x = layer(x, batch)
             wanted = batch.cls if wanted is None else self.machine.put(wanted)
-            return self.layers[-1](x, batch, wanted)
+            return last(x, batch, wanted)
 
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
@@ -251,10 +249,13 @@ class RecFormer(Model):
             x = self.lm_head.layer_norm(x)
             return F.linear(x, self.word_table, self.lm_head.bias)
 
-    def passes(self, packed):
-        """Numbers of the sequences that this process computes, in groups of bounded size."""
+    def passes(self, packed, kept=0):
+        """Numbers of the sequences that this process computes, in groups of bounded size; in one
+        where those would be at most `kept`."""
         mine = self.machine.share(len(packed.lengths))
         groups = micro_batches(packed.lengths[mine], self.machine.micro_tokens)
+        if 0 < len(groups) <= kept:
+            return [mine]
         return [mine[group] for group in groups]
 
     def encode(self, packed, label=None, kept=KEPT):
@@ -266,28 +267,23 @@ class RecFormer(Model):
         that of one pass. label: of a progress bar.
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
-        groups = self.passes(packed)
-        if 0 < len(groups) <= kept:
-            groups = [self.machine.share(len(packed.lengths))]
+        groups = self.passes(packed, kept)
 
         def states(part, _):
             return self(part)
-        for group in progress(groups, desc=label, unit='batch', disable=not label):
+        for group in progress(groups, desc=label, disable=not label):
             part = packed.rows(group)
             if len(groups) == 1:
                 x = self(part)
             else:  # the word table says whose random numbers
-                x = remade(states, part, self.word_table, draws=True)
+                x = remade(states, part, self.word_table)
             out.index_copy_(0, self.machine.put(group), x.float())
         return self.machine.sum(out)
 
     @torch.no_grad()
     def infer(self, packed, label):
-        """`encode` without dropout and gradient."""
-        training = self.training
-        out = self.eval().encode(packed, label, kept=0)
-        self.train(training)
-        return out
+        """`encode` without gradient. The model is in evaluation mode from here on."""
+        return self.eval().encode(packed, label, kept=0)
 
     def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
@@ -308,13 +304,12 @@ class RecFormer(Model):
         """Attention weights of CLS in every layer: [layers, B, h, L]."""
         found = []
 
-        def keep(attention, given, _):
-            weights, _ = attention.cls_weights(*given)
-            found.append(weights)
-        hooks = [layer.attention.self.register_forward_hook(keep) for layer in self.layers]
-        self(packed, np.arange(len(packed.tokens)))
-        for hook in hooks:
-            hook.remove()
+        def keep(module, given, _):
+            if isinstance(module, WindowedAttention):
+                weights, _ = module.cls_weights(*given)
+                found.append(weights)
+        with register_module_forward_hook(keep):
+            self(packed, np.arange(len(packed.tokens)))
         return torch.stack(found)
 
 

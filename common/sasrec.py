@@ -5,9 +5,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from common.layers import ALL, rows
-from common.sequence import AttentionBlock, AttentionModel
+from common.layers import rows
+from common.sequence import AttentionBlock, AttentionModel, SelfAttention
 
 
 class SASRecBlock(AttentionBlock):
@@ -15,7 +16,7 @@ class SASRecBlock(AttentionBlock):
     before attention, as in the paper's code."""
     eps, widening = 1e-8, 1  # paper's code
 
-    def forward(self, x, layout, wanted=ALL):
+    def forward(self, x, layout, wanted=...):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         q = self.attention_norm(x)
         y = self.attention(q, x, layout, wanted)
@@ -34,24 +35,22 @@ class SASRec(AttentionModel):
         self.norm = nn.LayerNorm(self.hidden, SASRecBlock.eps)
         self.draw_matrices()
 
-    def placed(self, x, lengths):
-        """As of every AttentionModel, the rows of the item table scaled."""
-        return super().placed(x * self.hidden ** 0.5, lengths)
-
-    def forward(self, x, lengths, wanted=ALL):
-        """Rows of the item table [T, H] -> states [T, H], or of the rows `wanted` [R] alone."""
-        return self.norm(self.encoded(x, lengths, wanted))
+    def forward(self, x, lengths, wanted=...):
+        """Rows of the item table [T, H], which are scaled -> states [T, H], or of the rows
+        `wanted` [R] alone."""
+        return self.norm(super().forward(x * self.hidden ** 0.5, lengths, wanted))
 
     @torch.no_grad()
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
         first -> [blocks, the newest max_items of them], newest first."""
-        items = items[-self.max_items:]
-        x = self.item_embedding.of(self.ids(items))
-        x, layout = self.placed(x, np.array([len(items)]))
         found = []
-        for block in self.blocks:
-            newest = block.attention_norm(x)[-1:]
-            found.append(block.attention.weights(newest, x).mean(0)[0])
-            x = block(x, layout)
+
+        def keep(module, given, _):
+            if isinstance(module, SelfAttention):
+                q, x, *_ = given
+                weights = module.weights(q[-1:], x)
+                found.append(weights.mean(0)[0])
+        with register_module_forward_hook(keep):
+            self.states(items, np.array([0, len(items)]))
         return torch.stack(found).flip(1)

@@ -9,28 +9,24 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import newest, parts, ragged, row_numbers, take
-from common.files import UserError
-from common.layers import (ALL, Model, additive, attend_packed, dropout, half, rows,
-                           split_heads)
+from common.layers import Attention, Dropout, Model, additive, half, rows
 from common.metrics import product_scorer, rank_counts
 
 WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
+LOGITS = 2 ** 27  # that exist at a time in a softmax over all items: memory grows with items alone
 
 
 class ItemTable(nn.Module):
     """Item embeddings [n + 1, H], row 0 (padding) never used; `text` is a fixed matrix added to it
     (paper table 5)."""
 
-    def __init__(self, weight, trainable=True, text=None):
+    def __init__(self, weight, text=None):
         super().__init__()
-        self.weight = nn.Parameter(weight.clone(), requires_grad=trainable)
+        self.weight = nn.Parameter(weight.clone())
         self.register_buffer('text', text)
 
-    def forward(self):
-        return self.weight if self.text is None else self.weight + self.text
-
-    def of(self, ids):
-        """Rows of these items."""
+    def forward(self, ids=...):
+        """Rows of these items, or of all."""
         found = rows(self.weight, ids)
         return found if self.text is None else found + rows(self.text, ids)
 
@@ -39,34 +35,23 @@ class SequenceModel(Model):
     """A model of histories over an ItemTable; subclasses define `forward`.
 
     `forward(x [T, H], lengths [B]) -> [T, H]`: from rows of the item table the states, each of
-    which scores the item after it; with `wanted` [R] those of these rows alone, [R, H]. (BERT4Rec
-    has another one, and its own `states` and `loss`.)
+    which scores the item after it; with `wanted` [R] those of these rows alone, [R, H].
 
     batch, betas, dropout: users of a step, Adam's, share (paper's code). losses: names for --loss,
-    default first. least: training items a user needs.
+    default first. least: training items a user needs. draw: random start of a matrix, in place.
     """
     batch = 128
     betas = 0.9, 0.98
     losses = 'bce', 'ce', 'sampled'
     least = 2
+    draw = staticmethod(nn.init.xavier_normal_)  # paper's code
 
     def __init__(self, item_embedding, max_items):
         super().__init__()
         self.item_embedding = item_embedding
         self.max_items = max_items
         self.hidden = item_embedding.weight.shape[1]
-
-    @staticmethod
-    def draw(matrix):
-        """Random start of a matrix, in place: Xavier-normal (paper's code)."""
-        return nn.init.xavier_normal_(matrix)
-
-    @classmethod
-    def random_table(cls, n, hidden):
-        """Random item table [n + 1, H], row 0 zeros."""
-        table = cls.draw(torch.empty(n + 1, hidden))
-        table[0] = 0
-        return table
+        self.drop = Dropout(self.dropout)
 
     def draw_matrices(self):
         """Every matrix of the model anew, but for the item table."""
@@ -74,13 +59,13 @@ class SequenceModel(Model):
             if p.dim() > 1 and p is not self.item_embedding.weight:
                 self.draw(p)
 
-    def drop(self, x):
-        """Dropout."""
-        return dropout(x, self.dropout, self.training)
-
     def ids(self, items):
         """Item ids as an int64 tensor on the model's device."""
         return self.machine.put(items.astype(np.int64))
+
+    def look_up(self, items):
+        """What `forward` takes of these items."""
+        return self.item_embedding(self.ids(items))
 
     def scorer(self):
         """(table [n + 1, H], bias [n + 1] or None): item i scores state . table[i] + bias[i]."""
@@ -89,8 +74,7 @@ class SequenceModel(Model):
     def states(self, items, offsets):
         """State after each history (its newest max_items used): [B, H]."""
         items, lengths = newest(items, offsets, self.max_items)
-        x = self.item_embedding.of(self.ids(items))
-        return self(x, lengths, self.ids(np.cumsum(lengths) - 1))
+        return self(self.look_up(items), lengths, self.ids(np.cumsum(lengths) - 1))
 
     @torch.no_grad()
     def all_states(self, items, offsets, at_once=512):
@@ -102,13 +86,11 @@ class SequenceModel(Model):
             found = [self.states(*take(items, offsets, part)) for part in users]
         return torch.cat(found).float()
 
-    def ranks(self, data, which, users=None, negatives=None):
-        """Ranks of these users' targets among these negatives (default: the evaluated users, the
-        data set's negatives); see `rank_counts` and the `split` of a Dataset."""
-        items, offsets, targets = data.split(which, users)
+    def ranks(self, data, which):
+        """Ranks of the evaluated users' targets; see `rank_counts`, and `split` of a Dataset."""
+        items, offsets, targets = data.split(which)
         score = product_scorer(self.all_states(items, offsets), *self.scorer())
-        negatives = data.negatives if negatives is None else negatives
-        return rank_counts(score, data.n_items, targets, negatives, (items, offsets))
+        return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
     def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.
@@ -126,21 +108,21 @@ class SequenceModel(Model):
         target = self.ids(items[place + 1])
         if kind == 'ce':
             x, table = LookUp.apply(self.item_embedding(), given)
-            return softmax_loss(self(x, lengths), table, None, target)
+            return SoftmaxLoss.apply(self(x, lengths), table, None, target)
         if kind == 'bce':
             wrong = self.ids(negatives[place + 1])
         else:  # shared by all positions: a product instead of a look-up for each
             n = len(self.item_embedding.weight) - 1
             wrong = self.ids(1 + rng.choice(n, min(n, negatives), replace=False))
         ids = [given, target, wrong]
-        found = self.item_embedding.of(torch.cat(ids))
+        found = self.item_embedding(torch.cat(ids))
         x, right, others = found.split(list(map(len, ids)))
         x = self(x, lengths)
         up = (x * right).sum(1).float()
         if kind == 'bce':
             down = (x * others).sum(1).float()
             return F.softplus(-up).mean() + F.softplus(down).mean()
-        down = F.linear(half(x), half(others)).float()
+        down = F.linear(x, others).float()
         same = target[:, None] == wrong
         share = (n - 1) / (~same).sum(1)
         down = down.masked_fill(same, -torch.inf).logsumexp(1) + share.log()
@@ -157,27 +139,23 @@ class AttentionModel(SequenceModel):
     def __init__(self, item_embedding, max_items):
         super().__init__(item_embedding, max_items)
         self.position_embedding = nn.Embedding(max_items, self.hidden)
-        self.blocks = nn.ModuleList()
-        for _ in range(self.depth):
-            self.blocks.append(self.block(self.hidden, self.heads, self.dropout))
+        self.blocks = nn.ModuleList(self.block(self.hidden, self.heads, self.dropout)
+                                    for _ in range(self.depth))
 
-    def placed(self, x, lengths):
-        """(x [T, H] with its positions, the Layout): what the first block takes."""
+    def forward(self, x, lengths, wanted=...):
+        """Rows of the item table [T, H] -> what the last block gives: [T, H], or of the rows
+        `wanted` [R] alone: [R, H]."""
         layout = Layout(lengths, self.max_items, self.causal, self.machine)
-        return self.drop(x + self.position_embedding(layout.position)), layout
-
-    def encoded(self, x, lengths, wanted=ALL):
-        """What the last block gives: [T, H], or of the rows `wanted` [R] alone: [R, H]."""
-        x, layout = self.placed(x, lengths)
-        for block in self.blocks[:-1]:
+        x = self.drop(x + self.position_embedding(layout.position))
+        *before, last = self.blocks
+        for block in before:
             x = block(x, layout)
-        return self.blocks[-1](x, layout, wanted)
+        return last(x, layout, wanted)
 
 
 class AttentionBlock(nn.Module):
     """The layers of a block; subclasses say in `forward` how they are joined, and name `eps` of the
     norms and how many times as wide as a state the inner layer is (`widening`)."""
-    drop = SequenceModel.drop
 
     def __init__(self, hidden, heads, dropout):
         super().__init__()
@@ -186,15 +164,15 @@ class AttentionBlock(nn.Module):
         self.attention = SelfAttention(hidden, heads, dropout)
         self.inner = nn.Linear(hidden, self.widening * hidden)
         self.outer = nn.Linear(self.widening * hidden, hidden)
-        self.dropout = dropout
+        self.drop = Dropout(dropout)
 
 
 class Layout:
     """Where the T items of B sequences stand when attention lays them out; for every layer alike.
 
     Whole sequences fill S squares of W places, W = WIDTH or the longest: `queries`, which are the
-    `keys` too, [S, W]; `mask` [S, 1, W, W]; `place` [T] (see `attend_packed`). `position` [T]: the
-    newest item has the last one, max_items - 1.
+    `keys` too, [S, W]; `mask` [S, 1, W, W]; `place` [T] (see `Attention.packed`). `position` [T]:
+    the newest item has the last one, max_items - 1.
     """
 
     def __init__(self, lengths, max_items, causal, machine):
@@ -221,33 +199,21 @@ class Layout:
         self.mask = additive(seen[:, None])
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Attention):
     """Multi-head attention over packed rows: queries from one tensor, keys and values from another,
     both [T, H]. With `wanted` [R] only these rows' outputs are made: [R, H]."""
+    more = 'out',
 
-    def __init__(self, hidden, heads, dropout):
-        super().__init__()
-        if hidden % heads:
-            raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
-                            'choose another --hidden')
-        self.heads = heads
-        self.dropout = dropout
-        self.query = nn.Linear(hidden, hidden)
-        self.key = nn.Linear(hidden, hidden)
-        self.value = nn.Linear(hidden, hidden)
-        self.out = nn.Linear(hidden, hidden)
-
-    def forward(self, q, x, layout, wanted=ALL):
+    def forward(self, q, x, layout, wanted=...):
         x_half = half(x)
         q = x_half if q is x else half(q)
-        y = attend_packed(self.query(q), self.key(x_half), self.value(x_half), layout,
-                          self.heads, wanted, self.dropout, self.training)
+        y = self.packed(self.query(q), self.key(x_half), self.value(x_half), layout, wanted)
         return self.out(y)
 
     def weights(self, q, x):
         """Attention weights of the queries q [Q, H] of one sequence over x [T, H]: [h, Q, T]."""
-        query = split_heads(self.query(q), self.heads)
-        key = split_heads(self.key(x), self.heads)
+        query = self.split(self.query(q))
+        key = self.split(self.key(x))
         scores = query @ key.mT / query.shape[2] ** 0.5
         return scores.softmax(2)
 
@@ -269,25 +235,20 @@ class LookUp(torch.autograd.Function):
         return of_table.index_add_(0, ctx.saved_tensors[0], of_rows), None
 
 
-def softmax_loss(states, table, bias, target, chunk=2 ** 27):
-    """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias
-    [n + 1] or None. At most `chunk` logits exist at a time: memory grows with items alone."""
-    size = max(1, chunk // len(table))
-    return SoftmaxLoss.apply(states, table, bias, target, size)
-
-
 class SoftmaxLoss(torch.autograd.Function):
-    """Mean of cross-entropies, `size` positions at a time. The gradient is made along with the
-    loss, from the same softmax, in autocast's type (float32 inside): the next products need it so.
-    A probability that rounds to 0 costs 87, not inf."""
+    """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias
+    [n + 1] or None. The gradient is made along with the loss, from the same softmax, in autocast's
+    type (float32 inside): the next products need it so. A probability that rounds to 0 costs 87,
+    not inf."""
 
     @staticmethod
-    def forward(ctx, states, table, bias, target, size):
+    def forward(ctx, states, table, bias, target):
+        size = max(1, LOGITS // len(table))
         weight = half(table)
         share = 1 / len(states)
         total = 0
         d_states = []
-        d_table = table.new_zeros(table.shape) if ctx.needs_input_grad[1] else None
+        d_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias)
         whole = half(states), half(states * share), target
         for state, scaled, aim in zip(*(x.split(size) for x in whole)):
@@ -310,7 +271,7 @@ class SoftmaxLoss(torch.autograd.Function):
     def backward(ctx, gradient):
         made, ctx.gradients = ctx.gradients, None  # handed over, so that none need be copied
         scaled = [x if x is None else x.mul_(gradient) for x in made]
-        return *scaled, None, None
+        return *scaled, None
 
 
 # ------------------------------------------------------------------------ negatives of training

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.layers import Machine, Model, additive, attend, dropout, half, remade, rows
+from common.layers import Dropout, Machine, Model, additive, attend, half, remade, rows
 
 
 def inputs(dtype):
@@ -23,7 +23,7 @@ def test_attention_equals_torchs_with_gradients(dtype, close):
     """In bfloat16 the plain products round scores and weights: about 2^-8 of a value."""
     qkv, seen, mask = inputs(dtype)
     exact = [x.detach().double().requires_grad_() for x in qkv]
-    ours = attend(*qkv, mask)
+    ours = attend(*qkv, mask, Dropout(0.0))
     torchs = F.scaled_dot_product_attention(*exact, attn_mask=seen)
     aim = torch.randn(ours.shape)
     (ours.float() * aim).sum().backward()
@@ -37,12 +37,13 @@ def test_attention_equals_torchs_with_gradients(dtype, close):
 def test_dropped_weights_average_to_attention_and_masked_keys_stay_unseen(dtype):
     (q, k, v), seen, mask = inputs(dtype)
     v = torch.eye(7, dtype=dtype).expand(3, 2, 7, 7)  # so that the output is the weights
-    whole = attend(q, k, v, mask).float()
-    drawn = torch.stack([attend(q, k, v, mask, 0.5, True).float() for _ in range(400)])
+    drop = Dropout(0.5)
+    drawn = torch.stack([attend(q, k, v, mask, drop).float() for _ in range(400)])
+    whole = attend(q, k, v, mask, Dropout(0.0)).float()
     torch.testing.assert_close(drawn.mean(0), whole, atol=0.15, rtol=0)
     assert not drawn[:, ~seen.expand(whole.shape)].any()
     assert (drawn == 0).float().mean() > 0.5
-    untrained = attend(q, k, v, mask, 0.5, False).float()
+    untrained = attend(q, k, v, mask, drop.eval()).float()
     assert torch.equal(untrained, whole), 'no dropout outside training'
 
 
@@ -50,7 +51,7 @@ def test_the_path_with_dropout_equals_torchs_where_nothing_is_dropped():
     """float32 in training takes plain products; a share of 2^-16 drops next to nothing."""
     qkv, seen, mask = inputs(torch.float32)
     torch.manual_seed(3)
-    ours = attend(*qkv, mask, 2 ** -16, True)
+    ours = attend(*qkv, mask, Dropout(2 ** -16))
     torchs = F.scaled_dot_product_attention(*qkv, attn_mask=seen)
     torch.testing.assert_close(ours, torchs, atol=1e-4, rtol=1e-4)
 
@@ -86,13 +87,14 @@ def test_what_is_made_again_has_the_same_gradient():
 def test_dropout_keeps_its_share_and_the_mean(p):
     torch.manual_seed(0)
     x = torch.ones(1001, 101, requires_grad=True)
-    y = dropout(x, p, True)
+    drop = Dropout(p)
+    y = drop(x)
     kept = y != 0
     assert abs(kept.float().mean() - (1 - p)) < 0.01
     assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)))
     y.sum().backward()
     assert torch.equal(x.grad, y), 'the gradient is dropped with the value'
-    assert torch.equal(dropout(x, p, False), x)
+    assert torch.equal(drop.eval()(x), x)
 
 
 @pytest.mark.parametrize('p', [0.1, 0.5])
@@ -100,7 +102,7 @@ def test_dropout_decides_each_element_alone_and_by_the_seed(p):
     """Eight bits of one word are eight elements: neighbours must not go together."""
     def kept(seed):
         torch.manual_seed(seed)
-        return dropout(torch.ones(100_003), p, True) != 0
+        return Dropout(p)(torch.ones(100_003)) != 0
     one = kept(0)
     for apart in (1, 2, 3, 4, 8):
         both = (one[apart:] & one[:-apart]).float().mean()
@@ -109,8 +111,8 @@ def test_dropout_decides_each_element_alone_and_by_the_seed(p):
 
 
 def test_dropout_of_nothing_and_of_bfloat16():
-    assert dropout(torch.ones(0, 4), 0.5, True).shape == (0, 4)
-    y = dropout(torch.ones(64, 64, dtype=torch.bfloat16), 0.5, True)
+    assert Dropout(0.5)(torch.ones(0, 4)).shape == (0, 4)
+    y = Dropout(0.5)(torch.ones(64, 64, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16 and set(y.flatten().tolist()) == {0.0, 2.0}
 
 
@@ -146,6 +148,7 @@ def test_every_process_has_its_share_and_all_have_all():
     assert shares == [[0, 1, 2], [3, 4, 5], [6, 7]]
     x = torch.ones(3, requires_grad=True)
     assert Machine().share(3).tolist() == [0, 1, 2] and Machine().sum(x) is x
+    assert Machine().gather(np.array(shares[0])).tolist() == shares[0]
 
 
 def test_a_sum_over_processes_has_the_gradient_of_ones_own_part(monkeypatch):

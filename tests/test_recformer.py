@@ -226,12 +226,12 @@ def tokens_of_four():
     return ItemTokens(ids, np.full(12, 2, np.int8), np.ones(12, bool), offsets)
 
 
-def test_encode_items_restores_order_and_mode(tmp_path):
+def test_encode_items_restores_order_and_evaluates(tmp_path):
     model = start_model(None, str(tiny_bert(tmp_path))).train()
     tokens = tokens_of_four()
     many = model.on(Machine(micro_tokens=1000)).encode_items(tokens)
     few = model.on(Machine(micro_tokens=4)).encode_items(tokens)
-    assert model.training and many.shape == (5, 16) and many.dtype == torch.float32
+    assert not model.training and many.shape == (5, 16) and many.dtype == torch.float32
     assert not many[0].any() and many[1:].any(1).all() and not many.requires_grad
     torch.testing.assert_close(many, few, atol=1e-5, rtol=0)
     model.eval()

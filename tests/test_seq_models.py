@@ -15,7 +15,7 @@ from torch import nn
 
 import common.runs
 import train_seq
-from common import bert4rec, initial, sequence
+from common import bert4rec, initial, layers, sequence
 from common.arrays import take
 from common.bert4rec import BERT4Rec, BERT4RecBlock
 from common.data import load, prepare
@@ -26,8 +26,8 @@ from common.metrics import product_scorer, rank_counts
 from common.models import MODELS, load_seq
 from common.runs import code_of, load_rows, read_ranks, read_row
 from common.sasrec import SASRec
-from common.sequence import (ItemTable, Layout, SelfAttention, draw_training_negatives,
-                             softmax_loss)
+from common.sequence import (ItemTable, Layout, SelfAttention, SoftmaxLoss,
+                             draw_training_negatives)
 from common.training import Training
 from tests.toy import canonical
 
@@ -39,7 +39,11 @@ TABLE = 'item_embedding.weight'
 
 def model(kind, text=None):
     torch.manual_seed(0)
-    return kind(ItemTable(kind.random_table(N, H), text=text), 10).eval()
+    return kind(ItemTable(random_table(kind), text), 10).eval()
+
+
+def random_table(kind, n=N, hidden=H):
+    return initial.starting_tables(kind, n, None, {'seed': 0, 'hidden': hidden})[0]
 
 
 def shaken(m):
@@ -85,8 +89,7 @@ def same_gradients(m, ours, plain, unused='nothing'):
 @pytest.fixture
 def dropped(monkeypatch):
     """Dropout without chance: everything shrinks. It shows where dropout stands, with which p."""
-    for name in ('layers', 'sequence'):
-        monkeypatch.setattr(f'common.{name}.dropout', shrink)
+    monkeypatch.setattr(layers.Dropout, 'forward', lambda self, x: shrink(x, self.p, self.training))
 
 
 def shrink(x, p, training):
@@ -241,15 +244,14 @@ def test_packed_states_equal_a_plain_padded_implementation(kind, training, dropp
     items, offsets = ragged_of(*histories)
     if kind is BERT4Rec:
         shown = [['mask', 2, 3], ['mask'], [5, 6, 'mask', 7, 8, 9, 10, 'mask', 12], [2, 20]]
-        ids = torch.tensor([0 if item == 'mask' else item for row in shown for item in row])
-        found = m(ids, np.diff(offsets))
-        some = m(ids, np.diff(offsets), m.ids(np.array([7, 0])))
+        items_shown = np.array([0 if item == 'mask' else item for row in shown for item in row])
         after = [[*history, 'mask'] for history in histories]
     else:
         shown = after = histories
-        x = m.item_embedding()[m.ids(items)]
-        found = m(x, np.diff(offsets))
-        some = m(x, np.diff(offsets), m.ids(np.array([7, 0])))
+        items_shown = items
+    x = m.look_up(items_shown)
+    found = m(x, np.diff(offsets))
+    some = m(x, np.diff(offsets), m.ids(np.array([7, 0])))
     close(some, found[[7, 0]])
     plain = torch.cat([PLAIN[kind](m, row) for row in shown])
     close(found, plain)
@@ -273,7 +275,7 @@ def test_bert4rec_looks_both_ways():
     m = shaken(model(BERT4Rec))
 
     def states(*items):
-        return m(torch.tensor(items), np.array([len(items)]))
+        return m(m.look_up(np.array(items)), np.array([len(items)]))
     before, after = states(1, 2, 3), states(1, 2, 9)
     assert not torch.allclose(before[0], after[0])
 
@@ -387,12 +389,16 @@ def test_bert4recs_loss_equals_the_plain_one_with_gradients(training, dropped):
     m = shaken(model(BERT4Rec)).train(training)
     # those of 2, 1 and 7 items have none masked: they are left out
     histories = [list(range(1, k)) for k in (3, 12, 5, 11, 2, 8)]
-    seen, original = {}, m.forward
+    seen, original, look_up = {}, m.forward, m.look_up
 
-    def forward(shown, lengths, wanted):
-        seen.update(shown=shown, lengths=lengths.tolist(), wanted=wanted)
-        return original(shown, lengths, wanted)
-    m.forward = forward
+    def forward(x, lengths, wanted):
+        seen.update(lengths=lengths.tolist(), wanted=wanted)
+        return original(x, lengths, wanted)
+
+    def looked_up(shown):
+        seen.update(shown=shown)
+        return look_up(shown)
+    m.forward, m.look_up = forward, looked_up
     ours = m.loss(*ragged_of(*histories), np.random.default_rng(6))
     tokens = [item or 'mask' for item in seen['shown'].tolist()]
     cut = [row[-10:] for row in histories if min(len(row), 10) in seen['lengths']]
@@ -417,9 +423,11 @@ def test_softmax_in_parts_equals_torchs_cross_entropy_with_gradients():
         return F.cross_entropy((states @ table.T + bias)[:, 1:], target - 1)
 
     def parts(*inputs):
-        return softmax_loss(*inputs, chunk=50)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sequence, 'LOGITS', 50)
+            return SoftmaxLoss.apply(*inputs)
     found = []
-    for f in (plain, parts, softmax_loss):
+    for f in (plain, parts, SoftmaxLoss.apply):
         torch.manual_seed(1)
         shapes = (9, H), (N + 1, H), (N + 1,)
         inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
@@ -431,14 +439,14 @@ def test_softmax_in_parts_equals_torchs_cross_entropy_with_gradients():
             torch.testing.assert_close(a, b)
     assert not found[1][2][0].any(), 'padding gets no gradient'
     frozen = torch.randn(N + 1, H)
-    softmax_loss(inputs[0], frozen, None, torch.arange(1, 10)).backward()
+    SoftmaxLoss.apply(inputs[0], frozen, None, torch.arange(1, 10)).backward()
     assert frozen.grad is None
 
 
 def test_a_probability_of_0_costs_87_and_stays_finite():
     states = torch.tensor([[1000.0]], requires_grad=True)
     table = torch.tensor([[0.0], [-1.0], [1.0]])
-    loss = softmax_loss(states, table, None, torch.tensor([1]))
+    loss = SoftmaxLoss.apply(states, table, None, torch.tensor([1]))
     loss.backward()
     assert loss.item() == pytest.approx(87.3, abs=0.1) and states.grad.tolist() == [[2.0]]
 
@@ -549,8 +557,8 @@ def test_bert4rec_masks_15_percent_and_learns_at_masked_places_only(monkeypatch)
     def loss(states, table, bias, target):
         seen.update(target=target)
         return states.sum()
-    m.forward = forward
-    monkeypatch.setattr(bert4rec, 'softmax_loss', loss)
+    m.forward, m.look_up = forward, torch.from_numpy
+    monkeypatch.setattr(bert4rec.SoftmaxLoss, 'apply', loss)
     m.loss(np.arange(1, 4001, dtype=np.int32), np.arange(0, 4001, 10), np.random.default_rng(0))
     wanted, shown, target = seen['wanted'], seen['shown'], seen['target']
     users = torch.unique((target - 1) // 10)
@@ -605,11 +613,10 @@ def test_savings_change_no_loss_and_no_gradient(kind, name, monkeypatch):
     ours, original = found(), kind.forward
 
     def forward(self, *given):
-        place = 2 if kind is SASRec else 3
-        whole = original(self, *given[:place])
-        return whole[given[place]] if len(given) > place else whole
+        whole = original(self, *given[:2])
+        return whole[given[2]] if len(given) > 2 else whole
     monkeypatch.setattr(sequence, 'WIDTH', 1)
-    monkeypatch.setattr(softmax_loss, '__defaults__', (2 * (N + 1),))
+    monkeypatch.setattr(sequence, 'LOGITS', 2 * (N + 1))
     monkeypatch.setattr(kind, 'forward', forward)
     again = found()
     assert len(ours) == len(again)
@@ -630,7 +637,7 @@ def test_random_tables():
     """Row 0 is zeros; Xavier-normal for SASRec and GRU4Rec, N(0, 0.02) for BERT4Rec."""
     torch.manual_seed(0)
     for kind in KINDS:
-        table = kind.random_table(999, 64)
+        table = random_table(kind, 999, 64)
         expected = 0.02 if kind is BERT4Rec else (2 / (1000 + 64)) ** 0.5
         assert table.shape == (1000, 64) and not table[0].any()
         assert table[1:].std().item() == pytest.approx(expected, rel=0.02)
@@ -642,13 +649,12 @@ def test_scales():
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, H), 4 + torch.randn(N, H)])
     made = {scale: initial.initial_table(matrix, scale, 0.4, 0, N) for scale in initial.SCALES}
-    assert set(made) == {'raw', 'rescaled', 'centred', 'whitened', 'permuted'}
+    assert set(made) == {'raw', 'centred', 'whitened', 'permuted'}
     assert torch.equal(made['raw'], matrix)
     for name, table in made.items():
         assert not table[0].any()
         if name != 'raw':
             assert table[1:].norm(dim=1).mean().item() == pytest.approx(0.4, rel=1e-5)
-    close(F.normalize(made['rescaled'][1:], dim=1), F.normalize(matrix[1:], dim=1))
     assert made['centred'][1:].mean(0).abs().max() < 1e-6
     covariance = torch.cov(made['whitened'][1:].T)
     close(covariance, torch.eye(H) * covariance[0, 0], rtol=1e-3)
@@ -1309,6 +1315,7 @@ def refused(capsys, *options, **more):
     ('sasrec', ['--variants', 'lf-frozen'], '--variants'),
     ('sasrec', ['--variants', '-freeze'], '--variants'),
     ('sasrec', ['--init-scale', 'scaled'], '--init-scale'),
+    ('sasrec', ['--init-scale', 'rescaled'], '--init-scale'),
     ('sasrec', ['--again', '--keep'], '--keep'),
     ('sasrec', ['--tie-output'], '--tie-output'),
     ('sasrec', ['--pca', '4'], '--pca'),

@@ -377,7 +377,8 @@ class Sequences:
         torch.manual_seed(0)
         self.ours, self.items = ours, items
         if ours:
-            self.model = kind(ItemTable(kind.random_table(items, hidden)), 50).on(runtime())
+            table = kind.draw(torch.empty(items + 1, hidden))
+            self.model = kind(ItemTable(table), 50).on(runtime())
         else:
             self.published = baseline()
             self.model = getattr(self.published, kind.__name__)(items, hidden)
