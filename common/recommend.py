@@ -41,7 +41,7 @@ def with_cold(data):
     return wide
 
 
-def began_with(folder, row, data, cold):
+def began_with(folder, row, data, cold=False):
     """The Embeddings that a run began with, None of random rows; `cold`: with those of cold items.
     UserError: they are others by now, or know no cold items."""
     if row['init'] in (None, 'random'):
@@ -57,10 +57,18 @@ def began_with(folder, row, data, cold):
     return found
 
 
+def began_table(folder, row, model, data, cold=False):
+    """The item table that a trained model began with: [n + 1, H], `cold`: [n + 1 + c, H]. None
+    where it scores items by other rows."""
+    if model.scorer()[0] is not model.item_embedding.weight:
+        return None
+    embeddings = began_with(folder, row, data, cold)
+    return starting_tables(type(model), data.n_items, embeddings, row)[0]
+
+
 def scorer_of(folder, row, data, wide, machine):
     """score(items, offsets) of a run: scores after histories [B, n + 1], of the items of `wide`:
-    the dataset, or the dataset with its cold items, which score by the rows they would have begun
-    with."""
+    the dataset, or the dataset with its cold items."""
     cold = wide is not data
     if row['model'] == 'untrained':
         found = began_with(folder, row, data, cold)
@@ -73,13 +81,11 @@ def scorer_of(folder, row, data, wide, machine):
         return score
     model, _ = load_seq(folder / row['run'], data)
     if cold:
-        weight = model.item_embedding.weight.detach()
-        if model.scorer()[0] is not model.item_embedding.weight:
+        began = began_table(folder, row, model, data, cold)
+        if began is None:
             raise UserError(f'--cold: {row["run"]} scores items by rows that cold items lack')
-        began = began_with(folder, row, data, cold)
-        table, _ = starting_tables(type(model), data.n_items, began, row)
-        table[:len(weight)] = weight
-        model.item_embedding = ItemTable(table)
+        began[:data.n_items + 1] = model.item_embedding.weight.detach()
+        model.item_embedding = ItemTable(began)
     model.on(machine)
 
     @torch.no_grad()
