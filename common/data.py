@@ -91,14 +91,13 @@ class Dataset:
         """What one of these four lists, one by one, and none of it is kept."""
         return stored(self.folder, name)
 
-    def split(self, which, users=None):
-        """Histories and targets of `users` (default: the evaluated): ragged (items, offsets) and
-        targets [users]. 'valid': training part -> validation item; 'test': training part and
-        validation item -> test item."""
-        users = self.evaluated if users is None else users
+    def split(self, which):
+        """Histories and targets of the evaluated users: ragged (items, offsets) and targets [E].
+        'valid': training part -> validation item; 'test': training part and validation item -> test
+        item."""
         leave = {'valid': 2, 'test': 1}[which]
-        targets = self.items[self.offsets[users + 1] - leave]
-        return *self.training(leave, users), targets
+        targets = self.items[self.offsets[self.evaluated + 1] - leave]
+        return *self.training(leave, self.evaluated), targets
 
     def training(self, leave=2, users=slice(None)):
         """Sequences of `users` (default: all) but their last `leave` items: ragged (items,

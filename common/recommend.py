@@ -11,6 +11,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +20,12 @@ import torch
 from common.arrays import offsets_of, row_numbers
 from common.baselines import all_scorers, weighted
 from common.files import UserError, whole
-from common.formats import interactions
 from common.initial import read_embeddings, starting_tables
 from common.models import load_seq
 from common.progress import progress
 from common.runs import read_ranks
 from common.sequence import ItemTable
-from common.sources import microseconds
+from common.sources import interactions
 from common.training import start
 
 COLUMNS = 'user', 'rank', 'item', 'score', 'title'
@@ -112,9 +112,8 @@ def known_of(keys, known, reasons, source):
 
 def read_histories(path):
     """{user: [item ids, oldest first]} of a file of interactions in any form that --from takes."""
-    rows = interactions(path, {})
     found = {}
-    for user, item, _ in sorted(rows, key=lambda row: microseconds(row[2])):
+    for user, item, *_ in sorted(interactions(path, {}), key=itemgetter(3)):  # by time
         found.setdefault(user, []).append(item)
     return found
 

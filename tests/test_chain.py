@@ -626,7 +626,7 @@ WRONG = [
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--max-items', '1'], '--max-items'),
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--loss', 'bce'], '--loss bce'),
     ([*SASREC, '--variants', 'xx-thaw'], '--variants'),
-    ([*SASREC, '--variants', 'lf-freeze'], 'lf.pt: No such file'),
+    ([*SASREC, '--variants', 'lf-freeze'], 'lf.pt: no such file'),
     ([*SASREC, '--device', 'cuda:99', '--hidden', '8'], '--device cuda:99'),
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--hidden', '9'], 'another --hidden'),
     (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'run python -m common.data nosuch'),
@@ -650,7 +650,7 @@ WRONG = [
     (['evaluate.py', 'inspect', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine'], 'no such file'),
-    (['evaluate.py', 'curve', 'mine'], 'no runs from a share'),
+    (['evaluate.py', 'curve', 'mine'], 'no runs from embeddings called pt-share'),
 ]
 
 

@@ -249,8 +249,8 @@ def test_both_models_see_the_same_tokens(world, monkeypatch):
 def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
     found, model = data.load('one'), load_recformer(world / 'ft1-seed0').eval()
     tokens = tokenize(found.attributes, model.words)
-    items, offsets, _ = found.split('test', found.evaluated[:7])
-    many = model.pack(items, offsets, tokens)
+    items, offsets, _ = found.split('test')
+    many = model.pack(items, offsets[:8], tokens)
     weights = model.cls_attention(many)
     for row in range(7):
         alone = many.rows([row])

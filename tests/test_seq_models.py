@@ -337,7 +337,7 @@ def test_attention_weights_are_those_of_the_newest_position():
     block = m.blocks[0].attention
     query = block.query(norm(m.blocks[0].attention_norm, x[-1]))
     expected = (query @ block.key(x).T / H ** 0.5).softmax(0)
-    close(torch.from_numpy(weights[0]), expected.detach())
+    close(weights[0].flip(0), expected.detach())
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -1163,7 +1163,7 @@ def test_what_defines_a_models_numbers_is_in_its_digest(tree):
     ('common/metrics.py', 'equal - 1', 'equal - 0', True),
     ('train_seq.py', 'rng.permutation(users)', 'users', True),
     ('common/bert4rec.py', 'dropout = 0.1', 'dropout = 0.0', False),
-    ('common/progress.py', 'else 30', 'else 10', False)])
+    ('common/progress.py', 'mininterval=30', 'mininterval=10', False)])
 def test_an_edit_of_the_code_changes_its_digest_but_one_of_a_comment_does_not(
         tree, file, old, new, changed):
     before = code_of_model('sasrec')
@@ -1383,7 +1383,7 @@ def test_embeddings_of_something_else_are_refused(toy, change, word, capsys):
 
 def test_embeddings_that_are_not_there_are_refused(toy, capsys):
     line, = refused(capsys, '--variants', 'random', 'pt-freeze')
-    assert 'pt.pt: No such file' in line and not load_rows('toy')
+    assert 'pt.pt: no such file' in line and not load_rows('toy')
 
 
 def test_training_parts_hold_neither_validation_nor_test_items(toy, monkeypatch):
