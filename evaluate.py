@@ -12,7 +12,7 @@
     python evaluate.py curve drugstore --of step        # over a tuning: embeddings pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2-*; --out.
+Writes: runs/<dataset>/results.md, results.png, curves.png, inspect.md, figure1.*, figure2-*; --out.
 """
 import re
 from dataclasses import replace
@@ -25,15 +25,15 @@ from common.backbone import load_recformer, start_model, untouched
 from common.baselines import directions, untrained
 from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
-from common.files import UserError, command, runs_root, save_json, save_text
+from common.files import UserError, command, runs_root, save_text
 from common.initial import origin_of, read_embeddings
-from common.metrics import compare, per_user, result_of, summarise
+from common.metrics import compare, per_user, summarise
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
 from common.progress import progress
 from common.recommend import began_table, recommend, with_cold
-from common.report import AGAINST, SHOWN, cells_of, markdown, render
+from common.report import RANKINGS, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import item_tokens
 from common.training import start
@@ -60,11 +60,9 @@ def write_untrained(args, data, folder):
     run = Run(args, folder / 'popularity', identity, code_of('common/baselines.py'))
     if run.finished():
         return
-    matrices = {name: found.matrix for name, found in embeddings.items()}
-    for name, fields, ranks in reversed(list(untrained(data, matrices))):
-        origin = origin_of(embeddings.get(fields['init']))
-        run._replace(folder=folder / name).write(model='untrained', **fields, **origin,
-                                                 **result_of(data, ranks))
+    for name, row in reversed(list(untrained(data, embeddings))):
+        origin = origin_of(embeddings.get(row['init']))
+        run._replace(folder=folder / name).write(**row, **origin)
 
 
 def show_neighbours(args, data, folder):
@@ -95,23 +93,21 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def current_of(rows, data):
-    """Those rows that are of this version of the data."""
+def current_cells(data):
+    """The Cells of those runs that are of this version of the data."""
+    rows = load_rows(data.name)
     current = [row for row in rows if row['data'] == data.fingerprint]
     if len(current) < len(rows):
         print(f'{len(rows) - len(current)} runs of another version of the data are left out')
-    return current
+    return cells_of(current)
 
 
 def show_tables(args, data, folder):
     """Print results.md, made of whatever rows there are; draw bars and learning curves."""
-    every = load_rows(data.name)
-    rows = current_of(every, data)
-    if not rows:
+    cells = current_cells(data)
+    if not cells:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', every)
-    finish(folder / 'results.md', render(data, rows))
-    cells = cells_of(rows)
+    finish(folder / 'results.md', render(data, cells))
     draw_bars(folder / 'results.png', cells)
     draw_lines(folder / 'curves.png', learning(cells),
                'epoch (upwards: NDCG@10 on validation, 100 negatives, percent)')
@@ -126,11 +122,10 @@ def show_comparison(args, data, folder):
     print(f'{args.runs[0]} minus {args.runs[1]}, {len(a["users"]):,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
     for ranking, metrics in row['metrics'].items():
-        for name in metrics:
-            metric, k = name.split('@')
-            values = [per_user(ranks[ranking], metric, int(k)) for ranks in (a, b)]
+        for metric in metrics:
+            values = [per_user(ranks[ranking], metric) for ranks in (a, b)]
             difference, (low, high), p = compare(*values)
-            print(f'{ranking:8}{name:16}{100 * difference:+11.2f}  '
+            print(f'{ranking:8}{metric:16}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
                   f'{"  tie" if low <= 0 <= high else ""}')
 
@@ -171,7 +166,6 @@ def show_attention(args, data, folder):
     vanilla = untouched(start_model(None, args.plm or tuned.plm, tuned.config.layers))
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
-    vanilla.config = tuned.config  # its limits of items and tokens
     items, offsets, _ = data.split('test')
     histories = [items for items in np.split(items, offsets[1:-1])
                  if len(items) > 2]  # two always lie on a line
@@ -187,10 +181,10 @@ def show_attention(args, data, folder):
             raise UserError(f'--seq {args.seq}: SASRec is needed here')
         likes = list(map(sasrec.attention_weights, histories))
     tokens = item_tokens(data, tuned.words)
+    packed = [tuned.pack(items, [0, len(items)], tokens) for items in histories]
     maps, body = {}, []
     for name, model in (('vanilla', vanilla), ('tuned', tuned)):
         model.on(machine).eval()
-        packed = [model.pack(items, [0, len(items)], tokens) for items in histories]
         weights = [model.cls_attention(one)[:, 0].cpu() for one in progress(packed, desc=name)]
         maps[f'{name} ({model.stage})'] = weights[0]
         values = torch.stack(list(map(numbers, packed, weights, likes)))
@@ -207,7 +201,7 @@ def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
     pt-share<percent of the source users> or pt-step<number>, beside LF (0) and random rows."""
     lines = {}  # {method: {number: Cell}}
-    for cell in cells_of(current_of(load_rows(data.name), data)):
+    for cell in current_cells(data):
         name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
         if name and not cell.mixed:
             for shown in filter(None, (cell.random, cell)):
@@ -218,7 +212,8 @@ def show_curve(args, data, folder):
         if not any(points):  # of LF alone
             continue
         for number, cell in sorted(points.items()):
-            values = {f'{SHOWN}, {AGAINST[ranking]}': cell.value(ranking) for ranking in AGAINST}
+            values = {f'{SHOWN}, {shown}': cell.value(ranking)
+                      for ranking, shown in RANKINGS.items()}
             values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
             line = [method, f'{number:g}']
             for measure, (value, spread) in values.items():

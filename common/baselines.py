@@ -16,19 +16,21 @@ import torch
 import torch.nn.functional as F
 
 from common.arrays import ragged, row_numbers, take
-from common.metrics import rank_counts, summarise
+from common.metrics import rank_counts, result_of, summarise
+from common.runs import result_line
 
 DECAYS = 1.0, 0.9, 0.8, 0.6, 0.4
 WEIGHTS = 0.1, 0.3, 1.0, 3.0  # of the text beside the items
 
 
-def sparse(items, offsets, values, n):
-    """Values of the items of ragged rows as a sparse float matrix [rows, n + 1]; those of an item
-    that a row has twice are added up."""
+def weighted(items, offsets, decay, n):
+    """Histories (ragged) with their recency weights, as a scorer takes them: those of an item that
+    a row has twice are added up."""
     lengths = np.diff(offsets)
+    age = -1 - ragged(-lengths, lengths)
     index = np.stack([row_numbers(lengths), items])
     size = len(lengths), n + 1
-    found = torch.sparse_coo_tensor(index, values, size, check_invariants=False)
+    found = torch.sparse_coo_tensor(index, decay ** age, size, check_invariants=False)
     return found.float().coalesce()
 
 
@@ -47,8 +49,7 @@ def popularity(data):
 def item_knn(data):
     """score(j) = sum over the history's items i other than j of weight(i) cos(i, j), the cosine of
     the sets of users who have i and j in their training parts."""
-    items, offsets = data.training()
-    had = sparse(items, offsets, np.ones(len(items)), data.n_items)  # however often
+    had = weighted(*data.training(), 1.0, data.n_items)  # however often
     over_items = row_sums(had)
     over_users = row_sums(had.t().coalesce())
     counts = had.indices()[1].bincount(minlength=data.n_items + 1)
@@ -75,8 +76,9 @@ def row_sums(matrix):
 def directions(matrix, end=None):
     """Rows [n + 1, H] less their mean (of those before `end`: not of cold items), of length 1; row
     0 zeros."""
-    centred = matrix[1:] - matrix[1:end].mean(0)
-    return F.pad(F.normalize(centred, dim=1), (0, 0, 1, 0))
+    centred = matrix - matrix[1:end].mean(0)
+    centred[0] = 0
+    return F.normalize(centred, dim=1)
 
 
 def text_knn(matrix, end=None):
@@ -113,23 +115,16 @@ def weighted_sum(first, second, weight):
 
 def all_scorers(data, embeddings, end=None):
     """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
-    [n + 1, H]}, `end` as in text_knn."""
+    Embeddings}, `end` as in text_knn."""
     items = item_knn(data)
     found = {'popularity': (None, {None: popularity(data)}),
              'item-knn': (None, {None: items})}
-    for init, matrix in embeddings.items():
-        text = text_knn(matrix, end)
+    for init, given in embeddings.items():
+        text = text_knn(given.matrix, end)
         both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
         found[f'text-knn-{init}'] = init, {None: text}
         found[f'item+text-knn-{init}'] = init, both
     return found
-
-
-def weighted(items, offsets, decay, n):
-    """Histories (ragged) with their recency weights, as a scorer takes them."""
-    lengths = np.diff(offsets)
-    age = -1 - ragged(-lengths, lengths)
-    return sparse(items, offsets, decay ** age, n)
 
 
 # ------------------------------------------------------------------------ choice on validation
@@ -163,7 +158,7 @@ def popularity_value(data):
 
 
 def untrained(data, embeddings):
-    """(name, what a row says, ranks on test) of every baseline; embeddings {name: [n + 1, H]}."""
+    """(name, what Run.write takes) of every baseline; embeddings {name: Embeddings}."""
     part = some_of(data)
     for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
@@ -174,18 +169,17 @@ def untrained(data, embeddings):
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
         seconds = round(time.monotonic() - began, 1)
-        yield name, {'init': init,
+        yield name, {'model': 'untrained',
+                     'init': init,
                      'seconds': seconds,
                      'valid': valid[weight, decay],
                      'weight': weight,
-                     'decay': decay}, ranks
+                     'decay': decay,
+                     **result_of(data, ranks)}
 
 
 def untrained_lines(data):
     """What popularity and item-kNN reach, a line each: is there anything to learn?"""
-    part = some_of(data)
-    for name, fields, ranks in untrained(part, {}):
-        found = summarise(ranks)
-        yield (f'{name:12}NDCG@10 {100 * found["sampled"]["NDCG@10"]:6.2f} (100 negatives) '
-               f'{100 * found["full"]["NDCG@10"]:6.2f} (all items), recency weight '
-               f'{fields["decay"]:g} a step; {len(part.evaluated):,} users')
+    for name, row in untrained(some_of(data), {}):
+        yield (f'{name:12}{result_line(row)}, recency weight {row["decay"]:g} a step; '
+               f'{row["users"]:,} users')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from common.files import runs_root, whole
 from common.initial import geometry
-from common.report import AGAINST, SHOWN, best_of
+from common.report import RANKINGS, SHOWN
 
 MEASURES = 'heads', 'below', 'first', 'sasrec'  # see `numbers`
 
@@ -75,50 +75,36 @@ def draw_attention(path, maps, packed, words, sasrec=None):
     """
     if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
         known = packed.item_positions.clip(max=sasrec.shape[1])
-        spread = F.pad(sasrec, (1, 0))[:, None, known]
-        maps = {**maps, 'SASRec': spread.expand(-1, 8, -1)}  # to be seen
-    rows, begins = [], {}
-    for title, weights in maps.items():
-        for layer, heads in enumerate(weights):
-            begins[f'{title}, {layer}'] = len(rows)
-            rows.extend(heads)
-    rows = np.array(rows)
-    highest = rows[:, 1:].max(1, keepdims=True)
+        maps = {**maps, 'SASRec': F.pad(sasrec, (1, 0))[:, None, known]}
+    layers = {f'{title}, {layer}': heads
+              for title, weights in maps.items()
+              for layer, heads in enumerate(weights)}
     width = min(4 + 0.16 * len(words), 40)
-    with picture(path, width, 2 + 0.08 * len(rows)) as figure:
-        axis = figure.subplots()
-        axis.pcolormesh(rows / highest, vmax=1)
-        items = np.flatnonzero(first_tokens(packed))
-        axis.vlines(items, 0, len(rows), 'red')
-        axis.grid(axis='y', color='white')
-        axis.invert_yaxis()
-        axis.set_yticks(list(begins.values()), begins)
-        middles = np.arange(len(words)) + 0.5
-        axis.set_xticks(middles, words, rotation=90)
+    with picture(path, width, 2 + 0.6 * len(layers)) as figure:
+        axes = figure.subplots(len(layers), sharex=True)
+        for axis, (title, heads) in zip(axes, layers.items()):
+            axis.pcolormesh(heads / heads[:, 1:].amax(1, keepdim=True), vmax=1)
+            axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(heads), 'red')
+            axis.set_ylabel(title, rotation=0, ha='right')
+        axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90)
 
 
 def draw_bars(path, cells):
     """SHOWN of each Cell with its spread over seeds, a panel per ranking, a colour per model and
-    loss; lines across: the best that needs no training, and popularity."""
+    loss; a line across: the best that needs no training."""
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
-    popularity = [cell for cell in cells if cell.label == 'popularity']
-    best = best_of(cells)
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
-        axes = figure.subplots(1, len(AGAINST), sharey=True)
-        for axis, ranking in zip(axes, AGAINST):
+        axes = figure.subplots(1, len(RANKINGS), sharey=True)
+        for axis, (ranking, best) in zip(axes, cells[0].best.items()):
             for title, group in itertools.groupby(cells, attrgetter('title')):
                 bars = {f'{title}: {cell.label}': cell.value(ranking) for cell in group}
                 means, spreads = zip(*bars.values())
                 axis.barh(list(bars), means, xerr=spreads)
-            title = f'{SHOWN} in percent, {AGAINST[ranking]}'
-            lines = filter(None, (best[ranking], *popularity))
-            for style, cell in zip(('dashed', 'dotted'), lines):
-                value, _ = cell.value(ranking)
-                axis.axvline(value, color='black', linestyle=style)
-                title += f'\n{style}: {cell.label}'
-            axis.set_title(title)
+            axis.set_title(f'{SHOWN} in percent, {RANKINGS[ranking]}\n(dashed: best untrained)')
+            if best:
+                axis.axvline(best.value(ranking)[0], linestyle='dashed')
         axis.invert_yaxis()
 
 

@@ -72,15 +72,18 @@ def counts(scores, own):
     return torch.stack([higher, equal - 1], 1)
 
 
-def per_user(ranks, metric, k):
-    """Expected HR@k or NDCG@k of each user over the t + 1 places a tie leaves open: float [E].
+def per_user(ranks, metric):
+    """A metric such as 'HR@5' or 'NDCG@10' of each user, the mean over the t + 1 places that a tie
+    leaves open: float [E].
 
     Five items score 3 2 2 2 1 and the target is a 2: g = 1, t = 2, so it takes place 1, 2 or 3
     (0-based). HR@3 = (1 + 1 + 0) / 3 = 2/3; NDCG@3 = (1/log2(3) + 1/log2(4) + 0) / 3 = 0.377.
     """
     g, t = ranks.T
+    name, cutoff = metric.split('@')
+    k = int(cutoff)
     gain = np.ones(k)  # of a place
-    if metric == 'NDCG':
+    if name == 'NDCG':
         gain = 1 / np.log2(np.arange(k) + 2)
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
     end = g + t + 1
@@ -93,9 +96,8 @@ def summarise(ranks):
     sums over users divided once."""
     found = {}
     for name, pairs in ranks.items():
-        found[name] = {f'{metric}@{k}': float(per_user(pairs, metric, k).mean())
-                       for metric in ('HR', 'NDCG')
-                       for k in CUTOFFS[name]}
+        metrics = [f'{metric}@{k}' for metric in ('HR', 'NDCG') for k in CUTOFFS[name]]
+        found[name] = {metric: float(per_user(pairs, metric).mean()) for metric in metrics}
     return found
 
 

@@ -72,8 +72,8 @@ def scorer_of(folder, row, data, wide, machine):
     cold = wide is not data
     if row['model'] == 'untrained':
         found = began_with(folder, row, data, cold)
-        matrices = {row['init']: found.matrix} if found else {}
-        _, scorers = all_scorers(wide, matrices, data.n_items + 1)[row['run']]
+        embeddings = {row['init']: found} if found else {}
+        _, scorers = all_scorers(wide, embeddings, data.n_items + 1)[row['run']]
         scorer = scorers[row['weight']]
 
         def score(items, offsets):

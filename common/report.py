@@ -20,8 +20,7 @@ from common.runs import changed_code, differences, read_ranks
 TITLES = {'untrained': 'No training', 'recformer': 'RecFormer'}  # of what is no ID model
 LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'sampled': 'sampled softmax',
           'masked': 'masked items'}
-RANKINGS = {'sampled': '100 neg.', 'full': 'all', 'new': 'new'}
-AGAINST = {'sampled': '100 negatives', 'full': 'all items'}  # the rankings that the paper has
+RANKINGS = {'sampled': '100 negatives', 'full': 'all items', 'new': 'new items'}
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 ALPHA = 0.05  # of the paired tests
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
@@ -49,8 +48,7 @@ def suitability(row):
 def of_users(row, ranking, metric):
     """A metric such as 'HR@20' of every user of a run: [E]."""
     _, ranks = read_ranks(row['dataset'], row['run'])
-    name, cutoff = metric.split('@')
-    return per_user(ranks[ranking], name, int(cutoff))
+    return per_user(ranks[ranking], metric)
 
 
 class Cell:
@@ -58,9 +56,10 @@ class Cell:
 
     first: the row of the lowest seed; title: model and loss; label: the run's name without these,
     rate and seed; variant: without its embeddings too; random: the Cell of random rows of the same
-    title and width, None where there is none.
+    title and width, best: {ranking: the best Cell that needs no training}; None: there is none.
     """
     random = None
+    best = dict.fromkeys(RANKINGS)
 
     def __init__(self, rows):
         self.first = max(rows, key=suitability)
@@ -107,12 +106,14 @@ class Cell:
         mark = '=' if p >= ALPHA else '>' if difference > 0 else '<'
         return mark, f'{p:.3f}'
 
-    def marked(self, ranking, best):
-        """text, in bold where it is ahead of random rows, and how it stands to the cell `best`."""
+    def marked(self, ranking):
+        """text, in bold where it is ahead of random rows, and how it stands to the best ranking that
+        needs no training."""
         text = self.text(ranking)
         if self.against(self.random, ranking)[0] == '>':
             text = f'**{text}**'
-        return f'{text} {self.against(best, ranking)[0]}'.strip()
+        mark, _ = self.against(self.best[ranking], ranking)
+        return f'{text} {mark}'.strip()
 
 
 def order_of(cell):
@@ -126,21 +127,17 @@ def order_of(cell):
 
 def cells_of(rows):
     """The Cells of these rows in the tables' order."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(names_of(row), []).append(row)
-    cells = [Cell(members) for members in groups.values()]
+    ordered = sorted(rows, key=names_of)
+    cells = [Cell(list(group)) for _, group in itertools.groupby(ordered, names_of)]
+    cells.sort(key=order_of)
     random = {(cell.title, cell.width): cell for cell in cells if cell.init == 'random'}
+    free = [cell for cell in cells if cell.first['model'] == 'untrained']
+    best = {ranking: max(free, key=lambda cell: cell.value(ranking), default=None)
+            for ranking in RANKINGS}
     for cell in cells:
         cell.random = random.get((cell.title, cell.width))
-    return sorted(cells, key=order_of)
-
-
-def best_of(cells):
-    """{ranking: the best Cell that needs no training, None where there is none}."""
-    free = [cell for cell in cells if cell.first['model'] == 'untrained']
-    return {ranking: max(free, key=lambda cell: cell.value(ranking), default=None)
-            for ranking in RANKINGS}
+        cell.best = best
+    return cells
 
 
 # ------------------------------------------------------------------------ tables
@@ -151,16 +148,15 @@ def markdown(head, body):
     return ''.join(f'| {" | ".join(line)} |\n' for line in lines)
 
 
-def group_table(title, cells, best):
+def group_table(title, cells):
     """What one model reaches with one loss: a row per initialisation, with p of the tests that the
     marks stand for, and the geometry of the embeddings."""
     body = []
     for cell in cells:
-        line = [cell.label]
-        line += [cell.marked(ranking, best[ranking]) for ranking in RANKINGS]
-        for rivals in (best, dict.fromkeys(AGAINST, cell.random)):
-            line.append(' / '.join(cell.against(rivals[ranking], ranking)[1]
-                                   for ranking in AGAINST))
+        line = [cell.label, *map(cell.marked, RANKINGS)]
+        for rivals in (cell.best, dict.fromkeys(RANKINGS, cell.random)):
+            found = [cell.against(other, ranking)[1] for ranking, other in rivals.items()]
+            line.append(' / '.join(found))
         shape = ''
         if cell.first.get('norm'):
             shape = f'{cell.first["norm"]:.2f} / {cell.first["cosine"]:.2f}'
@@ -177,8 +173,7 @@ def paper_table(table, dataset, cells):
     for number, (column, wanted) in enumerate(table['ours'].items()):
         found = [cell for cell in cells if wanted.items() <= cell.first.items()]
         line = [column]
-        for short, values in published.items():
-            metric = short.replace('H@', 'HR@').replace('N@', 'NDCG@')
+        for metric, values in published.items():
             text = found[0].text(table['ranking'], metric, 2) if found else '-'
             line.append(f'{text} [{values[number]:.2f}]')
         body.append(line)
@@ -194,10 +189,10 @@ def footer(rows):
         return ', '.join(sorted(found - {'None'}))
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
-            f'seeds ({several("seed")}). Candidates: 100 negatives; all items; "new": all but the '
-            'history.\nAfter a number: > better, = no difference, < worse than the best ranking '
+            f'seeds ({several("seed")}). New items: all but the history.\n'
+            'After a number: > better, = no difference, < worse than the best ranking '
             'that needs no training; **bold**: better than random rows\nof the same model and '
-            'width (paired over users, 5 %). p of these tests: 100 negatives / all items; 0.000 is '
+            'width (paired over users, 5 %). p of these tests: in the same order; 0.000 is '
             f'less than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. '
             "The last number of a name is the width; below the embeddings' own: their principal\n"
             'components, of centred rows.\n'
@@ -211,13 +206,12 @@ def footer(rows):
     return text
 
 
-def render(data, rows):
-    """All tables of these rows as Markdown."""
-    cells = cells_of(rows)
-    best = best_of(cells)
+def render(data, cells):
+    """All tables of these cells, in the tables' order, as Markdown."""
     text = f'# Results: {data.name}\n'
     for title, group in itertools.groupby(cells, attrgetter('title')):
-        text += f'\n{group_table(title, group, best)}'
+        text += f'\n{group_table(title, group)}'
+    rows = [row for cell in cells for row in cell.rows]
     text += f'\n{footer(rows)}'
     for table in paper().values():
         if 'ours' in table and data.name in table['rows']:

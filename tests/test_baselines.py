@@ -1,6 +1,7 @@
 """Rankings that need no training, worked by hand. Run: python -m pytest tests/test_baselines.py"""
 import dataclasses
 import inspect
+import types
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import torch
 
 import evaluate
 from common import baselines
-from common.arrays import offsets_of
+from common.arrays import offsets_of, row_numbers
 from common.baselines import (DECAYS, WEIGHTS, item_knn, popularity, ranks_of, row_sums, some_of,
-                              sparse, text_knn, untrained, untrained_lines, value_of, weighted_sum)
+                              text_knn, untrained_lines, value_of, weighted, weighted_sum)
 from common.data import Dataset, prepare
 from common.files import UserError, load_pt, save_pt
 from common.metrics import rank_counts, result_of, summarise
@@ -39,6 +40,23 @@ def dataset(rows=ROWS, evaluated=(0, 1, 2), given=NEGATIVES, n=6):
                    negatives, {}, 'f', Path('nowhere'))
 
 
+def sparse(items, offsets, values, n):
+    """These values of the items of ragged rows as a sparse matrix [rows, n + 1]."""
+    lengths = np.diff(offsets)
+    index = np.stack([row_numbers(lengths), items])
+    return torch.sparse_coo_tensor(index, values, (len(lengths), n + 1),
+                                   check_invariants=True).float().coalesce()
+
+
+def untrained(data, matrices):
+    """(name, the choice, ranks) of each baseline."""
+    embeddings = {name: types.SimpleNamespace(matrix=rows) for name, rows in matrices.items()}
+    for name, row in baselines.untrained(data, embeddings):
+        ranks = row['ranks']
+        assert np.array_equal(ranks.pop('users'), data.evaluated)
+        yield name, {key: row[key] for key in ('init', 'seconds', 'valid', 'weight', 'decay')}, ranks
+
+
 def weights_of(*rows):
     """Sparse weights of histories from dictionaries {item: weight}."""
     items = np.array([item for history in rows for item in history])
@@ -53,8 +71,8 @@ def close(found, *expected):
 # ------------------------------------------------------------------------ scorers
 
 def test_equal_places_of_a_sparse_matrix_add_up():
-    found = sparse(np.array([2, 2, 0]), np.array([0, 2, 3]), np.array([1.0, 0.5, 2.0]), 2)
-    assert found.to_dense().tolist() == [[0, 0, 1.5], [2, 0, 0]]
+    found = weighted(np.array([2, 2, 0]), np.array([0, 2, 3]), 0.5, 2)
+    assert found.to_dense().tolist() == [[0, 0, 1.5], [1, 0, 0]]
 
 
 def test_sums_of_rows_by_the_entries_of_a_sparse_matrix():

@@ -303,7 +303,7 @@ def drawn(monkeypatch, function, *args):
 
 
 def test_bars(folder, monkeypatch):
-    """One for each cell, its spread over seeds; lines across for what needs no training."""
+    """One for each cell, its spread over seeds; a line across for the best without training."""
     made_up(folder, 'pt', 'trainable', 'raw', .9, seed=0)
     made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, code={'x.py': 'y'})
     for run, value in (('popularity', .05), ('item-knn', .07)):
@@ -313,15 +313,13 @@ def test_bars(folder, monkeypatch):
              'SASRec, one negative: lf-trainable-centred-16',
              'SASRec, one negative: lf-trainable-raw-16']
     assert figure.axes[0].yaxis.get_major_formatter().format_ticks(range(5)) == names, 'PT is mixed'
-    for axis, share in zip(figure.axes, (100, 50)):
+    for axis, share in zip(figure.axes, (100, 50, 10)):
         assert [bar.get_width() for bar in axis.patches] == \
             pytest.approx([share * value for value in (.07, .05, .11, .3, .2)])
         spreads = [np.ptp(segment[:, 0]) for bars in axis.collections
                    for segment in bars.get_segments()]
         assert spreads == pytest.approx([0, 0, 2 * share * np.std([.1, .12], ddof=1), 0, 0])
-        assert [line.get_xdata()[0] for line in axis.lines[-2:]] == \
-            pytest.approx([share * .07, share * .05])
-        assert axis.get_title().endswith('dashed: item-knn\ndotted: popularity')
+        assert axis.lines[-1].get_xdata() == pytest.approx([share * .07] * 2)
     assert 'all items' in figure.axes[1].get_title()
     low, high = figure.axes[0].get_ylim()
     assert low > high, 'the first on top'
@@ -397,16 +395,16 @@ def shares(folder, pictures):
 
 
 HEAD = ['share of the source users in stage-PT, percent', 'NDCG@10, 100 negatives',
-        'NDCG@10, all items', 'mean cosine']
+        'NDCG@10, all items', 'NDCG@10, new items', 'mean cosine']
 EXPECTED = {
     '': [HEAD],
-    '---': [['---'] * 4],
-    'SASRec, one negative, random-16': [[number, '11.00 ± 1.41', '5.50 ± 0.71', '0.00 ± 0.00']
+    '---': [['---'] * 5],
+    'SASRec, one negative, random-16': [[number, '11.00 ± 1.41', '5.50 ± 0.71', '1.10 ± 0.14', '0.00 ± 0.00']
                                         for number in ('0', '0.5', '10')],
     'SASRec, one negative, trainable-centred-16': [
-        ['0', '30.00 ± 0.00', '15.00 ± 0.00', '0.15 ± 0.00'],
-        ['0.5', '35.00 ± 0.00', '17.50 ± 0.00', '0.17 ± 0.00'],
-        ['10', '40.00 ± 0.00', '20.00 ± 0.00', '0.20 ± 0.00']]}
+        ['0', '30.00 ± 0.00', '15.00 ± 0.00', '3.00 ± 0.00', '0.15 ± 0.00'],
+        ['0.5', '35.00 ± 0.00', '17.50 ± 0.00', '3.50 ± 0.00', '0.17 ± 0.00'],
+        ['10', '40.00 ± 0.00', '20.00 ± 0.00', '4.00 ± 0.00', '0.20 ± 0.00']]}
 
 
 def test_curve(shares, capsys, monkeypatch, pictures):
@@ -449,9 +447,9 @@ def test_losses_and_models_have_lines_of_their_own(shares, capsys):
     made_up(shares, 'lf', '', '', .6, model='recformer', run='lf', cosine=None)
     found = curve(capsys, shares)
     assert found.pop('SASRec, cross-entropy, trainable-centred-16') == \
-        [['10', '90.00 ± 0.00', '45.00 ± 0.00', '0.45 ± 0.00']]
+        [['10', '90.00 ± 0.00', '45.00 ± 0.00', '9.00 ± 0.00', '0.45 ± 0.00']]
     assert found.pop('No training, text-knn') == \
-        [['10', '60.00 ± 0.00', '30.00 ± 0.00', '0.30 ± 0.00']]
+        [['10', '60.00 ± 0.00', '30.00 ± 0.00', '6.00 ± 0.00', '0.30 ± 0.00']]
     assert found == EXPECTED
 
 
@@ -462,9 +460,9 @@ def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
     found = curve(capsys, shares, 'step')
     assert found[''][0][0] == 'steps of stage-PT'
     assert found['SASRec, one negative, trainable-raw-16'] == [
-        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '0.10 ± 0.00'],
-        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.00 ± 0.00'],
-        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.01 ± 0.00'],
-        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '0.05 ± 0.00']]
+        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '2.00 ± 0.00', '0.10 ± 0.00'],
+        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.05 ± 0.00', '0.00 ± 0.00'],
+        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.24 ± 0.00', '0.01 ± 0.00'],
+        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '1.00 ± 0.00', '0.05 ± 0.00']]
     assert pictures == ['figure2-step.png']
     assert curve(capsys, shares) == EXPECTED
