@@ -171,9 +171,8 @@ def show_attention(args, data, folder):
                  if len(items) > 2]  # two always lie on a line
     if not histories:
         raise UserError(f'{data.name}: no user has three items before the last one')
-    order = np.random.default_rng(0).permutation(len(histories))
-    histories = [histories[user] for user in order[:args.users]]
-    histories.sort(key=len)  # the first is drawn: a short one
+    np.random.default_rng(0).shuffle(histories)
+    histories = sorted(histories[:args.users], key=len)  # the first is drawn: a short one
     likes = [None] * len(histories)
     if args.seq:
         sasrec, _ = load_seq(folder / args.seq, data)
@@ -183,13 +182,13 @@ def show_attention(args, data, folder):
     tokens = item_tokens(data, tuned.words)
     packed = [tuned.pack(items, [0, len(items)], tokens) for items in histories]
     maps, body = {}, []
-    for name, model in (('vanilla', vanilla), ('tuned', tuned)):
+    for model in (vanilla, tuned):
         model.on(machine).eval()
-        weights = [model.cls_attention(one)[:, 0].cpu() for one in progress(packed, desc=name)]
-        maps[f'{name} ({model.stage})'] = weights[0]
+        weights = [model.cls_attention(one)[:, 0].cpu() for one in progress(packed)]
+        maps[model.stage] = weights[0]
         values = torch.stack(list(map(numbers, packed, weights, likes)))
         for layer, of_layer in enumerate(values.nanmean(0).tolist()):
-            body.append([name, str(layer), *(f'{value:.3f}' for value in of_layer)])
+            body.append([model.stage, str(layer), *map('{:.3f}'.format, of_layer)])
     head = ['model', 'layer', *MEASURES[:values.shape[2]]]
     finish(folder / 'figure1.md', f'CLS attention of {len(histories)} users of {data.name}\n\n'
                                   f'{markdown(head, body)}')

@@ -5,7 +5,6 @@ heads, L = its tokens. Cells: see common/report.py.
 import contextlib
 import itertools
 from math import nan
-from operator import attrgetter
 
 import numpy as np
 import torch
@@ -90,18 +89,17 @@ def draw_attention(path, maps, packed, words, sasrec=None):
 
 
 def draw_bars(path, cells):
-    """SHOWN of each Cell with its spread over seeds, a panel per ranking, a colour per model and
-    loss; a line across: the best that needs no training."""
+    """SHOWN of each Cell with its spread over seeds, a panel per ranking; a line across: the best
+    that needs no training."""
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
+    names = [f'{cell.title}: {cell.label}' for cell in cells]
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(RANKINGS), sharey=True)
         for axis, (ranking, best) in zip(axes, cells[0].best.items()):
-            for title, group in itertools.groupby(cells, attrgetter('title')):
-                bars = {f'{title}: {cell.label}': cell.value(ranking) for cell in group}
-                means, spreads = zip(*bars.values())
-                axis.barh(list(bars), means, xerr=spreads)
+            means, spreads = zip(*(cell.value(ranking) for cell in cells))
+            axis.barh(names, means, xerr=spreads)
             axis.set_title(f'{SHOWN} in percent, {RANKINGS[ranking]}\n(dashed: best untrained)')
             if best:
                 axis.axvline(best.value(ranking)[0], linestyle='dashed')
@@ -126,8 +124,7 @@ def draw_lines(path, panels, below, log=False):
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
-        labelled = axis.get_legend_handles_labels()
-        figure.legend(*labelled, loc='outside upper center', ncols=2)
+        figure.legend(*axis.get_legend_handles_labels(), loc='outside upper center', ncols=2)
         figure.supxlabel(below)
 
 

@@ -6,7 +6,6 @@ order. Histories are ragged (items, offsets), oldest first.
 import csv
 import json
 import sys
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -110,24 +109,29 @@ def known_of(keys, known, reasons, source):
     return {key: known[key] for key in keys if key in known}
 
 
-def read_histories(path):
-    """{user: [item ids, oldest first]} of a file of interactions in any form that --from takes."""
+def new_users(args, data, wide):
+    """{name: its history} of --items, or of --histories: interactions in any form that --from
+    takes."""
+    source = '--items'
+    pairs = [('new', item) for item in args.items or ()]
+    if args.histories:
+        source = str(args.histories)
+        rows = sorted(interactions(args.histories, {}), key=itemgetter(3))  # by time
+        pairs = [row[:2] for row in rows]
+    number = {key: i for i, key in enumerate(wide.item_ids, 1)}
+    reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
+    known = known_of([item for _, item in pairs], number, reasons, source)
     found = {}
-    for user, item, *_ in sorted(interactions(path, {}), key=itemgetter(3)):  # by time
-        found.setdefault(user, []).append(item)
+    for user, item in pairs:
+        if item in known:
+            found.setdefault(user, []).append(known[item])
     return found
 
 
 def asked(args, data, wide):
-    """{name: its history, item numbers} of those that the options ask for."""
+    """{name: its history, item numbers, oldest first} of those that the options ask for."""
     if args.items or args.histories:
-        found = read_histories(args.histories) if args.histories else {'new': args.items}
-        number = {key: i for i, key in enumerate(wide.item_ids, 1)}
-        reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
-        known_of(list(chain(*found.values())), number, reasons, str(args.histories or '--items'))
-        found = {user: [number[key] for key in keys if key in number]
-                 for user, keys in found.items()}
-        return {user: items for user, items in found.items() if items}
+        return new_users(args, data, wide)
     everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
     if not args.users:
         return everybody
@@ -141,17 +145,17 @@ def asked(args, data, wide):
 
 # ------------------------------------------------------------------------ rows
 
-def ahead(function, things, most=4):
+def ahead(function, things):
     """function(thing) of each thing, in order: threads, each on a core of its own, compute at most
-    so many of them while the caller uses the one before."""
+    four of them while the caller uses the one before."""
     waiting = deque()
     with ThreadPoolExecutor(torch.get_num_threads(), '', torch.set_num_threads, (1,)) as pool:
         for thing in things:
             waiting.append(pool.submit(function, thing))
-            if len(waiting) == most:
+            if len(waiting) == 4:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        for last in waiting:
+            yield last.result()
 
 
 def best(args, score, histories, wide):
@@ -183,14 +187,12 @@ def best(args, score, histories, wide):
 def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
-    if args.cold and not data.cold_ids:
-        raise UserError(f'--cold: {data.name} has no items that nobody has')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)
     if not histories:
         raise UserError('none of those users or items is known: nobody to recommend to')
-    rows, began = best(args, score, histories, wide), time.monotonic()
+    rows = best(args, score, histories, wide)
     if not args.out:
         for line in rows:
             print('{:12} {:3}  {:16} {:8.3f}  {:.80}'.format(*line))
@@ -201,6 +203,4 @@ def recommend(args, data, folder):
             f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
         else:
             csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
-    seconds, users = time.monotonic() - began, len(histories)
-    print(f'{users:,} users in {seconds:.1f} s ({users / seconds:,.0f} a second), {args.k} items '
-          f'for each at most, written to {args.out}')
+    print(f'{len(histories):,} users, {args.k} items for each at most, written to {args.out}')

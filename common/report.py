@@ -55,8 +55,8 @@ class Cell:
     """One variant of one model: its runs, one per seed, all with the chosen rate.
 
     first: the row of the lowest seed; title: model and loss; label: the run's name without these,
-    rate and seed; variant: without its embeddings too; random: the Cell of random rows of the same
-    title and width, best: {ranking: the best Cell that needs no training}; None: there is none.
+    rate and seed; variant: without its embeddings too; kind: title and width; random: the Cell of
+    random rows of that kind, best: {ranking: the best Cell without training}; None: there is none.
     """
     random = None
     best = dict.fromkeys(RANKINGS)
@@ -69,8 +69,8 @@ class Cell:
                  for name in differences(self.first[made], row[made])}
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
         self.init = self.first['init']
-        self.width = self.first.get('hidden', 0)
         self.title, self.label = names_of(self.first)
+        self.kind = self.title, -self.first.get('hidden', 0)
         self.variant = self.label
         if self.init != 'random':
             self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
@@ -98,31 +98,28 @@ class Cell:
         return text
 
     def against(self, other, ranking):
-        """(mark, p) of a test paired over users: '>', '<', or '=' where it sees no difference at
-        5 %. ('', '-') where there is nothing to compare with."""
+        """How it stands to another Cell, and p of a test paired over users: '> 0.012', '<', or '='
+        where it sees no difference at 5 %; '-' where there is nothing to compare with."""
         if other in (None, self) or self.mixed or other.mixed:
-            return '', '-'
+            return '-'
         difference, _, p = compare(self.users(ranking), other.users(ranking))
         mark = '=' if p >= ALPHA else '>' if difference > 0 else '<'
-        return mark, f'{p:.3f}'
+        return f'{mark} {p:.3f}'
 
-    def marked(self, ranking):
-        """text, in bold where it is ahead of random rows, and how it stands to the best ranking that
-        needs no training."""
-        text = self.text(ranking)
-        if self.against(self.random, ranking)[0] == '>':
-            text = f'**{text}**'
-        mark, _ = self.against(self.best[ranking], ranking)
-        return f'{text} {mark}'.strip()
+    def compared(self, ranking):
+        """text, and how it stands to the best ranking without training, and to random rows."""
+        best = self.against(self.best[ranking], ranking)
+        random = self.against(self.random, ranking)
+        return f'{self.text(ranking)} ({best}; {random})'
 
 
 def order_of(cell):
     """Sort key: what needs no training, RecFormer, then the models in the order of MODELS; in each
-    what has no embeddings first, then wide before narrow."""
+    wide before narrow, of a width what has no embeddings first."""
     model = cell.first['model']
     place = [*TITLES, *MODELS, model].index(model)
     embedded = cell.init not in (None, 'random')
-    return place, cell.title, embedded, -cell.width, cell.variant, cell.label
+    return place, cell.kind, embedded, cell.variant, cell.label
 
 
 def cells_of(rows):
@@ -130,12 +127,12 @@ def cells_of(rows):
     ordered = sorted(rows, key=names_of)
     cells = [Cell(list(group)) for _, group in itertools.groupby(ordered, names_of)]
     cells.sort(key=order_of)
-    random = {(cell.title, cell.width): cell for cell in cells if cell.init == 'random'}
+    random = {cell.kind: cell for cell in cells if cell.init == 'random'}
     free = [cell for cell in cells if cell.first['model'] == 'untrained']
     best = {ranking: max(free, key=lambda cell: cell.value(ranking), default=None)
             for ranking in RANKINGS}
     for cell in cells:
-        cell.random = random.get((cell.title, cell.width))
+        cell.random = random.get(cell.kind)
         cell.best = best
     return cells
 
@@ -149,19 +146,16 @@ def markdown(head, body):
 
 
 def group_table(title, cells):
-    """What one model reaches with one loss: a row per initialisation, with p of the tests that the
-    marks stand for, and the geometry of the embeddings."""
+    """What one model reaches with one loss: a row per initialisation, with the geometry of the
+    embeddings."""
     body = []
     for cell in cells:
-        line = [cell.label, *map(cell.marked, RANKINGS)]
-        for rivals in (cell.best, dict.fromkeys(RANKINGS, cell.random)):
-            found = [cell.against(other, ranking)[1] for ranking, other in rivals.items()]
-            line.append(' / '.join(found))
         shape = ''
         if cell.first.get('norm'):
             shape = f'{cell.first["norm"]:.2f} / {cell.first["cosine"]:.2f}'
-        body.append([*line, shape, str(cell.first.get('lr', ''))])
-    head = ['', *RANKINGS.values(), 'p, best', 'p, random', 'norm / cosine', 'rate']
+        found = map(cell.compared, RANKINGS)
+        body.append([cell.label, *found, shape, str(cell.first.get('lr', ''))])
+    head = ['', *RANKINGS.values(), 'norm / cosine', 'rate']
     return f'## {title}\n\n{markdown(head, body)}'
 
 
@@ -190,10 +184,10 @@ def footer(rows):
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
             f'seeds ({several("seed")}). New items: all but the history.\n'
-            'After a number: > better, = no difference, < worse than the best ranking '
-            'that needs no training; **bold**: better than random rows\nof the same model and '
-            'width (paired over users, 5 %). p of these tests: in the same order; 0.000 is '
-            f'less than 0.0005. Targets tie with a candidate for at most\n{ties:.1%} of the users. '
+            'In brackets: > better, = no difference at 5 %, < worse than the best ranking that '
+            'needs no training, and p (paired over users;\n0.000 is less than 0.0005); after that '
+            'the same against random rows of the same model and width. Targets tie with\n'
+            f'a candidate for at most {ties:.1%} of the users. '
             "The last number of a name is the width; below the embeddings' own: their principal\n"
             'components, of centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '

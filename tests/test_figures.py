@@ -223,7 +223,7 @@ def test_attention(world, capsys):
     assert (world / 'figure1.png').read_bytes()[:4] == PNG
     rows = [cells_of(line) for line in out.splitlines() if line.startswith('|')]
     assert rows[0] == ['model', 'layer', *MEASURES]
-    assert [row[:2] for row in rows[2:]] == [[model, layer] for model in ('vanilla', 'tuned')
+    assert [row[:2] for row in rows[2:]] == [[model, layer] for model in ('lf', 'ft1')
                                              for layer in '012']
     call('attention', 'one', '--users', '2', '--checkpoint', world / 'ft1-seed0')
     assert f'{MEASURES[-1]} |' not in capsys.readouterr().out, 'without SASRec'

@@ -4,6 +4,7 @@ Run: python -m pytest tests/test_recommend.py
 import csv
 import json
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import train_seq
 from common import data, initial
 from common.files import UserError, load_pt, save_pt
 from common.models import load_seq
-from common.recommend import ahead, read_histories
+from common.recommend import ahead, new_users
 from tests.toy import canonical, tiny_bert
 
 LF = 'sasrec-bce-lf-trainable-centred-8-lr0.01-seed0'
@@ -98,11 +99,10 @@ def scores_by_hand(world, found, run, items):
 
 @pytest.mark.parametrize('run', [LF, BERT])
 def test_all_users_as_csv(world, found, tmp_path, capsys, run):
-    """In the order of the scores, without what the user had; the last line says how fast."""
+    """In the order of the scores, without what the user had; the last line says how many."""
     rows = recommended(tmp_path / 'recs.csv', run, '--k', '4')
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith('40 users in ') and last.endswith(f'written to {tmp_path / "recs.csv"}')
-    assert ' a second), 4 items for each' in last
+    assert last == f'40 users, 4 items for each at most, written to {tmp_path / "recs.csv"}'
     assert [row['user'] for row in rows] == [user for user in found.user_ids for _ in range(4)]
     assert [row['rank'] for row in rows] == list('1234') * 40
     for user in ('u0', 'u17'):
@@ -229,7 +229,8 @@ def test_histories_that_are_none(world, tmp_path, name, text, words):
 def test_numbers_are_ids_too(tmp_path):
     path = tmp_path / 'h.jsonl'
     path.write_text('{"user": 7, "item": "b", "time": 2}\n{"user": 7, "item": 1, "time": 1}\n')
-    assert read_histories(path) == {'7': ['1', 'b']}
+    args, data = SimpleNamespace(items=None, histories=path), SimpleNamespace(cold_ids=[])
+    assert new_users(args, data, SimpleNamespace(item_ids=['b', '1'])) == {'7': [2, 1]}
 
 
 # ------------------------------------------------------------------------ without training

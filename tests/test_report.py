@@ -192,11 +192,11 @@ def test_marks_are_paired_tests_against_the_best_ranking_without_training(runs):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
         cell = report.Cell([row])
         p = compare(cell.users('sampled'), best.users('sampled'))[2]
-        assert cell.against(best, 'sampled') == (mark, f'{p:.3f}')
+        assert cell.against(best, 'sampled') == f'{mark} {p:.3f}'
         mean = 100 * row['metrics']['sampled']['NDCG@10']
-        assert beside(best, cell).marked('sampled') == f'{mean:.1f} {mark}'
-    assert beside(None, cell).marked('sampled') == f'{mean:.1f}', 'nothing to compare with'
-    assert cell.against(None, 'sampled') == cell.against(cell, 'sampled') == ('', '-')
+        assert beside(best, cell).compared('sampled') == f'{mean:.1f} ({mark} {p:.3f}; -)'
+    assert beside(None, cell).compared('sampled') == f'{mean:.1f} (-; -)', 'nothing to compare with'
+    assert cell.against(None, 'sampled') == cell.against(cell, 'sampled') == '-'
 
 
 def test_p_by_hand(runs):
@@ -206,21 +206,24 @@ def test_p_by_hand(runs):
     better = np.where(np.arange(USERS) < 8, 0, some)
     cell = report.Cell([saved(runs, better, made('sasrec', 'lf', 'trainable', run='a'))])
     z = .1 / (math.sqrt(40 / 39 * .1 * .9) / math.sqrt(40))
-    assert cell.against(best, 'full') == ('>', f'{math.erfc(z / math.sqrt(2)):.3f}')
-    assert cell.against(best, 'full')[1] == '0.037'
+    assert cell.against(best, 'full') == f'> {math.erfc(z / math.sqrt(2)):.3f}'
+    assert cell.against(best, 'full') == '> 0.037'
 
 
-def test_bold_is_better_than_random_in_a_paired_test(runs):
+def test_the_second_in_brackets_is_a_paired_test_against_random_rows(runs):
     some = np.arange(USERS) % 2
     best = report.Cell([saved(runs, near(0), made('untrained', None, '', run='popularity'))])
     random = made('sasrec', 'random', 'random', run='random')
     random = report.Cell([saved(runs, 5 + some, random)])
-    for places, bold, mark in ((near(0), True, '='), (6 - some, False, '<'), (9, False, '<')):
+    for places, beyond, mark in ((near(0), '>', '='), (6 - some, '=', '<'), (9, '<', '<')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
         number = f'{100 * row["metrics"]["sampled"]["NDCG@10"]:.1f}'
-        expected = f'**{number}** {mark}' if bold else f'{number} {mark}'
-        assert beside(best, report.Cell([row]), random).marked('sampled') == expected
-    assert '**' not in beside(best, random, random).marked('sampled')
+        cell = beside(best, report.Cell([row]), random)
+        assert cell.against(best, 'sampled')[0] == mark
+        assert cell.against(random, 'sampled')[0] == beyond
+        assert cell.compared('sampled') == (f'{number} ({cell.against(best, "sampled")}; '
+                                            f'{cell.against(random, "sampled")})')
+    assert beside(best, random, random).compared('sampled').endswith('(< 0.000; -)')
 
 
 def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
@@ -237,8 +240,8 @@ def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
     row = saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))
     best = report.Cell([saved(runs, near(5), made('untrained', None, '', run='popularity'))])
     random = report.Cell(random)
-    assert beside(best, random).marked('full') == 'mixed'
-    assert beside(best, report.Cell([row]), random).marked('full') == '100.0 >'
+    assert beside(best, random).compared('full') == 'mixed (-; -)'
+    assert beside(best, report.Cell([row]), random).compared('full') == '100.0 (> 0.000; -)'
 
 
 # ------------------------------------------------------------------------ the flat table
@@ -283,25 +286,33 @@ def cells_by_name(table):
     return {(cell.title, cell.label): cell for cell in report.cells_of(table)}
 
 
+def body(label, *cells, more='|  | 0.001 |'):
+    """A line of a table. cells: number, how it stands to the best without training, to random."""
+    found = [f'{number} ({best}{" 0.000" if best in "<>" else ""}; {random})'
+             for number, best, random in cells]
+    return f'| {label} | {" | ".join(found)} {more}'
+
+
 def test_what_needs_no_training_and_recformer(table):
-    """The best ranking may be another in each column, and has no mark there."""
+    """The best ranking may be another in each column, and is compared with nothing there."""
     text = rendered(MINE, table)
     at = {place: f'{gain(place):.1f}' for place in range(10)}
-    zero, most = '0.000 / 0.000 / 0.000', '1.000 / 0.000 / 0.000'
+
+    def line(label, *cells, more='|  | 0.001 |'):
+        return body(label, *((at[place], mark, '-') for place, mark in cells), more=more)
+    of_text = '| 8.50 / 0.67 |  |'
     assert section(text, 'No training').splitlines() == [
         '## No training', '',
-        '|  | 100 negatives | all items | new items | p, best | p, random | norm / cosine | rate |',
-        '| --- | --- | --- | --- | --- | --- | --- | --- |',
-        f'| item-knn | {at[4]} < | {at[5]} | {at[7]} < | 0.000 / - / 0.000 | - / - / - |  |  |',
-        f'| popularity | {at[3]} | {at[6]} < | {at[6]} | - / 0.000 / - | - / - / - |  |  |',
-        f'| item+text-knn-lf | {at[7]} < | {at[7]} < | {at[7]} < | {zero} | - / - / - '
-        '| 8.50 / 0.67 |  |',
-        f'| text-knn-lf | {at[8]} < | {at[8]} < | {at[8]} < | {zero} | - / - / - '
-        '| 8.50 / 0.67 |  |']
+        '|  | 100 negatives | all items | new items | norm / cosine | rate |',
+        '| --- | --- | --- | --- | --- | --- |',
+        line('item-knn', (4, '<'), (5, '-'), (7, '<'), more='|  |  |'),
+        line('popularity', (3, '-'), (6, '<'), (6, '-'), more='|  |  |'),
+        line('item+text-knn-lf', (7, '<'), (7, '<'), (7, '<'), more=of_text),
+        line('text-knn-lf', (8, '<'), (8, '<'), (8, '<'), more=of_text)]
     assert section(text, 'RecFormer').splitlines()[4:] == [
-        f'| ft0-lf | {at[0]} > | {at[0]} > | {at[0]} > | {zero} | - / - / - |  | 0.001 |',
-        f'| ft1-layers1,5 | {at[7]} < | {at[7]} < | {at[7]} < | {zero} | - / - / - |  | 0.001 |',
-        f'| ft2-items | {at[3]} = | {at[3]} > | {at[3]} > | 1.000 / 0.000 / 0.000 | - / - / - |  | 0.001 |']
+        line('ft0-lf', (0, '>'), (0, '>'), (0, '>')),
+        line('ft1-layers1,5', (7, '<'), (7, '<'), (7, '<')),
+        line('ft2-items', (3, '= 1.000'), (3, '>'), (3, '>'))]
 
 
 def labels(text, title):
@@ -311,30 +322,31 @@ def labels(text, title):
 
 
 def test_id_models(table):
-    """A section per model and loss, random rows first, then by variant, so that embeddings stand
-    together; bold against random of the same model, loss and width alone."""
+    """A section per model and loss, wide rows first, of each width random ones first, then by
+    variant, so that embeddings stand together; compared with random rows of the same model, loss
+    and width alone."""
     text = rendered(MINE, table)
     at = {place: f'{gain(place):.1f}' for place in range(10)}
-    zero, most = '0.000 / 0.000 / 0.000', '1.000 / 0.000 / 0.000'
     spread = np.std([gain(5), gain(6)], ddof=1)
     both = f'{(gain(5) + gain(6)) / 2:.1f} ± {spread:.1f}'
-    better = f'**{at[3]}** = | **{at[3]}** > | **{at[3]}** > | {most} | {zero} |  | 0.001 |'
+
+    def better(label, random):
+        return body(label, *((at[3], mark, random) for mark in ('= 1.000', '>', '>')))
     assert section(text, 'SASRec, one negative').splitlines()[4:] == [
-        f'| random-16 | {both} < | {both} < | {both} > | {zero} | - / - / - |  | 0.001 |',
-        f'| random-8 | {at[2]} > | {at[2]} > | {at[2]} > | {zero} | - / - / - |  | 0.001 |',
-        f'| lf-freeze-centred-16 | {better}',
-        f'| pt-freeze-centred-16 | {better}',
-        f'| lf-freeze-whitened-16 | {better}',
-        f'| lf-trainable-raw-16 | {better}',
-        f'| lf-trainable-raw-8 | {at[3]} = | {at[3]} > | {at[3]} > | {most} '
-        f'| {zero} |  | 0.001 |']
+        body('random-16', (both, '<', '-'), (both, '<', '-'), (both, '>', '-')),
+        better('lf-freeze-centred-16', '> 0.000'),
+        better('pt-freeze-centred-16', '> 0.000'),
+        better('lf-freeze-whitened-16', '> 0.000'),
+        better('lf-trainable-raw-16', '> 0.000'),
+        body('random-8', *[(at[2], '>', '-')] * 3),
+        better('lf-trainable-raw-8', '< 0.000')]
     titles = [found for found in text.splitlines() if found.startswith('## ')]
     assert titles == [f'## {title}' for title in (
         'No training', 'RecFormer', 'SASRec, cross-entropy', 'SASRec, one negative',
         'BERT4Rec, masked items', 'GRU4Rec, cross-entropy')]
     assert labels(text, 'BERT4Rec, masked items') == ['ft-id+text-raw-8']
-    assert line(section(text, 'GRU4Rec'), '| ft') == \
-        f'| ft-trainable-raw-16 | {at[9]} < | {at[9]} < | {at[9]} < | {zero} | - / - / - |  | 0.001 |'
+    assert line(section(text, 'GRU4Rec'), '| ft') == body('ft-trainable-raw-16',
+                                                          *[(at[9], '<', '-')] * 3)
 
 
 def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
@@ -396,9 +408,9 @@ def test_without_rankings_to_compare_with_there_are_no_marks(runs):
             saved(runs, 0, made('sasrec', 'lf', 'trainable'))]
     text = rendered(MINE, rows)
     at = f'{gain(3):.1f}'
-    assert line(text, '| random') == f'| random-16 | {at} | {at} | {at} | - / - / - | - / - / - |  | 0.001 |'
+    assert line(text, '| random') == body('random-16', *[(at, '-', '-')] * 3)
     assert line(text, '| lf') == \
-        '| lf-trainable-raw-16 | **100.0** | **100.0** | **100.0** | - / - / - | 0.000 / 0.000 / 0.000 |  | 0.001 |'
+        body('lf-trainable-raw-16', *[('100.0', '-', '> 0.000')] * 3)
 
 
 # ------------------------------------------------------------------------ the paper's tables
@@ -577,7 +589,7 @@ def test_table_as_a_command(runs, mine, capsys):
     call('table', 'mine')
     text = (runs / 'mine' / 'results.md').read_text()
     assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
-    assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} < | ')
+    assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} (< 0.000; -) | ')
     (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
     with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
         call('table', 'mine')
@@ -590,7 +602,7 @@ def test_rows_of_another_version_of_the_data_are_left_out_and_counted(runs, mine
     call('table', 'mine')
     out = capsys.readouterr().out
     assert out.startswith('2 runs of another version of the data are left out\n')
-    assert line(out, '| random').startswith(f'| random-16 | {gain(3):.1f} | ')
+    assert line(out, '| random').startswith(f'| random-16 | {gain(3):.1f} (-; -) | ')
     (runs / 'mine' / row['run'] / 'row.json').unlink()
     with pytest.raises(UserError, match='no results yet; bash run_all.sh mine makes them'):
         call('table', 'mine')
