@@ -54,13 +54,13 @@ def embeddings_of(data, folder, cold=False):
 def write_untrained(args, data, folder):
     """A run for every ranking that needs no training, of all embeddings that are there."""
     embeddings = embeddings_of(data, folder)
-    digests = {name: found.digest for name, found in embeddings.items()}
-    identity = {'data': data.fingerprint, 'embeddings': digests}
+    identity = {'data': data.fingerprint,
+                'embeddings': {name: found.digest for name, found in embeddings.items()}}
     # popularity is the last that is written
     run = Run(args, folder / 'popularity', identity, code_of('common/baselines.py'))
     if run.finished():
         return
-    for name, row in reversed(list(untrained(data, embeddings))):
+    for name, row in untrained(data, embeddings):
         origin = origin_of(embeddings.get(row['init']))
         run._replace(folder=folder / name).write(**row, **origin)
 
@@ -161,7 +161,8 @@ def inspect(args, data, folder):
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
-    """Figure 1: what CLS attends to, as numbers over many users, and as maps of one of them."""
+    """Figure 1: what CLS attends to, before and after tuning, and SASRec: as numbers over many users,
+    and as maps of one of them."""
     tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
     vanilla = untouched(start_model(None, args.plm or tuned.plm, tuned.config.layers))
     if vanilla.word_table.shape != tuned.word_table.shape:
@@ -173,12 +174,10 @@ def show_attention(args, data, folder):
         raise UserError(f'{data.name}: no user has three items before the last one')
     np.random.default_rng(0).shuffle(histories)
     histories = sorted(histories[:args.users], key=len)  # the first is drawn: a short one
-    likes = [None] * len(histories)
-    if args.seq:
-        sasrec, _ = load_seq(folder / args.seq, data)
-        if not hasattr(sasrec, 'attention_weights'):
-            raise UserError(f'--seq {args.seq}: SASRec is needed here')
-        likes = list(map(sasrec.attention_weights, histories))
+    sasrec, _ = load_seq(folder / args.seq, data)
+    if not hasattr(sasrec, 'attention_weights'):
+        raise UserError(f'--seq {args.seq}: SASRec is needed here')
+    likes = list(map(sasrec.attention_weights, histories))
     tokens = item_tokens(data, tuned.words)
     packed = [tuned.pack(items, [0, len(items)], tokens) for items in histories]
     maps, body = {}, []
@@ -189,9 +188,9 @@ def show_attention(args, data, folder):
         values = torch.stack(list(map(numbers, packed, weights, likes)))
         for layer, of_layer in enumerate(values.nanmean(0).tolist()):
             body.append([model.stage, str(layer), *map('{:.3f}'.format, of_layer)])
-    head = ['model', 'layer', *MEASURES[:values.shape[2]]]
-    finish(folder / 'figure1.md', f'CLS attention of {len(histories)} users of {data.name}\n\n'
-                                  f'{markdown(head, body)}')
+    table = markdown(['model', 'layer', *MEASURES], body)
+    finish(folder / 'figure1.md',
+           f'CLS attention of {len(histories)} users of {data.name}\n\n{table}')
     words = list(map(tuned.words.backend.id_to_token, packed[0].tokens.tolist()))
     draw_attention(folder / 'figure1.png', maps, packed[0], words, likes[0])
 
@@ -206,6 +205,7 @@ def show_curve(args, data, folder):
             for shown in filter(None, (cell.random, cell)):
                 method = f'{shown.title}, {shown.variant}'
                 lines.setdefault(method, {})[float(name[1] or 0)] = shown
+    moment = MOMENTS[args.of]
     panels, body = {}, []
     for method, points in lines.items():
         if not any(points):  # of LF alone
@@ -222,8 +222,8 @@ def show_curve(args, data, folder):
     if not body:
         raise UserError(f'{folder}: no runs from embeddings called pt-{args.of}<number>; '
                         f'bash run_all.sh {data.name} --figure2 makes those of shares')
-    finish(folder / f'figure2-{args.of}.md', markdown(['', MOMENTS[args.of], *panels], body))
-    draw_lines(folder / f'figure2-{args.of}.png', panels, MOMENTS[args.of], args.of == 'share')
+    finish(folder / f'figure2-{args.of}.md', markdown(['', moment, *panels], body))
+    draw_lines(folder / f'figure2-{args.of}.png', panels, moment, args.of == 'share')
 
 
 # ------------------------------------------------------------------------ main
@@ -243,8 +243,8 @@ ACTIONS = {
 def parse_args(argv=None):
     p = options_parser(__doc__)
     commands = p.add_subparsers(dest='action', required=True)
-    for name, action in ACTIONS.items():
-        g = commands.add_parser(name, help=action.__doc__, allow_abbrev=False)
+    for name in ACTIONS:
+        g = commands.add_parser(name, allow_abbrev=False)
         g.add_argument('dataset')
         if name in ('inspect', 'recommend', 'attention'):
             add_machine_options(g)
@@ -252,11 +252,11 @@ def parse_args(argv=None):
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2)
     of['inspect'].add_argument('runs', nargs='+')
-    of['recommend'].add_argument('run')
     for name in ('neighbours', 'recommend'):
         option(of[name], '--k', 'items', POSITIVE, 10)
     option(of['neighbours'], '--item', 'its id', required=True)
     g = of['recommend']
+    g.add_argument('run')
     option(g, '--out', 'file to write: CSV, or JSON lines (.jsonl); default: printed', Path)
     flag(g, '--cold', 'also items that nobody has')
     flag(g, '--with-history', 'also what the user has')
@@ -268,7 +268,7 @@ def parse_args(argv=None):
     g = of['attention']
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')
-    option(g, '--seq', 'run of a SASRec to compare with')
+    option(g, '--seq', 'run of a SASRec to compare with', required=True)
     option(g, '--users', 'of the numbers', POSITIVE, 200)
     option(of['curve'], '--of', 'what the names tell', str, 'share', choices=MOMENTS)
     return p.parse_args(argv)

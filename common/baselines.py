@@ -108,8 +108,7 @@ def weighted_sum(first, second, weight):
         return scores / scores.amax(1, keepdim=True).clamp_min(1e-12)
 
     def score(weights):
-        one, other = first(weights), second(weights)
-        return top(one) + weight * top(other)
+        return top(first(weights)) + weight * top(second(weights))
     return score
 
 
@@ -117,13 +116,13 @@ def all_scorers(data, embeddings, end=None):
     """{name: (its embeddings' name or None, {weight: scorer})} of every baseline; embeddings {name:
     Embeddings}, `end` as in text_knn."""
     items = item_knn(data)
-    found = {'popularity': (None, {None: popularity(data)}),
-             'item-knn': (None, {None: items})}
+    found = {'item-knn': (None, {None: items})}
     for init, given in embeddings.items():
         text = text_knn(given.matrix, end)
         both = {weight: weighted_sum(items, text, weight) for weight in WEIGHTS}
         found[f'text-knn-{init}'] = init, {None: text}
         found[f'item+text-knn-{init}'] = init, both
+    found['popularity'] = None, {None: popularity(data)}
     return found
 
 
@@ -168,10 +167,9 @@ def untrained(data, embeddings):
                  for weight, decay in product(scorers, decays)}
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
-        seconds = round(time.monotonic() - began, 1)
         yield name, {'model': 'untrained',
                      'init': init,
-                     'seconds': seconds,
+                     'seconds': round(time.monotonic() - began, 1),
                      'valid': valid[weight, decay],
                      'weight': weight,
                      'decay': decay,

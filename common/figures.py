@@ -24,28 +24,27 @@ def first_tokens(packed):
     return np.diff(packed.item_positions, prepend=0) > 0
 
 
-def numbers(packed, weights, sasrec=None):
-    """What one user's CLS weights [layers, h, L] say of each layer: the MEASURES [layers, 3 or 4].
+def numbers(packed, weights, sasrec):
+    """What one user's CLS weights [layers, h, L] say of each layer: the MEASURES [layers, 4].
 
     All look at the attention on the items' tokens. heads: mean cosine of two of its heads; below:
     cosine with the layer below (means over heads; NaN: there is none); first: attention per token
-    on the items' first tokens over that on an average token (1 = no preference); sasrec, where its
-    weights [blocks, items] are given: correlation with them over the items, means over heads and
-    blocks.
+    on the items' first tokens over that on an average token (1 = no preference); sasrec:
+    correlation with its weights [blocks, items] over the items, means over heads and blocks.
     """
+    first = first_tokens(packed)[1:]
     weights = weights[:, :, 1:]  # without that on CLS itself
     layers = weights.mean(1)  # [layers, L - 1]
-    first = first_tokens(packed)[1:]
+    known = np.arange(1, sasrec.shape[1] + 1)
+    of_item = torch.from_numpy(packed.item_positions[1:, None] == known)
+    per_item = layers @ of_item.float()
+    both = torch.cat([per_item, sasrec.mean(0, keepdim=True)])
     columns = [[geometry(heads)['cosine'] for heads in weights],
                [nan, *F.cosine_similarity(layers[1:], layers[:-1])],
-               layers[:, first].mean(1) / layers.mean(1)]
-    if sasrec is not None:
-        known = np.arange(1, sasrec.shape[1] + 1)
-        of_item = torch.from_numpy(packed.item_positions[1:, None] == known)
-        per_item = layers @ of_item.float()
-        both = torch.cat([per_item, sasrec.mean(0, keepdim=True)])
-        columns.append(both.corrcoef()[-1, :-1])
-    return torch.stack(list(map(torch.as_tensor, columns)), 1)
+               layers[:, first].mean(1) / layers.mean(1),
+               both.corrcoef()[-1, :-1]]
+    columns = list(map(torch.as_tensor, columns))
+    return torch.stack(columns, 1)
 
 
 # ------------------------------------------------------------------------ drawing
@@ -65,44 +64,46 @@ def picture(path, width, height):
     print(f'drawn: {path}')
 
 
-def draw_attention(path, maps, packed, words, sasrec=None):
-    """Maps of one sequence below each other, a row per layer and head (over its maximum outside
-    CLS), a white rule where a layer begins, a red one where an item begins.
+def draw_attention(path, maps, packed, words, sasrec):
+    """Maps of one sequence below each other, a panel per layer, in it a row per head (over its
+    maximum outside CLS), a red rule where an item begins.
 
-    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items] or None: those
-    of the newest position over the same items.
+    maps: {title: weights [layers, h, L]}; words [L]; sasrec: weights [blocks, items], those of the
+    newest position over the same items.
     """
-    if sasrec is not None:  # nothing before the items; older ones than it knows as its oldest
-        known = packed.item_positions.clip(max=sasrec.shape[1])
-        maps = {**maps, 'SASRec': F.pad(sasrec, (1, 0))[:, None, known]}
+    # nothing before the items; older ones than it knows as its oldest
+    known = packed.item_positions.clip(max=sasrec.shape[1])
+    of_items = F.pad(sasrec, (1, 0))[:, None, known]
+    maps = {**maps, 'SASRec': of_items}
     layers = {f'{title}, {layer}': heads
               for title, weights in maps.items()
               for layer, heads in enumerate(weights)}
+    items = np.flatnonzero(first_tokens(packed))
     width = min(4 + 0.16 * len(words), 40)
     with picture(path, width, 2 + 0.6 * len(layers)) as figure:
         axes = figure.subplots(len(layers), sharex=True)
         for axis, (title, heads) in zip(axes, layers.items()):
-            axis.pcolormesh(heads / heads[:, 1:].amax(1, keepdim=True), vmax=1)
-            axis.vlines(np.flatnonzero(first_tokens(packed)), 0, len(heads), 'red')
+            highest = heads[:, 1:].amax(1, keepdim=True)
+            axis.pcolormesh(heads / highest, vmax=1)
+            axis.vlines(items, 0, len(heads), 'red')
             axis.set_ylabel(title, rotation=0, ha='right')
         axis.set_xticks(np.arange(len(words)) + 0.5, words, rotation=90)
 
 
 def draw_bars(path, cells):
-    """SHOWN of each Cell with its spread over seeds, a panel per ranking; a line across: the best
-    that needs no training."""
+    """SHOWN of each Cell with its spread over seeds, a panel per ranking."""
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
     names = [f'{cell.title}: {cell.label}' for cell in cells]
-    with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
+    height = 1 + 0.18 * len(cells)
+    with picture(path, 11, height) as figure:
         axes = figure.subplots(1, len(RANKINGS), sharey=True)
-        for axis, (ranking, best) in zip(axes, cells[0].best.items()):
+        for axis, ranking in zip(axes, RANKINGS):
             means, spreads = zip(*(cell.value(ranking) for cell in cells))
             axis.barh(names, means, xerr=spreads)
-            axis.set_title(f'{SHOWN} in percent, {RANKINGS[ranking]}\n(dashed: best untrained)')
-            if best:
-                axis.axvline(best.value(ranking)[0], linestyle='dashed')
+            title = f'{SHOWN} in percent, {RANKINGS[ranking]}'
+            axis.set_title(title)
         axis.invert_yaxis()
 
 
@@ -124,7 +125,9 @@ def draw_lines(path, panels, below, log=False):
             if log:
                 axis.set_xscale('symlog', linthresh=0.01)
             axis.xaxis.set_major_formatter('{x:g}')
-        figure.legend(*axis.get_legend_handles_labels(), loc='outside upper center', ncols=2)
+        figure.legend(*axis.get_legend_handles_labels(),
+                      loc='outside upper center',
+                      ncols=2)
         figure.supxlabel(below)
 
 
@@ -138,7 +141,6 @@ def learning(cells):
             log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
             if log.exists():
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
-                lines = panels.setdefault(f'{cell.title}\n{cell.variant}', {})
-                lines[shown.init] = {epoch['epoch']: (100 * epoch['valid'], 0)
-                                     for epoch in epochs}
+                values = {epoch['epoch']: (100 * epoch['valid'], 0) for epoch in epochs}
+                panels.setdefault(f'{cell.title}\n{cell.variant}', {})[shown.init] = values
     return panels

@@ -112,15 +112,14 @@ def known_of(keys, known, reasons, source):
 def new_users(args, data, wide):
     """{name: its history} of --items, or of --histories: interactions in any form that --from
     takes."""
-    source = '--items'
     pairs = [('new', item) for item in args.items or ()]
     if args.histories:
-        source = str(args.histories)
         rows = sorted(interactions(args.histories, {}), key=itemgetter(3))  # by time
         pairs = [row[:2] for row in rows]
     number = {key: i for i, key in enumerate(wide.item_ids, 1)}
     reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
-    known = known_of([item for _, item in pairs], number, reasons, source)
+    known = known_of([item for _, item in pairs], number, reasons,
+                     str(args.histories or '--items'))
     found = {}
     for user, item in pairs:
         if item in known:

@@ -36,7 +36,7 @@ OPTIONS = [  # script, a command line that is right, options above 0, options fr
     ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
      '--patience', '--seeds --save-every'),
     ('evaluate', RECOMMEND, '--k', ''),
-    ('evaluate', ['attention', 'one'], '--users', ''),
+    ('evaluate', ['attention', 'one', '--seq', 'm'], '--users', ''),
 ]
 RIGHT = {script: line for script, line, _, _ in OPTIONS} | {'evaluate': RECOMMEND}
 WRONG_VALUES = [(script, line, option, value) for script, line, above, least in OPTIONS
@@ -154,7 +154,8 @@ PLACES = {
     'ID model of inspect': ('runs/one/m/model.pt', ['evaluate', 'inspect', 'one', 'm']),
     'ID model of recommend': ('runs/one/m/model.pt', RECOMMEND_M),
     'ranks': ('runs/one/m/ranks.npz', ['evaluate', 'compare', 'one', 'm', 'm']),
-    'checkpoint of attention': ('x.pt', ['evaluate', 'attention', 'one', '--checkpoint', 'x.pt']),
+    'checkpoint of attention': ('x.pt', ['evaluate', 'attention', 'one', '--seq', 'm',
+                                           '--checkpoint', 'x.pt']),
     'language model': ('plm/pytorch_model.bin', PT),
     'prepared data': ('data/one/prepared.npz', [*SASREC, '--hidden', '8']),
     'prepared data of a source': ('data/one/prepared.npz', PT),
@@ -268,7 +269,7 @@ SCRIPTS = {'common.data': ['NAME'], 'train_seq': ['NAME', '--model', 'sasrec'],
            'export_embeddings': ['NAME', '--out', 'x', '--plm', 'plm'],
            **{f'evaluate {action}': [action, 'NAME', *rest] for action, rest in {
                'untrained': [], 'table': [], 'compare': ['a', 'b'], 'inspect': ['a'],
-               'recommend': ['a', '--users', 'u1'], 'attention': [], 'curve': []}.items()}}
+               'recommend': ['a', '--users', 'u1'], 'attention': ['--seq', 'a'], 'curve': []}.items()}}
 
 
 @pytest.mark.parametrize('name', NAMES)

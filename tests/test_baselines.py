@@ -314,9 +314,9 @@ def test_the_choice_is_made_on_a_part_and_all_are_tested(toy, monkeypatch):
 def scorers(data, matrix):
     """{name: {weight: scorer}}, as the module says them."""
     items, text = item_knn(data), text_knn(matrix)
-    return {'popularity': {None: popularity(data)}, 'item-knn': {None: items},
-            'text-knn-e': {None: text},
-            'item+text-knn-e': {w: weighted_sum(items, text, w) for w in WEIGHTS}}
+    return {'item-knn': {None: items}, 'text-knn-e': {None: text},
+            'item+text-knn-e': {w: weighted_sum(items, text, w) for w in WEIGHTS},
+            'popularity': {None: popularity(data)}}
 
 
 def test_decay_and_weight_are_the_best_of_all_on_validation(toy):
@@ -358,7 +358,7 @@ def test_popularity_value_and_the_lines_of_prepare(toy):
     expected = summarise(ranks_of(data, 'valid', popularity(data)))['sampled']['NDCG@10']
     assert baselines.popularity_value(data) == expected
     lines = list(untrained_lines(data))
-    assert [line.split()[0] for line in lines] == ['popularity', 'item-knn']
+    assert [line.split()[0] for line in lines] == ['item-knn', 'popularity']
     for line, (_, fields, ranks) in zip(lines, untrained(data, {})):
         value = 100 * summarise(ranks)['full']['NDCG@10']
         assert f'{value:.2f} (all items)' in line and f'recency weight {fields["decay"]:g}' in line

@@ -649,7 +649,7 @@ WRONG = [
     (['evaluate.py', 'inspect', 'mine', 'nosuch'], 'no such run'),
     (['evaluate.py', 'inspect', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
-    (['evaluate.py', 'attention', 'mine'], 'no such file'),
+    (['evaluate.py', 'attention', 'mine', '--seq', 'a'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from embeddings called pt-share'),
 ]
 
