@@ -161,8 +161,8 @@ def inspect(args, data, folder):
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
-    """Figure 1: what CLS attends to, before and after tuning, and SASRec: as numbers over many users,
-    and as maps of one of them."""
+    """Figure 1: what CLS attends to, before and after tuning, beside SASRec: as numbers over many
+    users, and as maps of one of them."""
     tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
     vanilla = untouched(start_model(None, args.plm or tuned.plm, tuned.config.layers))
     if vanilla.word_table.shape != tuned.word_table.shape:
