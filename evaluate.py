@@ -12,7 +12,7 @@
     python evaluate.py curve drugstore --of step        # over a tuning: embeddings pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.md, results.png, curves.png, inspect.md, figure1.*, figure2-*; --out.
+Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2-*; --out.
 """
 import re
 from dataclasses import replace
@@ -25,7 +25,7 @@ from common.backbone import load_recformer, start_model, untouched
 from common.baselines import directions, untrained
 from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
-from common.files import UserError, command, runs_root, save_text
+from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
 from common.metrics import compare, per_user, summarise
 from common.models import load_seq
@@ -107,6 +107,7 @@ def show_tables(args, data, folder):
     cells = current_cells(data)
     if not cells:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
+    save_json(folder / 'results.json', load_rows(data.name))
     finish(folder / 'results.md', render(data, cells))
     draw_bars(folder / 'results.png', cells)
     draw_lines(folder / 'curves.png', learning(cells),

@@ -11,7 +11,7 @@ import evaluate
 import train_seq
 from common import data as datasets
 from common import report
-from common.files import UserError, save_json, save_npz
+from common.files import UserError, load_json, save_json, save_npz
 from common.initial import SCALES
 from common.metrics import CUTOFFS, compare, summarise
 from common.models import MODELS
@@ -590,6 +590,7 @@ def test_table_as_a_command(runs, mine, capsys):
     text = (runs / 'mine' / 'results.md').read_text()
     assert text in capsys.readouterr().out and text.startswith('# Results: mine\n')
     assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} (< 0.000; -) | ')
+    assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
     (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
     with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
         call('table', 'mine')
@@ -616,7 +617,7 @@ def test_results_are_saved_and_printed_before_anything_is_drawn(runs, mine, caps
     with pytest.raises(RuntimeError, match='no font'):
         call('table', 'mine')
     text = (runs / 'mine' / 'results.md').read_text()
-    assert text in capsys.readouterr().out
+    assert text in capsys.readouterr().out and (runs / 'mine' / 'results.json').exists()
 
 
 def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
