@@ -3,7 +3,6 @@
     python evaluate.py untrained drugstore              # popularity, nearest neighbours: a run each
     python evaluate.py table drugstore                  # prints and writes results.md, two pictures
     python evaluate.py compare drugstore RUN_A RUN_B    # names of folders in runs/drugstore/
-    python evaluate.py inspect drugstore RUN ...        # size, items new to training
     python evaluate.py recommend drugstore RUN --k 20 --out recs.csv       # all users
     python evaluate.py recommend drugstore RUN --items 27334 30012         # after these
     python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
@@ -12,10 +11,9 @@
     python evaluate.py curve drugstore --of step        # over a tuning: embeddings pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
-Writes: runs/<dataset>/results.*, curves.png, inspect.md, figure1.*, figure2-*; --out.
+Writes: runs/<dataset>/results.*, curves.png, figure1.*, figure2-*; --out.
 """
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +21,16 @@ import torch
 
 from common.backbone import load_recformer, start_model, untouched
 from common.baselines import directions, untrained
-from common.data import draw_evaluation_negatives, load
+from common.data import load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
-from common.metrics import compare, per_user, summarise
+from common.metrics import compare, per_user
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
 from common.progress import progress
-from common.recommend import began_table, recommend, with_cold
+from common.recommend import recommend, with_cold
 from common.report import RANKINGS, SHOWN, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows, read_ranks
 from common.text import item_tokens
@@ -131,34 +129,6 @@ def show_comparison(args, data, folder):
                   f'{"  tie" if low <= 0 <= high else ""}')
 
 
-# ------------------------------------------------------------------------ saved ID models
-
-def inspect(args, data, folder):
-    """The size of each saved ID model, and what it reaches on users whose test item is in nobody's
-    training part (the paper leaves them out): with the rows that these items had before training,
-    which knew them as negatives only and pushed them down."""
-    machine, body = start(args), []
-    known, _ = data.training()
-    new = np.setdiff1d(np.arange(1, data.n_items + 1), known)
-    last = data.items[data.offsets[1:] - 1]
-    users = np.flatnonzero(np.isin(last, new))
-    negatives = draw_evaluation_negatives(data.items, data.offsets, users, data.n_items)
-    asked = replace(data, evaluated=users, negatives=negatives)
-    for run in args.runs:
-        row, _ = read_ranks(data.name, run)
-        model, _ = load_seq(folder / run, data)
-        began, reached = began_table(folder, row, model, data), ['-', '-']
-        if len(users) and began is not None:
-            model.item_embedding.weight.data[new] = began[new]
-            found = summarise(model.on(machine).ranks(asked, 'test'))
-            reached = [f'{100 * found["sampled"]["NDCG@10"]:.2f}',
-                       f'{100 * found["full"]["HR@50"]:.2f}']
-        body.append([run, f'{row["parameters"]:,}', *reached])
-    head = ['', 'parameters', 'NDCG@10', 'HR@50 of all items']
-    text = f'{len(users):,} users whose test item is new to training\n\n{markdown(head, body)}'
-    finish(folder / 'inspect.md', text)
-
-
 # ------------------------------------------------------------------------ figures
 
 def show_attention(args, data, folder):
@@ -233,7 +203,6 @@ ACTIONS = {
     'untrained': write_untrained,
     'table': show_tables,
     'compare': show_comparison,
-    'inspect': inspect,
     'recommend': recommend,
     'neighbours': show_neighbours,
     'attention': show_attention,
@@ -247,12 +216,11 @@ def parse_args(argv=None):
     for name in ACTIONS:
         g = commands.add_parser(name, allow_abbrev=False)
         g.add_argument('dataset')
-        if name in ('inspect', 'recommend', 'attention'):
+        if name in ('recommend', 'attention'):
             add_machine_options(g)
     of = commands.choices
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2)
-    of['inspect'].add_argument('runs', nargs='+')
     for name in ('neighbours', 'recommend'):
         option(of[name], '--k', 'items', POSITIVE, 10)
     option(of['neighbours'], '--item', 'its id', required=True)

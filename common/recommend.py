@@ -40,7 +40,7 @@ def with_cold(data):
     return wide
 
 
-def began_with(folder, row, data, cold=False):
+def began_with(folder, row, data, cold):
     """The Embeddings that a run began with, None of random rows; `cold`: with those of cold items.
     UserError: they are others by now, or know no cold items."""
     if row['init'] in (None, 'random'):
@@ -54,15 +54,6 @@ def began_with(folder, row, data, cold=False):
     if abs(found.head['norm'] - row['norm']) > 1e-3 * row['norm']:
         raise UserError(f'{path}: was made again since {row["run"]} was trained; train it again')
     return found
-
-
-def began_table(folder, row, model, data, cold=False):
-    """The item table that a trained model began with: [n + 1, H], `cold`: [n + 1 + c, H]. None
-    where it scores items by other rows."""
-    if model.scorer()[0] is not model.item_embedding.weight:
-        return None
-    embeddings = began_with(folder, row, data, cold)
-    return starting_tables(type(model), data.n_items, embeddings, row)[0]
 
 
 def scorer_of(folder, row, data, wide, machine):
@@ -80,9 +71,10 @@ def scorer_of(folder, row, data, wide, machine):
         return score
     model, _ = load_seq(folder / row['run'], data)
     if cold:
-        began = began_table(folder, row, model, data, cold)
-        if began is None:
+        if model.scorer()[0] is not model.item_embedding.weight:
             raise UserError(f'--cold: {row["run"]} scores items by rows that cold items lack')
+        embeddings = began_with(folder, row, data, cold)
+        began, _ = starting_tables(type(model), data.n_items, embeddings, row)
         began[:data.n_items + 1] = model.item_embedding.weight.detach()
         model.item_embedding = ItemTable(began)
     model.on(machine)

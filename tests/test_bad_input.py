@@ -151,7 +151,6 @@ PLACES = {
     'embeddings that are there': ('there.pt', [*EXPORT[:-1], 'there.pt', '--plm', 'plm']),
     'embeddings': ('runs/one/embeddings/lf.pt', [*SASREC, '--variants', 'lf-freeze']),
     'embeddings without training': ('runs/one/embeddings/lf.pt', ['evaluate', 'untrained', 'one']),
-    'ID model of inspect': ('runs/one/m/model.pt', ['evaluate', 'inspect', 'one', 'm']),
     'ID model of recommend': ('runs/one/m/model.pt', RECOMMEND_M),
     'ranks': ('runs/one/m/ranks.npz', ['evaluate', 'compare', 'one', 'm', 'm']),
     'checkpoint of attention': ('x.pt', ['evaluate', 'attention', 'one', '--seq', 'm',
@@ -247,7 +246,7 @@ def test_a_bad_resume_file_is_not_used_and_training_starts_over(world, make, cap
 @pytest.mark.parametrize('text', ['', '[]', '{"run": 1}', '{', 'null', '\x00'])
 @pytest.mark.parametrize('options', [
     ['evaluate', 'table', 'one'], ['evaluate', 'compare', 'one', 'm', 'm'],
-    ['evaluate', 'inspect', 'one', 'm'],
+    ['evaluate', 'recommend', 'one', 'm'],
     [*SASREC, '--hidden', '8', '--lrs', '0.01', '--epochs', '1']])
 def test_a_row_that_is_none_is_named(world, options, text, capsys):
     run = 'sasrec-bce-random-8-lr0.01-seed0' if options[0] == 'train_seq' else 'm'
@@ -268,7 +267,7 @@ SCRIPTS = {'common.data': ['NAME'], 'train_seq': ['NAME', '--model', 'sasrec'],
            'pretrain': ['NAME', '--plm', 'plm'],
            'export_embeddings': ['NAME', '--out', 'x', '--plm', 'plm'],
            **{f'evaluate {action}': [action, 'NAME', *rest] for action, rest in {
-               'untrained': [], 'table': [], 'compare': ['a', 'b'], 'inspect': ['a'],
+               'untrained': [], 'table': [], 'compare': ['a', 'b'],
                'recommend': ['a', '--users', 'u1'], 'attention': ['--seq', 'a'], 'curve': []}.items()}}
 
 
@@ -283,7 +282,7 @@ def test_names_like_paths_or_commands_are_refused(world, script, name, capsys):
 
 @pytest.mark.parametrize('run', ['../one/m', '/etc', 'a/b', '$(x)', '', '\n', 'm\n'])
 def test_runs_are_names_of_folders(world, run, capsys):
-    for options in (['compare', run, 'm'], ['compare', 'm', run], ['inspect', run]):
+    for options in (['compare', run, 'm'], ['compare', 'm', run], ['recommend', run]):
         options.insert(1, 'one')
         assert 'no such run in' in refused('evaluate', capsys, *options)
 

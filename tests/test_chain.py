@@ -286,9 +286,6 @@ def test_other_commands_on_the_runs_of_a_chain(pantry):
     out = evaluate('compare', 'pantry', name, 'sasrec-bce-random-16-lr0.001-seed0')
     assert 'NDCG@10' in out and len(out.splitlines()) == 2 + 2 * (2 + 3 + 3)
     row = next(r for r in rows if r['run'] == 'bert4rec-masked-ft-trainable-raw-16-lr0.001-seed0')
-    out = evaluate('inspect', 'pantry', row['run'], name)
-    cells = next(line for line in out.splitlines() if row['run'] in line).split(' | ')
-    assert cells[1] == f'{row["parameters"]:,}'
     out = evaluate('recommend', 'pantry', row['run'], '--users', 'U1', 'U2', '--k', '3')
     assert [line.split()[:2] for line in out.splitlines()] \
         == [[user, str(rank)] for user in ('U1', 'U2') for rank in (1, 2, 3)]
@@ -646,8 +643,7 @@ WRONG = [
     (['export_embeddings.py', 'mine', '--out', 'X', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
     (['evaluate.py', 'table', 'mine'], 'no results yet'),
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
-    (['evaluate.py', 'inspect', 'mine', 'nosuch'], 'no such run'),
-    (['evaluate.py', 'inspect', 'mine', '../x'], 'no such run'),
+    (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine', '--seq', 'a'], 'no such file'),
     (['evaluate.py', 'curve', 'mine'], 'no runs from embeddings called pt-share'),

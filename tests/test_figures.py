@@ -1,4 +1,4 @@
-"""Figures, new items, size: by hand, and as commands on made-up data.
+"""Figures: by hand, and as commands on made-up data.
 Run: python -m pytest tests/test_figures.py
 """
 import contextlib
@@ -6,7 +6,6 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 import evaluate
@@ -17,10 +16,8 @@ from common import data, figures, report
 from common.backbone import load_recformer
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, first_tokens, learning,
                             numbers)
-from common.files import UserError, load_json, load_pt, save_json, save_npz
+from common.files import UserError, save_json, save_npz
 from common.layers import Machine
-from common.models import load_seq
-from common.recommend import began_table
 from common.runs import load_rows
 from common.sasrec import SASRec
 from common.sequence import ItemTable, Layout
@@ -152,63 +149,7 @@ def cells_of(line):
     return [cell.strip() for cell in line.strip('|').split('|')]
 
 
-def test_inspect(world, capsys):
-    train('lf-id+text')
-    train('random', model='bert4rec')
-    both = 'sasrec-bce-lf-id+text-centred-16-lr0.01-seed0'
-    capsys.readouterr()
-    call('inspect', 'one', RANDOM, LF, both, BERT)
-    out = capsys.readouterr().out
-    assert out.startswith('1 users whose test item is new to training\n')
-    assert (world / 'inspect.md').read_text() in out and 'inspect.md' in out.splitlines()[-1]
-    table = {cells_of(line)[0]: cells_of(line) for line in out.splitlines() if line.startswith('|')}
-    assert list(table)[2:] == [RANDOM, LF, both, BERT]
-    for run in (RANDOM, LF, both, BERT):
-        row = load_json(world / run / 'row.json')
-        assert table[run][1] == f'{row["parameters"]:,}'
-    assert table[both][2:] == table[BERT][2:] == ['-', '-'], 'they score by other rows'
-    for run in (RANDOM, LF):
-        assert [float(cell) for cell in table[run][2:]] == \
-            pytest.approx([100 * gain_of_the_cold_item(world, run), 100], abs=.006)
-
-
-@torch.no_grad()
-def gain_of_the_cold_item(world, run):
-    """NDCG@10 of the one cold user, whose negatives are all other items (there are few)."""
-    found = data.load('one')
-    model, _ = load_seq(world / run, found)
-    row, new = found.user_ids.index('cold'), found.item_ids.index('new') + 1
-    model.item_embedding.weight[new] = began(world, run, found)[new]
-    own = found.items[found.offsets[row]:found.offsets[row + 1]]
-    assert own[-1] == new
-    scores = (model.states(own[:-1], np.array([0, 3])) @ model.item_embedding().T)[0].numpy()
-    others = np.setdiff1d(np.arange(1, found.n_items + 1), own)
-    rank = (scores[others] > scores[new]).sum()
-    return 1 / np.log2(rank + 2) if rank < 10 else 0.0
-
-
-def began(world, run, found):
-    """The item table that a run's training began with."""
-    return began_table(world, load_json(world / run / 'row.json'), load_seq(world / run, found)[0], found)
-
-
-def test_a_cold_item_gets_the_row_it_started_from(world):
-    found = data.load('one')
-    new = found.item_ids.index('new') + 1
-    rows = load_pt(world / 'embeddings' / 'lf.pt', 'embeddings')['matrix'][1:]
-    start = (rows - rows.mean(0))[new - 1]
-    row = began(world, LF, found)[new]
-    assert F.cosine_similarity(row, start, dim=0).item() == pytest.approx(1, abs=1e-5)
-
-
-def test_a_random_models_cold_row_is_the_one_its_training_began_with(world):
-    found = data.load('one')
-    _, about = load_seq(world / RANDOM, found)
-    begun = train_seq.build(found, None, about).item_embedding.weight
-    assert torch.equal(began(world, RANDOM, found), begun)
-
-
-@pytest.mark.parametrize('command', [['inspect', 'one'], ['recommend', '--users=u1', 'one'],
+@pytest.mark.parametrize('command', [['recommend', '--users=u1', 'one'],
                                      ['attention', 'one', '--seq']])
 def test_what_is_no_id_model_is_refused(world, command):
     for run, words in (('nosuch', '(?i)no such.*nosuch|nosuch.*no such'),
