@@ -19,12 +19,12 @@ from http.client import HTTPException
 from itertools import permutations
 from urllib.request import Request, urlopen
 
-from common.files import UserError, data_root, file_stamp, load_json, paper, save_json, whole
+from common.files import PAPER, UserError, data_root, file_stamp, load_json, save_json, whole
 from common.progress import progress
 from common.runs import code_digest
 from common.sources import COLUMNS, interactions, items
 
-AMAZON = paper()['amazon']  # dataset -> (category, sha256 of its ratings file where known)
+AMAZON = PAPER['amazon']  # dataset -> (category, sha256 of its ratings file where known)
 # The data has moved before; ELEPHANT_AMAZON_URL names another mirror.
 HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
          'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/ '
@@ -116,48 +116,43 @@ def passing(path, named, min_user, min_item):
             yield row
 
 
-def write(rows_file, texts_file, pair, named, filters):
-    """The canonical rows and texts of a pair of files. With filters only what may pass them; the
-    first line of each id counts."""
-    used, seen, repeats = set(), set(), 0
-    rows_file.write('user,item,timestamp\n')
-    out = csv.writer(rows_file, lineterminator='\n')
-    read = passing if filters else interactions
-    for user, item, stamp, _ in read(pair[0], named, *filters):
-        out.writerow([user, item, stamp])
-        used.add(item)
-    for key, pairs in items(pair[1], named):
-        if key in seen:
-            repeats += 1
-        elif key in used or not filters:
-            seen.add(key)
-            item = {'id': key} | dict(pairs) | {'id': key}  # first, and not another
-            texts_file.write(json.dumps(item, ensure_ascii=False) + '\n')
-    print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
-          f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
-
-
 def canonical_from(folder, pair, named, filters, expected=None):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
-    these two files, options and code. `expected`: the sha256 that the first must have, or None."""
+    these two files, options and code. With filters only what may pass them; the first line of each
+    id counts. `expected`: the sha256 that the first file must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
-    then = load_json(source) if source.exists() else {}
+    then = load_json(source)
     stamps = list(map(file_stamp, pair, then.get('files', [{}, {}])))
     if expected not in (None, stamps[0]['sha256']):
         raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
                         'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
     now = {'files': stamps, 'columns': named, 'filters': filters,
            'code': list(map(code_digest, CODE))}
-    if now == then and all(path.exists() for path in made):
+    if now == then and all(map(os.path.exists, made)):
         if not filters:
             print(f'{folder}: the canonical files are up to date')
         return
+    used, seen, repeats = set(), set(), 0
+    read = passing if filters else interactions
     with (whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
-        write(rows, texts, pair, named, filters)
+        out = csv.writer(rows, lineterminator='\n')
+        rows.write('user,item,timestamp\n')
+        for user, item, stamp, _ in read(pair[0], named, *filters):
+            out.writerow([user, item, stamp])
+            used.add(item)
+        for key, pairs in items(pair[1], named):
+            if key in seen:
+                repeats += 1
+            elif key in used or not filters:
+                seen.add(key)
+                item = {'id': key} | dict(pairs) | {'id': key}  # first, and not another
+                texts.write(json.dumps(item, ensure_ascii=False) + '\n')
         save_json(source, {})  # what lies here was made here, should this be killed now
     save_json(source, now)
+    print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
+          f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
 def users_own(folder):
@@ -171,10 +166,11 @@ def canonical_from_amazon(folder, filters):
     if users_own(folder):
         return
     category, expected = AMAZON[folder.name]
-    remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
+    ratings = raw_file(f'categoryFilesSmall/{category}.csv')
+    texts = raw_file(f'metaFiles2/meta_{category}.json.gz')
     if 'ELEPHANT_ANY_VERSION' in os.environ:
         expected = None
-    canonical_from(folder, list(map(raw_file, remotes)), {}, filters, expected)
+    canonical_from(folder, [ratings, texts], {}, filters, expected)
 
 
 def convert(folder, path, texts, named):

@@ -285,7 +285,7 @@ def test_a_row_says_what_made_it(root):
 def test_a_finished_run_is_found_where_it_is_up_to_date(root, capsys):
     folder = root / 'a'
     assert run_of(IDENTITY, CODE, args_of(), folder).finished() is None
-    assert runs.read_row(folder) is None
+    assert runs.read_row(folder) == {}
     row = made(folder)
     assert run_of(IDENTITY, CODE, args_of(), folder).finished() == row
     assert run_of(IDENTITY, OTHER_CODE, args_of('--keep'), folder).finished() == row
@@ -349,7 +349,7 @@ def test_a_row_that_is_not_ours_is_refused(root, text):
 def test_a_row_that_is_not_text_is_refused(root):
     made(root / 'a')
     (root / 'a' / 'row.json').write_bytes(b'\xff\xfe{}')
-    with pytest.raises(UserError, match='a/row.json: not valid JSON'):
+    with pytest.raises(UserError, match='a/row.json: no valid JSON of ours'):
         runs.load_rows('toy')
 
 

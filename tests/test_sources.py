@@ -90,8 +90,9 @@ def check_quirks(d):
     assert texts['A0004'][0][1] != 'second line of the same id'
     assert texts['A0005'][2] == ['category', 'Sea Salt']
     assert 'C0000' not in texts and 'B9999' not in texts and 'short' not in d.user_ids
-    assert d.counts['rows_unknown_item'] == 2 and d.counts['rows_repeated'] == 1
-    assert 0.3 < d.counts['tied_neighbours'] < 0.7
+    assert d.counts['rows dropped, as their item has no text'] == 2
+    assert d.counts['rows dropped, as they repeat another'] == 1
+    assert 30 < d.counts["% of neighbours have one timestamp, in the file's order"] < 70
 
 
 def test_quirks_from_raw_files(root):
