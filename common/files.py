@@ -140,13 +140,13 @@ def save_json(path, value):
 
 
 def load_json(path, *names):
-    """Read an object of JSON that has these names; {} where there is no file. UserError: it is none
-    of ours."""
+    """Read JSON, of an object that has these names; {} where there is no file. UserError: it is
+    none of ours."""
     if not path.exists():
         return {}
-    with suppress(AttributeError, ValueError):
+    with suppress(TypeError, ValueError):
         found = json.loads(path.read_text(encoding='utf-8'))
-        if found.keys() >= {*names}:
+        if all(name in found for name in names):
             return found
     raise UserError(f'{path}: no valid JSON of ours; remove it and run again')
 

@@ -100,7 +100,7 @@ def test_json_is_read_as_it_was_written(tmp_path):
     for text in ('{"cut', '[1]', 'null'):
         (tmp_path / 'y.json').write_text(text)
         with pytest.raises(UserError, match='y.json: no valid JSON of ours'):
-            load_json(tmp_path / 'y.json')
+            load_json(tmp_path / 'y.json', 'a')
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):

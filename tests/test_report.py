@@ -572,7 +572,7 @@ def test_table_as_a_command(runs, mine, capsys):
     assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} < | ')
     assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
     (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
-    with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
+    with pytest.raises(UserError, match='seed0/row.json: no valid JSON of ours; remove it'):
         call('table', 'mine')
 
 
