@@ -66,13 +66,15 @@ def stop(number, _):
 
 @contextmanager
 def unpacked(path):
-    """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged."""
+    """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged, or
+    what it is read as is no text."""
     opener = gzip.open if path.suffix == '.gz' else open
     try:
         with opener(path, 'rb') as f:
             yield f
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f'{path}: is damaged ({error}); remove it and get it again') from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: is damaged, or no UTF-8 text ({error}); get it again, or convert '
+                        'it') from None
 
 
 def content_sha256(path):
@@ -145,7 +147,7 @@ def load_json(path, *names):
     if not path.exists():
         return {}
     with suppress(TypeError, ValueError):
-        found = json.loads(path.read_text(encoding='utf-8'))
+        found = json.loads(path.read_bytes())
         if all(name in found for name in names):
             return found
     raise UserError(f'{path}: no valid JSON of ours; remove it and run again')

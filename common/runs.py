@@ -35,7 +35,7 @@ def parsed(file):
     path = ROOT / file
     if not path.exists():
         return ''
-    tree = ast.parse(path.read_text(encoding='utf-8'))
+    tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
         with suppress(TypeError):  # a node that has no docstring
             if ast.get_docstring(node):
@@ -55,7 +55,7 @@ def code_of(*files):
     for file in files:  # which grows meanwhile
         if file not in {*found, *NO_NUMBERS} and parsed(file):
             found[file] = code_digest(file)
-            for line in re.findall('^(?:from|import) .*', parsed(file), re.MULTILINE):
+            for line in re.findall('(?m)^(?:from|import) .*', parsed(file)):
                 folder = 'common/' if 'common' in line else ''
                 files += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
     return dict(sorted(found.items()))
@@ -71,7 +71,7 @@ def differences(old, new):
     names = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
+        if type(a) is type(b) is dict:
             names += [f'{key}.{name}' for name in differences(a, b)]
         elif digest(a) != digest(b):  # as JSON, which knows no tuples
             names.append(key)
@@ -119,11 +119,11 @@ class Run(NamedTuple):
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
-        # of today's code ('+': it was changed since); a shell says nothing where there is no git
-        git = 'git describe --always --exclude="*" --abbrev=12 --dirty=+'
-        commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+        # of today's code ('+': it was changed since); nothing where there is no git
+        git = f'git -C "{ROOT}" describe --always --exclude="*" --abbrev=12 --dirty=+ 2>/dev/null'
+        commit = subprocess.getoutput(git)
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
-               'commit': commit.strip() or 'unknown', 'torch': version('torch'),
+               'commit': commit or 'unknown', 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:

@@ -50,12 +50,8 @@ def lines(path, most):
     """Each line of a text file or .gz, its end kept, without a byte-order mark. UserError: damaged;
     or not UTF-8, where nothing that is malformed may be there (`most` is 0)."""
     errors = 'latin' if most else 'strict'
-    try:
-        with unpacked(path) as f:
-            yield from io.TextIOWrapper(f, 'utf-8-sig', errors, newline='')
-    except UnicodeDecodeError as error:
-        begin = error.object[error.start:][:40]
-        raise UserError(f'{path}: {begin} is not UTF-8 text; convert the file') from None
+    with unpacked(path) as f:
+        yield from io.TextIOWrapper(f, 'utf-8-sig', errors, newline='')
 
 
 def csv_rows(path, text, mark):
@@ -151,8 +147,7 @@ def interactions(path, named, most=MOST_MALFORMED):
             raise ValueError
         return user, item, stamp, microseconds(stamp)
 
-    what = 'a user, an item and a time (a number or ISO 8601)'
-    return readable(path, rows, parse, what, most)
+    return readable(path, rows, parse, 'a user, an item and a time (a number or ISO 8601)', most)
 
 
 def microseconds(stamp):

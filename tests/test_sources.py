@@ -202,14 +202,20 @@ def test_a_known_hash_is_that_of_the_content(root, monkeypatch):
     assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'packed, it is the same'
 
 
-def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server):
+def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server, monkeypatch):
     csv, remote = offered(server, whole=True), 'categoryFilesSmall/Prime_Pantry.csv'
+    works = os.environ['ELEPHANT_AMAZON_URL']
+    monkeypatch.setenv('ELEPHANT_AMAZON_URL', f'{works} {works}')  # the second mirror sends it anew
     path, part = root / 'raw' / 'Prime_Pantry.csv', root / 'raw' / 'part-Prime_Pantry.csv'
     part.parent.mkdir()
     part.write_bytes(csv.read_bytes())
     assert formats.raw_file(remote).read_bytes() == csv.read_bytes()
     path.unlink()
     part.write_bytes(csv.read_bytes() + b'more')
+    assert formats.raw_file(remote).read_bytes() == csv.read_bytes() and not part.exists()
+    path.unlink()
+    part.write_bytes(csv.read_bytes() + b'more')
+    monkeypatch.setenv('ELEPHANT_AMAZON_URL', works)
     with pytest.raises(UserError, match='could not be downloaded'):
         formats.raw_file(remote)
     assert not part.exists() and not path.exists()
