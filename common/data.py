@@ -84,7 +84,7 @@ class Dataset:
         """Histories and targets of the evaluated users: ragged (items, offsets) and targets [E].
         'valid': training part -> validation item; 'test': training part and validation item -> test
         item."""
-        leave = {'valid': 2, 'test': 1}[which]
+        leave = 2 if which == 'valid' else 1
         targets = self.items[self.offsets[self.evaluated + 1] - leave]
         return *self.training(leave, self.evaluated), targets
 
@@ -292,11 +292,11 @@ def parse_args(argv=None):
     option(p, '--min-item', 'fewest interactions of an item (paper: source domains 5, else 1)',
            POSITIVE)
     option(p, '--users', "seeded sample of so many, 0 = all (sources: Table 2's)", COUNT)
-    option(p, '--from', 'make its files from others (data/README.md): a folder, a stem or a file '
-           'of interactions', Path, dest='source')
+    option(p, '--from', 'make its files from others: a folder, stem or file (data/README.md)',
+           Path, dest='source')
     option(p, '--items', 'the file of texts, where --from names a file', Path)
-    option(p, '--columns', 'user=..,item=..,time=..,id=..: columns by name; id is that of the '
-           'texts (default: as item)', named_columns, {})
+    option(p, '--columns', 'user=..,item=..,time=..,id=..: names (id: of the texts; else as item)',
+           named_columns, {})
     return p.parse_args(argv)
 
 

@@ -98,7 +98,7 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
-def file_stamp(path, known={}):
+def file_stamp(path, known):
     """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, where the content is still
     that. An untouched file is not read again."""
     status = os.stat(path)
@@ -114,7 +114,7 @@ def file_stamp(path, known={}):
 @contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     for left in path.parent.glob(f'.{path.name}.of-*.part'):  # by a process that was killed
         left.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.of-{os.getpid()}.part')
@@ -194,14 +194,14 @@ def load_pt(path, kind):
 
 def follower():
     """Whether this is one of torchrun's processes, and not the first, which writes for all."""
-    return int(os.environ.get('RANK', 0)) > 0
+    return os.environ.get('RANK', '0') != '0'
 
 
 @contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     path = folder / '.lock'
     # torchrun's first process holds it for all; where nobody can write nothing is held
     if follower() and not wait or not os.access(folder, os.W_OK):

@@ -81,7 +81,7 @@ def raw_file(remote):
     for file in (path.with_name(f'{path.name}.gz'), path):
         if file.exists():
             return file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     part = path.with_name(f'part-{path.name}')
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'

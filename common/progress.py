@@ -9,12 +9,12 @@ class Lines:
 
     @staticmethod
     def write(text):
-        text = text.replace('\x1b[A', '').strip()  # a nested bar moves the cursor up
+        text = text.strip()
         if text:
             sys.stderr.write(text + '\n')
 
 
-LOG = dict(file=Lines, mininterval=30, maxinterval=1e9, delay=30,
+LOG = dict(file=Lines, position=0, mininterval=30, maxinterval=1e9, delay=30,
            bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]')
 
 

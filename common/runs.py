@@ -58,7 +58,7 @@ def code_of(*files):
             for line in re.findall('(?m)^(?:from|import) .*', parsed(file)):
                 folder = 'common/' if 'common' in line else ''
                 files += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
-    return dict(sorted(found.items()))
+    return found
 
 
 def changed_code(row):

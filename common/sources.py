@@ -85,7 +85,7 @@ def table(path, most):
         first = next((row for _, row in objects(text) if isinstance(row, dict)), {})
         return dict(zip(first, first)), objects(again)
     head = next(text, '')
-    mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
+    mark = re.search(r'::|[\t|;]|$', head)[0] or ','
     if re.search('[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
     else:  # a quote is a character like any other

@@ -221,7 +221,7 @@ def test_digest_is_sha256_of_type_shape_and_bytes_and_copies_nothing():
 def test_an_untouched_file_is_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / 'x'
     path.write_text('one')
-    first = file_stamp(path)
+    first = file_stamp(path, {})
     assert first['sha256'] == content_sha256(path) and first['size'] == 3
     read = []
     monkeypatch.setattr(files, 'content_sha256', lambda path: read.append(path) or 'new')
