@@ -12,7 +12,6 @@ import re
 from array import array
 from datetime import UTC, datetime
 from html import unescape
-from operator import itemgetter
 
 import numpy as np
 
@@ -132,12 +131,11 @@ def interactions(path, named, most=MOST_MALFORMED):
     """(user, item, time as it stands, the same in microseconds) of each row of a file of
     interactions."""
     places, rows = table(path, most)
-    roles = 'user', 'item', 'time'
-    pick = itemgetter(*[places[column(path, places, role, named)] for role in roles])
+    u, i, t = [places[column(path, places, role, named)] for role in ('user', 'item', 'time')]
     width = len(places)
 
     def parse(row):
-        user, item, stamp = pick(row)
+        user, item, stamp = row[u], row[i], row[t]
         if isinstance(row, dict):
             user, item, stamp = map(as_text, (user, item, stamp))
         elif len(row) != width:
