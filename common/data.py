@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from common.arrays import cut, offsets_of
-from common.files import (UserError, command, data_root, digest, file_stamp, load_npz, lock, paper,
+from common.files import (PAPER, UserError, command, data_root, digest, file_stamp, load_npz, lock,
                           save_npz)
 from common.formats import AMAZON, canonical_from_amazon, convert, named_columns
 from common.options import COUNT, POSITIVE, option, options_parser
@@ -27,28 +27,16 @@ from common.sources import read_interactions, read_items
 # name -> [fewest interactions of a user, of an item, users sampled; 0 = all]. Filters: paper sec.
 # 4.2. Table 2's source domains hold about a ninth of the users that pass; how they were drawn is
 # not said, ours is a seeded sample of that size.
-FILTERS = paper()['filters']
+FILTERS = PAPER['filters']
 DEFAULT = 4, 1, 0
 NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
 ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
-NOTES = {  # counts that are told where there are any
-    'rows_unknown_item': 'rows dropped, as their item has no text',
-    'rows_repeated': 'rows dropped, as they repeat another',
-    'cold': 'items nobody has (they can be recommended, see evaluate.py recommend --cold)',
-    'same_text': 'warning: items whose text, or lack of one, another item has too',
-    'few_negatives':
-        f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small'}
 
 
 def as_lines(texts):
     """Texts of JSON, one a line, as the bytes of one member of prepared.npz."""
     return np.frombuffer('\n'.join(texts).encode(), np.uint8)
-
-
-def stored(folder, name):
-    """The values of a member that as_lines() made, one by one."""
-    return map(json.loads, io.BytesIO(prepared(folder, name)[name]))
 
 
 def member(name):
@@ -88,14 +76,15 @@ class Dataset:
         self.lengths = np.diff(self.offsets)
 
     def each(self, name):
-        """What one of these four lists, one by one, and none of it is kept."""
-        return stored(self.folder, name)
+        """The values of one of these four lists, one by one, and none of it is kept."""
+        lines = prepared(self.folder, name)[name]
+        return map(json.loads, io.BytesIO(lines))
 
     def split(self, which):
         """Histories and targets of the evaluated users: ragged (items, offsets) and targets [E].
         'valid': training part -> validation item; 'test': training part and validation item -> test
         item."""
-        leave = {'valid': 2, 'test': 1}[which]
+        leave = 2 if which == 'valid' else 1
         targets = self.items[self.offsets[self.evaluated + 1] - leave]
         return *self.training(leave, self.evaluated), targets
 
@@ -203,16 +192,21 @@ def build(folder, filters, identity):
     catalogue = list(compress(texts, kept))
     attributes = [texts.pop(key) for key in catalogue]  # what is left in `texts` is cold
     negatives = draw_evaluation_negatives(items, offsets, evaluated, len(catalogue))
-    # a user's first item has no neighbour before it
-    tied = np.delete(np.diff(time, prepend=-1) == 0, offsets[:-1])
+    neighbours = np.diff(user) == 0
+    tied = np.diff(time)[neighbours] == 0
     # hashes, as the values of a million items would take much memory
     different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
-    counts = {'users': len(users), 'items': len(catalogue), 'interactions': len(items),
-              'avg_len': lengths.mean(), 'evaluated': len(evaluated),
-              'tied_neighbours': tied.mean(), 'rows_unknown_item': unknown,
-              'rows_repeated': len(repeated), 'cold': len(texts),
-              'same_text': len(catalogue) - len(different),
-              'few_negatives': int((negatives[:, -1] == 0).sum())}
+    counts = {
+        'users': len(users), 'items': len(catalogue), 'interactions': len(items),
+        'avg_len': lengths.mean(), 'evaluated': len(evaluated),
+        "% of neighbours have one timestamp, in the file's order": 100 * tied.mean(),
+        'rows dropped, as their item has no text': unknown,
+        'rows dropped, as they repeat another': len(repeated),
+        'items nobody has (they can be recommended, see evaluate.py recommend --cold)': len(texts),
+        'warning: items whose text, or lack of one, another item has too':
+            len(catalogue) - len(different),
+        f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small':
+            negatives[:, -1].tolist().count(0)}
     fingerprint = digest(catalogue, f'[{", ".join(attributes)}]'.encode(), user_names, items,
                          offsets, evaluated, negatives)
     head = {'identity': identity, 'item_ids': catalogue, 'user_ids': user_names, 'counts': counts,
@@ -261,7 +255,7 @@ def prepared(folder, *names):
 
 def head_of(folder):
     """What prepared.npz says of itself: identity, ids, counts, fingerprint."""
-    return next(stored(folder, 'head'))
+    return json.loads(prepared(folder, 'head')['head'].tobytes())
 
 
 def load(name, filters=None):
@@ -279,18 +273,15 @@ def load(name, filters=None):
 # ------------------------------------------------------------------------ report
 
 def report(data):
-    """Counts beside those of the paper's table 2 and code, and what will not work well."""
-    c, known = data.counts, paper()['table2'].get(data.name, {})
-    for key in ('users', 'items', 'interactions', 'avg_len', 'evaluated'):
-        found, note = round(c[key], 1), ''
-        if key in known:
-            differs = '' if found == known[key] else '   warning: differs'
-            note = f'   paper {known[key]:,}{differs}'
-        print(f'  {key:13}{found:>12,}{note}')
-    print(f'  neighbours with one timestamp, in the file\'s order: {c["tied_neighbours"]:.1%}')
-    for key, what in NOTES.items():
-        if c[key]:
-            print(f'  {what}: {c[key]:,}')
+    """All counts but zeros, beside those of the paper's table 2 and code."""
+    known = PAPER['table2'].get(data.name, {})
+    for what, count in data.counts.items():
+        found, note = round(count, 1), ''
+        if what in known:
+            differs = '' if found == known[what] else '   warning: differs'
+            note = f'   paper {known[what]:,}{differs}'
+        if found:
+            print(f'{found:>12,}  {what}{note}')
 
 
 def parse_args(argv=None):
@@ -301,11 +292,11 @@ def parse_args(argv=None):
     option(p, '--min-item', 'fewest interactions of an item (paper: source domains 5, else 1)',
            POSITIVE)
     option(p, '--users', "seeded sample of so many, 0 = all (sources: Table 2's)", COUNT)
-    option(p, '--from', 'make its files from others (data/README.md): a folder, a stem or a file '
-           'of interactions', Path, dest='source')
+    option(p, '--from', 'make its files from others: a folder, stem or file (data/README.md)',
+           Path, dest='source')
     option(p, '--items', 'the file of texts, where --from names a file', Path)
-    option(p, '--columns', 'user=..,item=..,time=..,id=..: columns by name; id is that of the '
-           'texts (default: as item)', named_columns, {})
+    option(p, '--columns', 'user=..,item=..,time=..,id=..: names (id: of the texts; else as item)',
+           named_columns, {})
     return p.parse_args(argv)
 
 

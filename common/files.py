@@ -66,13 +66,15 @@ def stop(number, _):
 
 @contextmanager
 def unpacked(path):
-    """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged."""
-    opener = gzip.open if str(path).endswith('.gz') else open
+    """Yield a file open for its bytes, unpacked where it is a .gz. UserError: that is damaged, or
+    what it is read as is no text."""
+    opener = gzip.open if path.suffix == '.gz' else open
     try:
         with opener(path, 'rb') as f:
             yield f
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f'{path}: is damaged ({error}); remove it and get it again') from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: is damaged, or no UTF-8 text ({error}); get it again, or convert '
+                        'it') from None
 
 
 def content_sha256(path):
@@ -96,7 +98,7 @@ def digest(*parts):
     return h.hexdigest()[:16]
 
 
-def file_stamp(path, known={}):
+def file_stamp(path, known):
     """{'size', 'time', 'sha256'} of a file; `known`, an earlier stamp, where the content is still
     that. An untouched file is not read again."""
     status = os.stat(path)
@@ -112,8 +114,7 @@ def file_stamp(path, known={}):
 @contextmanager
 def whole(path):
     """Yield a temporary path beside `path`; rename it on success, remove it on any error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     for left in path.parent.glob(f'.{path.name}.of-*.part'):  # by a process that was killed
         left.unlink(missing_ok=True)
     part = path.with_name(f'.{path.name}.of-{os.getpid()}.part')
@@ -140,12 +141,16 @@ def save_json(path, value):
     save_text(path, json.dumps(value, indent=1, ensure_ascii=False) + '\n')
 
 
-def load_json(path):
-    """Read JSON; UserError where the file is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as error:
-        raise UserError(f'{path}: not valid JSON ({error}); remove it and run again') from None
+def load_json(path, *names):
+    """Read JSON, of an object that has these names; {} where there is no file. UserError: it is
+    none of ours."""
+    if not path.exists():
+        return {}
+    with suppress(TypeError, ValueError):
+        found = json.loads(path.read_bytes())
+        if all(name in found for name in names):
+            return found
+    raise UserError(f'{path}: no valid JSON of ours; remove it and run again')
 
 
 def save_npz(path, arrays):
@@ -176,7 +181,7 @@ def save_pt(path, kind, **content):
 def load_pt(path, kind):
     """Read what save_pt wrote, to the CPU. UserError: missing, cut short, not ours, or of another
     kind."""
-    if not Path(path).exists():
+    if not path.exists():
         raise UserError(f'{path}: no such file; README.md says what makes it')
     # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
     with open(path, 'rb') as f, suppress(Exception):
@@ -189,17 +194,17 @@ def load_pt(path, kind):
 
 def follower():
     """Whether this is one of torchrun's processes, and not the first, which writes for all."""
-    return int(os.environ.get('RANK', 0)) > 0
+    return os.environ.get('RANK', '0') != '0'
 
 
 @contextmanager
 def lock(folder, wait=False):
     """Hold `folder` for this process; a second holder waits, or is refused with the first one's
     number and command."""
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     path = folder / '.lock'
-    shared = follower() and not wait  # the first holds it
-    if shared or not os.access(folder, os.W_OK):  # where nobody can write nothing is held
+    # torchrun's first process holds it for all; where nobody can write nothing is held
+    if follower() and not wait or not os.access(folder, os.W_OK):
         yield
         return
     with open(path, 'a') as f:
@@ -224,6 +229,5 @@ def runs_root():
     return Path(os.environ.get('ELEPHANT_RUNS', ROOT / 'runs'))
 
 
-def paper():
-    """The paper's tables (percentages), which of our rows stands in each column, its data sets."""
-    return load_json(ROOT / 'common' / 'paper.json')
+# The paper's tables (percentages), which of our rows stands in each column, its data sets.
+PAPER = load_json(ROOT / 'common' / 'paper.json')

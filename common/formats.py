@@ -19,12 +19,12 @@ from http.client import HTTPException
 from itertools import permutations
 from urllib.request import Request, urlopen
 
-from common.files import UserError, data_root, file_stamp, load_json, paper, save_json, whole
+from common.files import PAPER, UserError, data_root, file_stamp, load_json, save_json, whole
 from common.progress import progress
 from common.runs import code_digest
 from common.sources import COLUMNS, interactions, items
 
-AMAZON = paper()['amazon']  # dataset -> (category, sha256 of its ratings file where known)
+AMAZON = PAPER['amazon']  # dataset -> (category, sha256 of its ratings file where known)
 # The data has moved before; ELEPHANT_AMAZON_URL names another mirror.
 HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
          'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/ '
@@ -44,9 +44,11 @@ def find_pair(path):
     """(file of interactions, file of texts) in a folder, or of a stem or a file of interactions.
     UserError: none, or several."""
     folder, start = (path, '') if path.is_dir() else (path.parent, path.name)
-    there = {file.name.removesuffix('.gz'): file for file in sorted(folder.iterdir())}
-    found = [(there[a], there[b]) for a, b in permutations(there, 2)
-             if there[a].name.startswith(start) and re.fullmatch(PAIRS, f'{a} {b}')]
+    found = []
+    for rows, texts in permutations(sorted(folder.iterdir()), 2):
+        both = f'{rows.name} {texts.name}'.replace('.gz', '')
+        if rows.name.startswith(start) and re.fullmatch(PAIRS, both):
+            found.append((rows, texts))
     if len(found) != 1:
         names = ', '.join(rows.name for rows, _ in found)
         raise UserError(f'{path}: holds not one pair of files of a known form (data/README.md), '
@@ -60,12 +62,11 @@ def find_pair(path):
 def download(url, path):
     """Fetch `url` to `path`, going on where an earlier download broke off."""
     with open(path, 'ab') as f:
-        # the last byte is asked for again, so that there is one to send where nothing else is left
-        have = max(0, f.tell() - 1)
-        answer = urlopen(Request(url, headers={'Range': f'bytes={have}-'}), timeout=30)
+        answer = urlopen(Request(url, headers={'Range': f'bytes={f.tell()}-'}), timeout=30)
         if not answer.url.startswith(SAFE):
             raise UserError(f'{answer.url}: downloads come over https only')
-        f.truncate(have if answer.status == 206 else 0)  # else the server sends everything again
+        if answer.status == 200:  # the server sends everything again
+            f.truncate(0)
         chunks = iter(partial(answer.read, 2 ** 20), b'')
         f.writelines(progress(chunks, unit='MB', desc=path.name))
     if answer.length:
@@ -80,7 +81,7 @@ def raw_file(remote):
     for file in (path.with_name(f'{path.name}.gz'), path):
         if file.exists():
             return file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     part = path.with_name(f'part-{path.name}')
     for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'
@@ -90,7 +91,7 @@ def raw_file(remote):
             download(url, part)
             return part.replace(path)
         except (OSError, HTTPException) as error:
-            if getattr(error, 'code', None) == 416:  # the part is longer than the file
+            if getattr(error, 'code', None) == 416:  # nothing is left: whole, or of another file
                 part.unlink()
             print(f'{url}: {error}', file=sys.stderr)
     raise UserError(f'{path.name} could not be downloaded: put it (Amazon 2018, ratings only and '
@@ -116,48 +117,44 @@ def passing(path, named, min_user, min_item):
             yield row
 
 
-def write(rows_file, texts_file, pair, named, filters):
-    """The canonical rows and texts of a pair of files. With filters only what may pass them; the
-    first line of each id counts."""
-    used, seen, repeats = set(), set(), 0
-    rows_file.write('user,item,timestamp\n')
-    out = csv.writer(rows_file, lineterminator='\n')
-    read = passing if filters else interactions
-    for user, item, stamp, _ in read(pair[0], named, *filters):
-        out.writerow([user, item, stamp])
-        used.add(item)
-    for key, pairs in items(pair[1], named):
-        if key in seen:
-            repeats += 1
-        elif key in used or not filters:
-            seen.add(key)
-            item = {'id': key} | dict(pairs) | {'id': key}  # first, and not another
-            texts_file.write(json.dumps(item, ensure_ascii=False) + '\n')
-    print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
-          f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
-
-
 def canonical_from(folder, pair, named, filters, expected=None):
     """Write data/<name>/interactions.csv.gz and items.jsonl.gz, where they were not made from
-    these two files, options and code. `expected`: the sha256 that the first must have, or None."""
+    these two files, options and code. With filters only what may pass them; the first line of each
+    id counts. `expected`: the sha256 that the first file must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
-    then = load_json(source) if source.exists() else {}
+    then = load_json(source)
     stamps = list(map(file_stamp, pair, then.get('files', [{}, {}])))
-    if expected not in (None, stamps[0]['sha256']):
+    same = expected in (None, stamps[0]['sha256'])
+    if not same and 'ELEPHANT_ANY_VERSION' not in os.environ:
         raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
                         'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
     now = {'files': stamps, 'columns': named, 'filters': filters,
            'code': list(map(code_digest, CODE))}
-    if now == then and all(path.exists() for path in made):
+    if now == then and all(map(os.path.exists, made)):
         if not filters:
             print(f'{folder}: the canonical files are up to date')
         return
+    used, seen, repeats = set(), set(), 0
+    read = passing if filters else interactions
     with (whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
-        write(rows, texts, pair, named, filters)
+        out = csv.writer(rows, lineterminator='\n')
+        rows.write('user,item,timestamp\n')
+        for user, item, stamp, _ in read(pair[0], named, *filters):
+            out.writerow([user, item, stamp])
+            used.add(item)
+        for key, pairs in items(pair[1], named):
+            if key in seen:
+                repeats += 1
+            elif key in used or not filters:
+                seen.add(key)
+                item = dict(pairs) | {'id': key}
+                texts.write(json.dumps(item, ensure_ascii=False) + '\n')
         save_json(source, {})  # what lies here was made here, should this be killed now
     save_json(source, now)
+    print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
+          f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 
 
 def users_own(folder):
@@ -171,10 +168,9 @@ def canonical_from_amazon(folder, filters):
     if users_own(folder):
         return
     category, expected = AMAZON[folder.name]
-    remotes = f'categoryFilesSmall/{category}.csv', f'metaFiles2/meta_{category}.json.gz'
-    if 'ELEPHANT_ANY_VERSION' in os.environ:
-        expected = None
-    canonical_from(folder, list(map(raw_file, remotes)), {}, filters, expected)
+    ratings = raw_file(f'categoryFilesSmall/{category}.csv')
+    texts = raw_file(f'metaFiles2/meta_{category}.json.gz')
+    canonical_from(folder, [ratings, texts], {}, filters, expected)
 
 
 def convert(folder, path, texts, named):

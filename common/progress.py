@@ -9,15 +9,17 @@ class Lines:
 
     @staticmethod
     def write(text):
-        text = text.replace('\x1b[A', '').strip()  # a nested bar moves the cursor up
+        text = text.strip()
         if text:
             sys.stderr.write(text + '\n')
 
 
+LOG = dict(file=Lines, position=0, mininterval=30, maxinterval=1e9, delay=30,
+           bar_format='{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]')
+
+
 def progress(things=None, **options):
     """tqdm over `things` (or by hand, with total=); gone from the terminal once it is done."""
-    if sys.stderr.isatty():
-        return tqdm(things, leave=False, dynamic_ncols=True, **options)
-    form = '{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]'
-    return tqdm(things, leave=False, file=Lines, mininterval=30, maxinterval=1e9,
-                delay=30, bar_format=form, **options)
+    if not sys.stderr.isatty():
+        options |= LOG
+    return tqdm(things, leave=False, dynamic_ncols=True, **options)

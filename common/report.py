@@ -12,7 +12,7 @@ from statistics import mean, stdev
 
 import numpy as np
 
-from common.files import paper
+from common.files import PAPER
 from common.metrics import compare, per_user
 from common.models import MODELS
 from common.runs import changed_code, differences, read_ranks
@@ -207,7 +207,7 @@ def render(data, cells):
         text += f'\n{group_table(title, group)}'
     rows = [row for cell in cells for row in cell.rows]
     text += f'\n{footer(rows)}'
-    for table in paper().values():
+    for table in PAPER.values():
         if 'ours' in table and data.name in table['rows']:
             text += f'\n{paper_table(table, data.name, cells)}'
     return text

@@ -7,11 +7,11 @@ A finished run is used as it is only where both are what this command would use.
 """
 import ast
 import functools
-import json
 import re
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -35,11 +35,11 @@ def parsed(file):
     path = ROOT / file
     if not path.exists():
         return ''
-    tree = ast.parse(path.read_text(encoding='utf-8'))
+    tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
-        known = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        if known and ast.get_docstring(node):
-            del node.body[0]
+        with suppress(TypeError):  # a node that has no docstring
+            if ast.get_docstring(node):
+                del node.body[0]
     return ast.unparse(tree)
 
 
@@ -51,15 +51,14 @@ def code_digest(file):
 def code_of(*files):
     """{file: digest} of these source files and of all of ours that they import at their top (an
     import inside a function is for reading, printing or drawing)."""
-    found, left = {}, list(files)
-    while left:
-        file = left.pop()
+    found, files = {}, list(files)
+    for file in files:  # which grows meanwhile
         if file not in {*found, *NO_NUMBERS} and parsed(file):
             found[file] = code_digest(file)
-            for line in re.findall('^(?:from|import) .*', parsed(file), re.MULTILINE):
+            for line in re.findall('(?m)^(?:from|import) .*', parsed(file)):
                 folder = 'common/' if 'common' in line else ''
-                left += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
-    return dict(sorted(found.items()))
+                files += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
+    return found
 
 
 def changed_code(row):
@@ -72,9 +71,9 @@ def differences(old, new):
     names = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
+        if type(a) is type(b) is dict:
             names += [f'{key}.{name}' for name in differences(a, b)]
-        elif json.dumps(a) != json.dumps(b):  # JSON knows no tuples
+        elif digest(a) != digest(b):  # as JSON, which knows no tuples
             names.append(key)
     return names
 
@@ -120,11 +119,11 @@ class Run(NamedTuple):
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
-        # of today's code ('+': it was changed since); a shell says nothing where there is no git
-        git = 'git describe --always --exclude="*" --abbrev=12 --dirty=+'
-        commit = subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout
+        # of today's code ('+': it was changed since); nothing where there is no git
+        git = f'git -C "{ROOT}" describe --always --exclude="*" --abbrev=12 --dirty=+ 2>/dev/null'
+        commit = subprocess.getoutput(git)
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
-               'commit': commit.strip() or 'unknown', 'torch': version('torch'),
+               'commit': commit or 'unknown', 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:
@@ -138,14 +137,8 @@ class Run(NamedTuple):
 # ------------------------------------------------------------------------ rows
 
 def read_row(folder):
-    """The row of a finished run, None where there is none. UserError: row.json is not ours."""
-    path = folder / 'row.json'
-    if not path.exists():
-        return None
-    row = load_json(path)
-    if not (isinstance(row, dict) and {'run', 'identity', 'code', 'seconds'} <= row.keys()):
-        raise UserError(f'{path}: is not the row of a run; remove it and run again')
-    return row
+    """The row of a finished run, {} where there is none. UserError: row.json is not ours."""
+    return load_json(folder / 'row.json', 'run', 'identity', 'code', 'seconds')
 
 
 def result_line(row):
@@ -164,14 +157,14 @@ def result_line(row):
 def load_rows(dataset):
     """All rows of a dataset that have metrics, by name of their run."""
     rows = map(read_row, sorted((runs_root() / dataset).glob('*')))
-    return [row for row in rows if row and 'metrics' in row]
+    return [row for row in rows if 'metrics' in row]
 
 
 def read_ranks(dataset, run):
     """(row, {'users', 'sampled', 'full', 'new'}) of a run. UserError: there is none, or damaged."""
     folder = runs_root() / dataset / run
-    row = read_row(folder) if folder.name == run else None
-    if not row or 'metrics' not in row:
+    row = read_row(folder)
+    if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
         raise UserError(f'{run}: no such run in {runs_root() / dataset}')
     names = 'users', 'sampled', 'full', 'new'
     return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

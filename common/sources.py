@@ -49,12 +49,8 @@ def lines(path, most):
     """Each line of a text file or .gz, its end kept, without a byte-order mark. UserError: damaged;
     or not UTF-8, where nothing that is malformed may be there (`most` is 0)."""
     errors = 'latin' if most else 'strict'
-    try:
-        with unpacked(path) as f:
-            yield from io.TextIOWrapper(f, 'utf-8-sig', errors, newline='')
-    except UnicodeDecodeError as error:
-        begin = error.object[error.start:][:40]
-        raise UserError(f'{path}: {begin} is not UTF-8 text; convert the file') from None
+    with unpacked(path) as f:
+        yield from io.TextIOWrapper(f, 'utf-8-sig', errors, newline='')
 
 
 def csv_rows(path, text, mark):
@@ -88,7 +84,7 @@ def table(path, most):
         first = next((row for _, row in objects(text) if isinstance(row, dict)), {})
         return dict(zip(first, first)), objects(again)
     head = next(text, '')
-    mark = next((mark for mark in ('::', '\t', '|', ';') if mark in head), ',')
+    mark = re.search(r'::|[\t|;]|$', head)[0] or ','
     if re.search('[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
     else:  # a quote is a character like any other
@@ -149,8 +145,7 @@ def interactions(path, named, most=MOST_MALFORMED):
             raise ValueError
         return user, item, stamp, microseconds(stamp)
 
-    what = 'a user, an item and a time (a number or ISO 8601)'
-    return readable(path, rows, parse, what, most)
+    return readable(path, rows, parse, 'a user, an item and a time (a number or ISO 8601)', most)
 
 
 def microseconds(stamp):

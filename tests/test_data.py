@@ -12,7 +12,7 @@ import pytest
 
 from common import data, files
 from common.arrays import newest, offsets_of, ragged, row_numbers, take
-from common.files import UserError, lock, paper
+from common.files import PAPER, UserError, lock
 from common.formats import AMAZON
 from tests.toy import amazon, canonical
 
@@ -33,6 +33,8 @@ def write(root, rows, items='abcdefghijkl', name='toy'):
     return folder
 
 
+TIED = "% of neighbours have one timestamp, in the file's order"
+UNKNOWN = 'rows dropped, as their item has no text'
 TEN = {'u0': 'abcd', 'u1': 'bcda', 'u2': 'cdab', 'u3': 'abce', 'u4': 'abec', 'u5': 'abcdf',
        'u6': 'fabcd', 'u7': 'abc', 'u8': 'gabcd', 'u9': 'abcgd'}
 
@@ -117,8 +119,8 @@ def test_order_is_time_then_place_in_the_file_and_repeats_count_once(root):
     write(root, rows)
     d = data.prepare('toy', data.DEFAULT)
     assert letters(d, d.items[:4]) == 'acbd'
-    assert d.counts['rows_repeated'] == 1 and d.counts['interactions'] == 14
-    assert d.counts['tied_neighbours'] == 4 / 11, 'one of u, three of w; 14 - 3 neighbours'
+    assert d.counts['rows dropped, as they repeat another'] == 1 and d.counts['interactions'] == 14
+    assert d.counts[TIED] == 100 * (4 / 11), 'one of u, three of w; 14 - 3 neighbours'
 
 
 def test_core_is_repeated_until_nothing_changes():
@@ -187,12 +189,12 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     assert d.cold_attributes == [[['title', f'item {i}']] for i in 'efghiz']
     assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
     data.report(d)
-    assert 'items nobody has (they can be recommended, see evaluate.py recommend --cold): 6\n' \
+    assert '           6  items nobody has (they can be recommended, see evaluate.py recommend --cold)\n' \
            in capsys.readouterr().out
     first = d.fingerprint
     write(root, rows, items='abcdefg')
     d = data.prepare('toy', (4, 4, 0))
-    assert d.cold_ids == list('efg') and d.counts['cold'] == 3
+    assert d.cold_ids == list('efg') and sum('nobody has' in what and count == 3 for what, count in d.counts.items()) == 1
     assert d.fingerprint == first, 'of what models learn from; cold items are no part of it'
     text = (folder / 'items.jsonl').read_text().replace('item e', 'item E')
     (folder / 'items.jsonl').write_text(text)
@@ -289,7 +291,7 @@ def test_quotes_and_commas_in_ids(root):
     (folder / 'items.jsonl').write_text('\n'.join(texts))
     d = data.prepare('toy', data.DEFAULT)
     assert d.item_ids == sorted(QUOTED) and d.user_ids[0] == 'u0, "u0"'
-    assert d.counts['rows_unknown_item'] == 0
+    assert d.counts[UNKNOWN] == 0
     sequence = [d.item_ids[i - 1] for i in d.items[d.offsets[5]:d.offsets[6]]]
     assert sequence == [named[i] for i in 'abcdf'], 'u5'
     assert data.load('toy').item_ids == d.item_ids
@@ -301,7 +303,7 @@ def test_spaces_around_ids_do_not_count(root, space):
     rows = [f'{space}{u},"{i}{space}",{t}{space}' for u, i, t in ten_rows()]
     (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
     d = data.prepare('toy', data.DEFAULT)
-    assert d.item_ids == list('abcdefg') and d.counts['rows_unknown_item'] == 0
+    assert d.item_ids == list('abcdefg') and d.counts[UNKNOWN] == 0
 
 
 @pytest.mark.parametrize('space', ['\u00a0', '\u2003', '\n', '\x1f'])
@@ -310,7 +312,7 @@ def test_an_id_that_ends_in_other_white_space_is_the_same_id_in_both_files(root,
     rows = [f'{u},"{i}{space}",{t}' for u, i, t in ten_rows()]
     (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
     d = data.prepare('toy', data.DEFAULT)
-    assert d.n_items == 7 and d.counts['rows_unknown_item'] == 0
+    assert d.n_items == 7 and d.counts[UNKNOWN] == 0
 
 
 def test_ids_that_end_in_a_control_character_stay_apart(root):
@@ -497,7 +499,7 @@ def damaged_versions(text):
     return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'has no column'),
             (whole[:30] + b'xx' + whole[32:], 'damaged'),
             (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'),
-             r"b'.xff.xfe,a,1.n' is not UTF-8")]
+             "no UTF-8 text .*can't decode byte 0xff.*; get it again, or convert it")]
 
 
 def test_damaged_files(root):
@@ -584,12 +586,11 @@ def test_report_counts_and_warns(root, capsys):
     d = data.prepare('toy', data.DEFAULT)
     data.report(d)
     out = capsys.readouterr().out
-    assert 'rows dropped, as their item has no text: 2\n' in out
-    assert 'rows dropped, as they repeat another: 1\n' in out
-    assert 'warning: users with fewer than 100 negatives, as the catalogue is small: ' \
-           f'{len(d.evaluated)}\n' in out
+    assert '           2  rows dropped, as their item has no text\n' in out
+    assert '           1  rows dropped, as they repeat another\n' in out
+    assert f'{len(d.evaluated):>12}  warning: users with fewer than 100 negatives, as the catalogue is small\n' in out
     assert 'nobody has' not in out
-    assert 'warning: items whose text, or lack of one, another item has too: 5\n' in out
+    assert '           5  warning: items whose text, or lack of one, another item has too\n' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'
     data.report(d)
@@ -597,7 +598,7 @@ def test_report_counts_and_warns(root, capsys):
     assert 'paper 21,300   warning: differs\n' in out and out.count('warning: differs') == 5
     d.counts['users'] = 22601
     data.report(d)
-    assert 'users              22,601   paper 22,601\n' in capsys.readouterr().out
+    assert '      22,601  users   paper 22,601\n' in capsys.readouterr().out
 
 
 def test_items_without_any_text_are_warned_of(root, capsys):
@@ -606,12 +607,12 @@ def test_items_without_any_text_are_warned_of(root, capsys):
     lines = [json.dumps({'id': i} | json.loads(empty[k % 4])) for k, i in enumerate('abcdefg')]
     (folder / 'items.jsonl').write_text('\n'.join(lines))
     data.report(data.prepare('toy', data.DEFAULT))
-    assert 'warning: items whose text, or lack of one, another item has too: 6\n' in capsys.readouterr().out
+    assert '           6  warning: items whose text, or lack of one, another item has too\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name', ['toy', *AMAZON])
 def test_published_counts_of_every_dataset(name):
-    known = paper()['table2'].get(name, {})
+    known = PAPER['table2'].get(name, {})
     assert bool(known) == (name not in ('toy', 'industrial', 'office'))
     assert known.keys() <= {'users', 'items', 'interactions', 'avg_len', 'evaluated'}
     assert ('evaluated' in known) == (name in ('pantry', 'instruments', 'arts', 'movies', 'sports'))

@@ -15,6 +15,7 @@ import threading
 import time
 import tracemalloc
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def test_a_booby_trapped_file_is_refused_and_runs_nothing(tmp_path, monkeypatch)
     (tmp_path / 'b.pt').write_bytes(pickle.dumps(Trap()))
     for name in ('a.pt', 'b.pt'):
         with pytest.raises(UserError, match='is no readable seq file'):
-            load_pt(name, 'seq')
+            load_pt(Path(name), 'seq')
     assert not (tmp_path / 'trapped').exists()
 
 
@@ -65,7 +66,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_named_not_the_temporary_file(tmp_path):
-    for bad in (tmp_path, '/proc/x.csv'):  # a folder; nobody can write there
+    for bad in (tmp_path, Path('/proc/x.csv')):  # a folder; nobody can write there
         with pytest.raises(OSError) as said:
             save_text(bad, 'x')
         assert said.value.filename == str(bad)
@@ -92,11 +93,14 @@ def test_json_is_read_as_it_was_written(tmp_path):
     value = {'a': [1, None, 'ä'], 'b': {'c': 0.1 + 0.2}}
     save_json(tmp_path / 'deep' / 'er' / 'x.json', value)
     assert load_json(tmp_path / 'deep' / 'er' / 'x.json') == value
-    with pytest.raises(FileNotFoundError, match='y.json'):
-        load_json(tmp_path / 'y.json')
-    (tmp_path / 'y.json').write_text('{"cut')
-    with pytest.raises(UserError, match='y.json: not valid JSON'):
-        load_json(tmp_path / 'y.json')
+    assert load_json(tmp_path / 'y.json') == {}, 'there is none'
+    assert load_json(tmp_path / 'deep' / 'er' / 'x.json', 'a', 'b') == value
+    with pytest.raises(UserError, match='x.json: no valid JSON of ours'):
+        load_json(tmp_path / 'deep' / 'er' / 'x.json', 'a', 'c')
+    for text in ('{"cut', '[1]', 'null'):
+        (tmp_path / 'y.json').write_text(text)
+        with pytest.raises(UserError, match='y.json: no valid JSON of ours'):
+            load_json(tmp_path / 'y.json', 'a')
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):
@@ -110,7 +114,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path):
 
 def test_what_a_killed_process_left_half_written_goes_with_the_next_write(tmp_path):
     """Two who write one file at the same time: it is whole, and the one who is late hears of it."""
-    script = (f'import os\nfrom common.files import whole\nwith whole({str(tmp_path / "x.pt")!r}) as '
+    script = (f'import os\nfrom pathlib import Path\nfrom common.files import whole\nwith whole(Path({str(tmp_path / "x.pt")!r})) as '
               'part:\n    part.write_text("half")\n    os.kill(os.getpid(), 9)')
     assert subprocess.run([sys.executable, '-c', script], cwd=ROOT).returncode == -9
     [left] = tmp_path.iterdir()
@@ -217,7 +221,7 @@ def test_digest_is_sha256_of_type_shape_and_bytes_and_copies_nothing():
 def test_an_untouched_file_is_not_read_again(tmp_path, monkeypatch):
     path = tmp_path / 'x'
     path.write_text('one')
-    first = file_stamp(path)
+    first = file_stamp(path, {})
     assert first['sha256'] == content_sha256(path) and first['size'] == 3
     read = []
     monkeypatch.setattr(files, 'content_sha256', lambda path: read.append(path) or 'new')

@@ -417,7 +417,7 @@ def test_without_rankings_to_compare_with_there_are_no_marks(runs):
 
 def of_paper(name, rows):
     """{first cell: line} of one of the paper's tables, for pantry."""
-    lines = report.paper_table(report.paper()[name], 'pantry', report.cells_of(rows)).splitlines()
+    lines = report.paper_table(report.PAPER[name], 'pantry', report.cells_of(rows)).splitlines()
     assert lines[0].startswith('## Table ') and not lines[1]
     return {found.split('|')[1].strip(): found for found in lines[2:]}
 
@@ -524,7 +524,7 @@ def test_refused_cells_of_the_papers_tables_show_no_number():
 def test_the_papers_numbers_agree_with_each_other():
     """What was typed in: table 3's last column is the gain of its best over SAS; other tables
     repeat its columns."""
-    paper = report.paper()
+    paper = report.PAPER
     for model in ('sasrec', 'bert4rec'):
         found = paper[f'table3_{model}']
         assert list(found['rows']) == ['arts', 'instruments', 'pantry', 'sports', 'movies']
@@ -548,7 +548,7 @@ def test_each_of_the_papers_columns_names_rows_that_can_be_made():
     values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES, *stages},
               'scale': set(SCALES), 'loss': losses,
               'init': {'lf', 'pt', 'ft'}, 'items': {True, False}}
-    tables = [table for table in report.paper().values() if 'ours' in table]
+    tables = [table for table in report.PAPER.values() if 'ours' in table]
     assert len(tables) == 5
     for table in tables:
         columns = [name for name in table['columns'] if name != 'improv']
@@ -592,7 +592,7 @@ def test_table_as_a_command(runs, mine, capsys):
     assert line(text, '| random').startswith(f'| random-16 | {gain(3):.1f} (< 0.000; -) | ')
     assert load_json(runs / 'mine' / 'results.json') == rows[::-1], 'by name, those with metrics'
     (runs / 'mine' / rows[0]['run'] / 'row.json').write_text('{}')
-    with pytest.raises(UserError, match='seed0/row.json: is not the row of a run'):
+    with pytest.raises(UserError, match='seed0/row.json: no valid JSON of ours; remove it'):
         call('table', 'mine')
 
 

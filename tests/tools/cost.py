@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common.files import paper
+from common.files import PAPER
 from common.report import markdown
 from tests.tools.bench import BASE, MINILM, PER_ITEM, encode, epoch_flops, lm_flops, masked_flops
 
@@ -41,7 +41,7 @@ def sizes():
     """{name: Size} of the table's columns."""
     found = {}
     for name, ratings in PREPARED.items():
-        c = paper()['table2'][name]
+        c = PAPER['table2'][name]
         found[name] = Size(c['users'], c['items'], c['interactions'], ratings)
     found['10 M items, 1 B rows'] = Size(100_000_000, 10_000_000, 10 ** 9, 10 ** 9)
     return found
