@@ -91,7 +91,8 @@ def draw_attention(path, maps, packed, words, sasrec):
 
 
 def draw_bars(path, cells):
-    """SHOWN of each Cell with its spread over seeds, a panel per ranking."""
+    """SHOWN of each Cell with its spread over seeds, a panel per ranking; lines across: popularity,
+    and the best that needs no training."""
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
         return
@@ -103,6 +104,12 @@ def draw_bars(path, cells):
             means, spreads = zip(*(cell.value(ranking) for cell in cells))
             axis.barh(names, means, xerr=spreads)
             title = f'{SHOWN} in percent, {RANKINGS[ranking]}'
+            across = [cell for cell in cells
+                      if cell.label == 'popularity' or cell is cell.best[ranking]]
+            for cell, style in zip(across, ('dashed', 'dotted')):
+                value, _ = cell.value(ranking)
+                axis.axvline(value, color='black', linestyle=style)
+                title += f'\n{style}: {cell.label}'
             axis.set_title(title)
         axis.invert_yaxis()
 

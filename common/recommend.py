@@ -6,6 +6,7 @@ order. Histories are ragged (items, offsets), oldest first.
 import csv
 import json
 import sys
+import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -183,7 +184,7 @@ def recommend(args, data, folder):
     histories = asked(args, data, wide)
     if not histories:
         raise UserError('none of those users or items is known: nobody to recommend to')
-    rows = best(args, score, histories, wide)
+    rows, began = best(args, score, histories, wide), time.monotonic()
     if not args.out:
         for line in rows:
             print('{:12} {:3}  {:16} {:8.3f}  {:.80}'.format(*line))
@@ -194,4 +195,6 @@ def recommend(args, data, folder):
             f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
         else:
             csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
-    print(f'{len(histories):,} users, {args.k} items for each at most, written to {args.out}')
+    seconds, users = time.monotonic() - began, len(histories)
+    print(f'{users:,} users in {seconds:.1f} s ({users / seconds:,.0f} a second), {args.k} items '
+          f'for each at most, written to {args.out}')

@@ -246,7 +246,7 @@ def drawn(monkeypatch, function, *args):
 
 
 def test_bars(folder, monkeypatch):
-    """One for each cell, its spread over seeds."""
+    """One for each cell, its spread over seeds; lines across for what needs no training."""
     made_up(folder, 'pt', 'trainable', 'raw', .9, seed=0)
     made_up(folder, 'pt', 'trainable', 'raw', .9, seed=1, code={'x.py': 'y'})
     for run, value in (('popularity', .05), ('item-knn', .07)):
@@ -262,6 +262,9 @@ def test_bars(folder, monkeypatch):
         spreads = [np.ptp(segment[:, 0]) for bars in axis.collections
                    for segment in bars.get_segments()]
         assert spreads == pytest.approx([0, 0, 2 * share * np.std([.1, .12], ddof=1), 0, 0])
+        assert [line.get_xdata()[0] for line in axis.lines[-2:]] == \
+            pytest.approx([share * .07, share * .05])
+        assert axis.get_title().endswith('dashed: item-knn\ndotted: popularity')
     assert 'all items' in figure.axes[1].get_title()
     low, high = figure.axes[0].get_ylim()
     assert low > high, 'the first on top'
