@@ -192,15 +192,17 @@ def weights_digest(model):
 def start_model(checkpoint, plm, layers=None, seed=0):
     """The RecFormer to start from: a checkpoint's, else the language model `plm`.
 
-    checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm).
+    checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm). seed: of
+    the item-position table that a language model gets, and of dropout; None: nothing is trained,
+    and that table is switched off.
     """
-    torch.manual_seed(seed)  # of the item-position table, of dropout
+    torch.manual_seed(seed or 0)
     if checkpoint:
         return load_recformer(checkpoint, plm)
     path = fetch_plm(plm)
     model = from_backbone(path, layers)
     model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
-    return model
+    return untouched(model) if seed is None else model
 
 
 def untouched(model):
@@ -210,12 +212,12 @@ def untouched(model):
     return model
 
 
-def save_recformer(path, model, items=None):
+def save_recformer(path, model):
     """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
-    [n + 1, H] that was tuned with them."""
+    that was tuned with them, where there is one."""
     save_pt(path, 'recformer', config=asdict(model.config), words=asdict(model.words),
             stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
-            items=items)
+            items=model.items)
 
 
 def load_recformer(path, plm=None):

@@ -134,7 +134,7 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
     found = []
     for size in (100_000, 40):
         model.on(Machine(micro_tokens=size)).zero_grad()
-        value = pretrain.masked_gradients(model, packed, masked, 0.5)
+        value = pretrain.masked_gradients(model, packed, *masked, 0.5)
         weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
         found.append((value, [weight.grad.clone() for weight in weights]))
     (whole, expected), (parts, gradients) = found

@@ -320,7 +320,8 @@ def test_a_checkpoint_needs_no_other_file(tmp_path, make):
     model = start_model(None, str(folder), seed=3)
     model.stage, model.data, model.config.max_tokens = 'ft1', 'fingerprint', 77
     items = torch.randn(3, 16)
-    save_recformer(tmp_path / 'run' / 'model.pt', model, items)
+    model.items = items
+    save_recformer(tmp_path / 'run' / 'model.pt', model)
     tokens = tokenize(ATTRIBUTES, model.words)
     encoded = model.encode_items(tokens)
     shutil.rmtree(folder)
