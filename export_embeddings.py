@@ -113,10 +113,10 @@ def main(args):
 
     # ---------------------------------------------------- encode, save
     with lock(out.parent, wait=True):
-        if out.exists() and out.suffix not in PLAIN:
-            if run.usable(load_pt(out, 'embeddings')['head'], out):
-                print(f'{out} is up to date')
-                return
+        known = out.exists() and out.suffix not in PLAIN
+        if known and run.usable(load_pt(out, 'embeddings')['head'], out):
+            print(f'{out} is up to date')
+            return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
             model.on(machine)
             rows = torch.cat([model.encode_items(each)[1:].cpu() for each in (tokens, cold)])

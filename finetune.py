@@ -134,7 +134,7 @@ def ranks_of(model, tokens, data, which):
     """Ranks of the evaluated users' targets under cosine scores with the model's item table."""
     items, offsets, targets = data.split(which)
     states = model.encode_histories(items, offsets, tokens, f'{which} users')
-    score = product_scorer(F.normalize(states, dim=-1), F.normalize(model.items, dim=-1))
+    score = product_scorer(F.normalize(states), F.normalize(model.items))
     return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 

@@ -167,7 +167,7 @@ def step_gradients(model, batches, args):
 @torch.no_grad()
 def held_out_accuracy(model, sources, args):
     """Share of held-out users whose target scores highest in their group of --batch; the same draws
-    each time."""
+    each time. The model is in evaluation mode from here on."""
     model.eval()
     right = 0.0
     count = max(1, round(len(sources.valid) / args.batch))
@@ -177,7 +177,6 @@ def held_out_accuracy(model, sources, args):
         drawn = sources.draw(users, rng, model)
         _, share = contrastive(model, *drawn)
         right += float(share) * len(users)
-    model.train()
     return right / len(sources.valid)
 
 
@@ -191,6 +190,7 @@ def tune(args, model, sources, run):
           f'at most {training.total:,} steps')
     with training:
         for epoch in training.epochs():
+            model.train()
             made = sources.steps(training, model, args)
             for seed, batches in prefetch(made, model.machine):
                 torch.manual_seed(seed + model.machine.rank)  # dropout
@@ -220,7 +220,7 @@ def main(args):
     with lock(folder):
         if run.finished():
             return
-        model.on(machine).train()
+        model.on(machine)
         model.word_table.requires_grad_(False)  # RecFormer: frozen in pre-training
         found = tune(args, model, sources, run)
         if machine.rank:

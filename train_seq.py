@@ -54,8 +54,7 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')
     option(p, '--model', 'of common/models.py', choices=MODELS, required=True)
-    option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
-           metavar='VARIANT')
+    option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+')
     option(p, '--init-scale',
            "of the embeddings: raw (paper); centred or whitened, then scaled to a random table's "
            'mean row norm; permuted = centred, in a random order of items (a control)',

@@ -194,7 +194,7 @@ def start_model(checkpoint, plm, layers=None, seed=0):
 
     checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm). seed: of
     the item-position table that a language model gets, and of dropout; None: nothing is trained,
-    and that table is switched off.
+    and that table, which would be random, is switched off (LF, the vanilla model).
     """
     torch.manual_seed(seed or 0)
     if checkpoint:
@@ -202,13 +202,8 @@ def start_model(checkpoint, plm, layers=None, seed=0):
     path = fetch_plm(plm)
     model = from_backbone(path, layers)
     model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
-    return untouched(model) if seed is None else model
-
-
-def untouched(model):
-    """The vanilla model (LF): the added item-position table is random before training, so it is
-    switched off."""
-    torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
+    if seed is None:
+        torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
     return model
 
 

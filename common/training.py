@@ -46,7 +46,12 @@ def start(args):
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     torch.set_flush_denormal(True)  # a product with numbers below 1e-38 takes 60 times as long
-    keep_freed_memory()
+    # what is freed is kept for the next step: fresh pages from the kernel cost a CPU more than many
+    # a layer's work on them
+    with contextlib.suppress(AttributeError):  # no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if args.precision == 'auto':  # results say what they were made with
         args.precision = 'bfloat16' if faster_in_bfloat16(device) else 'float32'
     tokens = 2048 if device.type == 'cpu' else 16384
@@ -68,15 +73,6 @@ def faster_in_bfloat16(device):
         seconds.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=30)))
     torch.set_num_threads(threads)
     return seconds[0] < 0.8 * seconds[1]
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed for the next step: fresh pages from the kernel cost a CPU more
-    than many a layer's work on them. Elsewhere (no glibc) nothing changes."""
-    with contextlib.suppress(AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join(machine):
