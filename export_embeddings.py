@@ -76,23 +76,6 @@ def read_rows(path, ids, data):
     return torch.stack([place[key] for key in wanted])
 
 
-def save(out, data, rows, head):
-    """Write the file, in the format that its name ends in."""
-    ids = (data.item_ids + data.cold_ids)[:len(rows)]
-    if out.suffix not in PLAIN:
-        matrix = torch.nn.functional.pad(rows[:data.n_items], (0, 0, 1, 0))
-        cold = rows[data.n_items:].clone()  # of a view all rows would be saved
-        save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
-                cold_items=ids[data.n_items:])
-        return
-    save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
-    with whole(out) as part, open(part, 'wb') as f:
-        if out.suffix == '.npy':
-            np.save(f, rows)
-        else:
-            f.write(safetensors.torch.save({'embeddings': rows}))
-
-
 def main(args):
     machine, data, out = start(args), load(args.dataset), args.out
     began = time.monotonic()
@@ -111,7 +94,7 @@ def main(args):
     identity['data'] = data.fingerprint
     run = Run(args, out, identity, code_of('export_embeddings.py'))
 
-    # ---------------------------------------------------- encode, save
+    # ---------------------------------------------------- encode
     with lock(out.parent, wait=True):
         known = out.exists() and out.suffix not in PLAIN
         if known and run.usable(load_pt(out, 'embeddings')['head'], out):
@@ -123,9 +106,23 @@ def main(args):
         if not torch.isfinite(rows).all():
             raise UserError(f'{args.from_npy or args.checkpoint or args.plm}: gives embeddings '
                             'that are not finite; of a language model: try --precision float32')
+
+        # ------------------------------------------------ save, in the format that the name ends in
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
-        save(out, data, rows, head)
+        ids = (data.item_ids + data.cold_ids)[:len(rows)]
+        if out.suffix in PLAIN:
+            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
+            with whole(out) as part, open(part, 'wb') as f:
+                if out.suffix == '.npy':
+                    np.save(f, rows)
+                else:
+                    f.write(safetensors.torch.save({'embeddings': rows}))
+        else:
+            matrix = torch.nn.functional.pad(rows[:data.n_items], (0, 0, 1, 0))
+            cold = rows[data.n_items:].clone()  # of a view all rows would be saved
+            save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
+                    cold_items=ids[data.n_items:])
         print(f'{data.n_items:,} items and {len(rows) - data.n_items:,} cold ones x '
               f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
               f'{head["cosine"]:.2f}, written to {out}')

@@ -120,8 +120,7 @@ def fit(data, model, run, about):
                         '(four interactions)')
     batches = parts(len(users), args.batch)
     optimizer = torch.optim.Adam(model.parameters(), about['lr'], model.betas, fused=True)
-    training = Training(run, model, optimizer, len(batches))
-    with training:
+    with Training(run, model, optimizer, len(batches)) as training:
         for epoch in training.epochs():
             model.train()
             rng = default_rng([seed, 7, epoch])

@@ -39,7 +39,7 @@ def start(args):
             args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # of several kinds
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from None
     if args.deterministic:
         # cuBLAS asks for it before its first product
@@ -70,7 +70,7 @@ def faster_in_bfloat16(device):
     seconds = []
     for kind in (torch.bfloat16, torch.float32):
         x = torch.ones(256, 256, dtype=kind)
-        seconds.append(min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=30)))
+        seconds.append(min(timeit.repeat(partial(x.mm, x), number=1, repeat=30)))
     torch.set_num_threads(threads)
     return seconds[0] < 0.8 * seconds[1]
 
