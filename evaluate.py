@@ -168,7 +168,7 @@ def inspect(args, data, folder):
 def show_attention(args, data, folder):
     """Figure 1: what CLS attends to, as numbers over many users, and as maps of one of them."""
     tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
-    vanilla = start_model(None, args.plm or tuned.plm, tuned.config.layers, None)
+    vanilla = start_model(None, args.plm or tuned.plm, tuned.config.layers, seed=None)
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     vanilla.config = tuned.config  # its limits of items and tokens

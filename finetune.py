@@ -144,8 +144,8 @@ def one_run(args, machine, data):
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
     items = '-items' if args.trainable_items else ''
     checkpoint = args.checkpoint
-    if args.stage == 2 and not checkpoint:
-        checkpoint = folder / f'ft1{layers}-seed{args.seed}'
+    if args.stage == 2:
+        checkpoint = checkpoint or folder / f'ft1{layers}-seed{args.seed}'
     model = start_model(checkpoint, args.plm, args.layers, args.seed if args.stage else None)
     if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
         raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
@@ -189,7 +189,7 @@ def one_run(args, machine, data):
 
 def main(args):
     machine, data = start(args), load(args.dataset)
-    for args.seed in args.seeds:
+    for args.seed in args.seeds:  # from here on an option as any other: a run's identity has it
         one_run(args, machine, data)
 
 
