@@ -170,7 +170,7 @@ def one_run(args, machine, data):
             model.items = model.items.to(machine.device)
         else:
             model.items = model.encode_items(tokens)
-        found = {'valid': None, 'seconds': 0}
+        found = {'valid': None, 'epochs': 0, 'seconds': 0}
         if args.stage:
             found = tune(args, data, model, tokens, run)
             model.stage, model.data = stage, data.fingerprint
