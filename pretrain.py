@@ -206,7 +206,8 @@ def main(args):
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
-    if min(args.batch, len(sources.train), 2 * len(sources.valid)) < 2 * machine.world:
+    least = min(args.batch, len(sources.train), 2 * len(sources.valid))
+    if least < 2 * machine.world:
         raise UserError(f'{" ".join(args.sources)}: of {len(sources.train)} users that train and '
                         f'{len(sources.valid)} held out each process needs two of a --batch '
                         f'({args.batch}) and one')
