@@ -16,15 +16,13 @@ the cold items last, and beside it <name>.ids.txt, an id for each row. It is alw
 Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writes: --out.
 """
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 
-from common.backbone import start_model, untouched, weights_digest
+from common.backbone import start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, load_pt, lock, save_pt, save_text, whole
 from common.initial import geometry
@@ -57,40 +55,25 @@ def parse_args(argv=None):
 def read_rows(path, ids, data):
     """Rows of the items, then of the cold items, all or none: [n + c, H] or [n, H], float32, of a
     .npy file and the ids of its rows. UserError: what is wrong."""
+    keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
     try:
         rows = torch.from_numpy(np.load(path)).float()
+        place = dict(zip(keys, rows))
     except Exception:  # half a dozen kinds for a missing, damaged or foreign file
         raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
-    keys = ids.read_text(encoding='utf-8-sig', errors='replace').splitlines()
-    if rows.dim() != 2 or len(rows) != len(keys):
+    if rows.dim() != 2 or not len(rows) == len(keys) == len(place):
         raise UserError(f'{path}: has the shape {list(rows.shape)}; a row is needed for each of '
-                        f'the {len(keys):,} lines of {ids}')
-    cold = data.cold_ids if {*data.cold_ids} & {*keys} else []
-    wanted, found = Counter(data.item_ids + cold), Counter(keys)
-    wrong = [*(wanted - found), *(found - wanted)]
+                        f'the {len(keys):,} lines of {ids}, which name {len(place):,} items '
+                        f'(sort {ids} | uniq -d shows those that are there twice)')
+    wanted = data.item_ids
+    if len(place) > data.n_items:
+        wanted = wanted + data.cold_ids
+    wrong = sorted(place.keys() ^ wanted)
     if wrong:
-        raise UserError(f'{ids}: lacks ids, or has unknown or repeated ones, {len(wrong):,} in '
-                        f'all, the first {wrong[0]!r}; needed are those of {data.n_items:,} items '
-                        f'of {data.name}, and all or none of {len(data.cold_ids):,} cold ones')
-    place = dict(zip(keys, rows))
+        raise UserError(f'{ids}: lacks ids, or has unknown ones, {len(wrong):,} in all, the first '
+                        f'{wrong[0]!r}; needed are those of {data.n_items:,} items of '
+                        f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
     return torch.stack([place[key] for key in wanted])
-
-
-def save(out, data, rows, head):
-    """Write the file, in the format that its name ends in."""
-    ids = (data.item_ids + data.cold_ids)[:len(rows)]
-    if out.suffix not in PLAIN:
-        matrix = F.pad(rows[:data.n_items], (0, 0, 1, 0))
-        cold = rows[data.n_items:].clone()  # of a view all rows would be saved
-        save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
-                cold_items=ids[data.n_items:])
-        return
-    save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
-    with whole(out) as part, open(part, 'wb') as f:
-        if out.suffix == '.npy':
-            np.save(f, rows)
-        else:
-            f.write(safetensors.torch.save({'embeddings': rows}))
 
 
 def main(args):
@@ -102,9 +85,7 @@ def main(args):
         rows = read_rows(args.from_npy, args.ids, data)
         plm, identity = args.from_npy.name, {'rows': digest(rows)}
     else:
-        model = start_model(args.checkpoint, args.plm, args.layers)
-        if model.stage == 'lf':
-            untouched(model)
+        model = start_model(args.checkpoint, args.plm, args.layers, seed=None)
         plm = model.plm
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)
@@ -113,21 +94,35 @@ def main(args):
     identity['data'] = data.fingerprint
     run = Run(args, out, identity, code_of('export_embeddings.py'))
 
-    # ---------------------------------------------------- encode, save
+    # ---------------------------------------------------- encode
     with lock(out.parent, wait=True):
-        if out.exists() and out.suffix not in PLAIN:
-            if run.usable(load_pt(out, 'embeddings')['head'], out):
-                print(f'{out} is up to date')
-                return
+        known = out.exists() and out.suffix not in PLAIN
+        if known and run.usable(load_pt(out, 'embeddings')['head'], out):
+            print(f'{out} is up to date')
+            return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
             model.on(machine)
             rows = torch.cat([model.encode_items(each)[1:].cpu() for each in (tokens, cold)])
         if not torch.isfinite(rows).all():
             raise UserError(f'{args.from_npy or args.checkpoint or args.plm}: gives embeddings '
                             'that are not finite; of a language model: try --precision float32')
+
+        # ------------------------------------------------ save, in the format that the name ends in
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
-        save(out, data, rows, head)
+        ids = (data.item_ids + data.cold_ids)[:len(rows)]
+        if out.suffix in PLAIN:
+            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
+            with whole(out) as part, open(part, 'wb') as f:
+                if out.suffix == '.npy':
+                    np.save(f, rows)
+                else:
+                    f.write(safetensors.torch.save({'embeddings': rows}))
+        else:
+            matrix = torch.nn.functional.pad(rows[:data.n_items], (0, 0, 1, 0))
+            cold = rows[data.n_items:].clone()  # of a view all rows would be saved
+            save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
+                    cold_items=ids[data.n_items:])
         print(f'{data.n_items:,} items and {len(rows) - data.n_items:,} cold ones x '
               f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
               f'{head["cosine"]:.2f}, written to {out}')

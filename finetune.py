@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 
 from common.arrays import cut, take
-from common.backbone import save_recformer, start_model, untouched, weights_digest
+from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, lock, runs_root
-from common.metrics import product_scorer, rank_counts, result_of, summarise
-from common.options import (COUNT, add_tuning_options, flag, number, option, option_identity,
+from common.metrics import product_scorer, rank_counts, result_of, value_of
+from common.options import (COUNT, add_tuning_options, flag, option, option_identity,
                             options_parser)
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
@@ -41,42 +41,24 @@ def parse_args(argv=None):
            'a folder of pretrain.py or finetune.py, or published weights (with --plm)')
     option(p, '--out', 'folder to write (default: runs/<dataset>/ft<stage>-...-seed<N>)', Path)
     add_tuning_options(p, epochs=128, batch=128)  # RecFormer: 16 users x 8 accumulated
-    option(p, '--max-tokens',
-           "newest tokens of a history (default: the checkpoint's; RecFormer: 1024)",
-           number(2, 1024))
     option(p, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
            str, 'all')
     flag(p, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
     option(p, '--seeds', 'one after the other', COUNT, [0], nargs='+')
     args = p.parse_args(argv)
+    wrong = args.trainable_items or not (args.checkpoint or args.plm)
     if args.stage == 2:
-        if args.plm:
-            p.error('--stage 2 starts from a checkpoint of stage 1, not from --plm')
-    elif args.trainable_items:
-        p.error('--trainable-items belongs to --stage 2')
-    elif not (args.checkpoint or args.plm):
-        p.error('name a --checkpoint (pretrain.py makes one) or a --plm to start from')
+        wrong = args.plm
+    if wrong:
+        p.error('--stage 0 and 1 start from a --checkpoint (pretrain.py makes one) or a --plm; '
+                '--stage 2 from a --checkpoint of stage 1, not from --plm, and it alone takes '
+                '--trainable-items')
     if args.out and len(args.seeds) > 1:
         p.error('--out: one folder takes one of the --seeds')
     return args
 
 
-# ------------------------------------------------------------------------ load
-
-def load_start(args, data, checkpoint, seed):
-    """The model that this stage starts from. UserError where it cannot."""
-    model = start_model(checkpoint, args.plm, args.layers, seed)
-    if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
-        raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
-                        f'on this version of {data.name}; run --stage 1 first')
-    if args.stage == 0 and model.stage == 'lf':
-        untouched(model)
-    if args.max_tokens:
-        model.config.max_tokens = args.max_tokens
-    choose_layers(model, args.tune_layers)
-    model.lm_head.requires_grad_(False)
-    return model
-
+# ------------------------------------------------------------------------ tune
 
 def choose_layers(model, text):
     """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves all to train."""
@@ -90,8 +72,6 @@ def choose_layers(model, text):
                             f'model has layers 0 to {len(layers) - 1}')
         layers[name].requires_grad_(True)
 
-
-# ------------------------------------------------------------------------ tune
 
 def prefixes(data, users, rng):
     """One prefix of each user's training part (two items at least) and the item after it: ragged
@@ -117,7 +97,7 @@ def add_gradients(model, table, packed, labels):
     return total
 
 
-def tune(args, data, model, tokens, run, seed):
+def tune(args, data, model, tokens, run):
     """Train `model`, and with --trainable-items its item table; what the row says of it."""
     machine = model.machine
     # the same memory as model.items, which thus is what trains and what the best weights bring back
@@ -127,11 +107,11 @@ def tune(args, data, model, tokens, run, seed):
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     if machine.rank:  # the first goes on with the generator as it is
-        torch.manual_seed(seed + machine.rank)  # dropout
+        torch.manual_seed(args.seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
             tuned.train()
-            rng = np.random.default_rng([seed, 5, epoch])
+            rng = np.random.default_rng([args.seed, 5, epoch])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())
@@ -141,7 +121,7 @@ def tune(args, data, model, tokens, run, seed):
                 training.update(loss=machine.sum(loss))
             if args.stage == 1:
                 model.items.copy_(model.encode_items(tokens))
-            value = summarise(ranks_of(model, tokens, data, 'valid'))['sampled']['NDCG@10']
+            value = value_of(ranks_of(model, tokens, data, 'valid'))
             training.end_epoch(value)
             print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
                   f'(best {training.best:.4f}, epoch {training.best_epoch})')
@@ -151,33 +131,36 @@ def tune(args, data, model, tokens, run, seed):
 # ------------------------------------------------------------------------ evaluate and write
 
 def ranks_of(model, tokens, data, which):
-    """Ranks of the evaluated users' targets under cosine scores with the model's item table; each
-    process ranks a share of the users."""
+    """Ranks of the evaluated users' targets under cosine scores with the model's item table."""
     items, offsets, targets = data.split(which)
     states = model.encode_histories(items, offsets, tokens, f'{which} users')
-    mine = model.machine.share(len(targets))
-    score = product_scorer(F.normalize(states[mine], dim=-1), F.normalize(model.items, dim=-1))
-    found = rank_counts(score, data.n_items, targets[mine], data.negatives[mine],
-                        take(items, offsets, mine))
-    return {name: model.machine.gather(ranks) for name, ranks in found.items()}
+    score = product_scorer(F.normalize(states), F.normalize(model.items))
+    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
 
 
-def one_run(args, machine, data, seed):
+def one_run(args, machine, data):
     """Load, tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
     folder = runs_root() / data.name
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
     items = '-items' if args.trainable_items else ''
     checkpoint = args.checkpoint
-    if args.stage == 2 and not checkpoint:
-        checkpoint = folder / f'ft1{layers}-seed{seed}'
-    model = load_start(args, data, checkpoint, seed)
+    if args.stage == 2:
+        checkpoint = checkpoint or folder / f'ft1{layers}-seed{args.seed}'
+    model = start_model(checkpoint, args.plm, args.layers, args.seed if args.stage else None)
+    if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
+        raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
+                        f'on this version of {data.name}; run --stage 1 first')
+    if args.max_tokens:
+        model.config.max_tokens = args.max_tokens
+    choose_layers(model, args.tune_layers)
+    model.lm_head.requires_grad_(False)
     tokens = item_tokens(data, model.words)
     init = model.stage
     stage = f'ft{args.stage}' if args.stage else f'ft0-{init}'
-    out = args.out or folder / f'{stage}{layers}{items}-seed{seed}'
-    identity = {'options': {'seed': seed, **option_identity(args)}, 'data': data.fingerprint,
+    out = args.out or folder / f'{stage}{layers}{items}-seed{args.seed}'
+    identity = {'options': option_identity(args), 'data': data.fingerprint,
                 'tokens': tokens.fingerprint, 'start': weights_digest(model),
-                'items': None if model.items is None else digest(model.items)}
+                'items': digest(model.items) if args.stage == 2 else None}
     run = Run(args, out, identity, code_of('finetune.py'))
     with lock(out):
         if run.finished():
@@ -187,15 +170,15 @@ def one_run(args, machine, data, seed):
             model.items = model.items.to(machine.device)
         else:
             model.items = model.encode_items(tokens)
-        found = {'valid': None, 'best_epoch': 0, 'epochs': 0, 'seconds': 0}
+        found = {'valid': None, 'epochs': 0, 'seconds': 0}
         if args.stage:
-            found = tune(args, data, model, tokens, run, seed)
+            found = tune(args, data, model, tokens, run)
             model.stage, model.data = stage, data.fingerprint
         ranks = ranks_of(model, tokens, data, 'test')
         if machine.rank:
             return
         if args.stage:
-            save_recformer(out / 'model.pt', model, model.items.cpu())
+            save_recformer(out / 'model.pt', model)
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
                   items=args.trainable_items, scale='raw', hidden=model.config.hidden,
                   plm=model.plm, config=vars(model.config), device=args.device, **found,
@@ -206,8 +189,8 @@ def one_run(args, machine, data, seed):
 
 def main(args):
     machine, data = start(args), load(args.dataset)
-    for seed in args.seeds:
-        one_run(args, machine, data, seed)
+    for args.seed in args.seeds:  # from here on an option as any other: a run's identity has it
+        one_run(args, machine, data)
 
 
 if __name__ == '__main__':

@@ -39,10 +39,7 @@ def parse_args(argv=None):
     option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
     # RecFormer: 16 users on each of 4 GPUs, 32 epochs
     add_tuning_options(p, epochs=32, batch=64)
-    p.set_defaults(plm='longformer')
-    option(p, '--max-tokens',
-           'newest tokens of a history (RecFormer: 1024; it says that 256 cost nothing)',
-           number(2, 1024), 1024)
+    p.set_defaults(plm='longformer', max_tokens=1024)
     flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
     option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100),
            100.0)
@@ -66,7 +63,7 @@ class Sources:
         self.fingerprints = [[data.name, data.fingerprint] for data in domains]
         self.tokens = joined([item_tokens(data, words) for data in domains])
         self.lengths = np.concatenate([data.lengths - leave for data in domains])
-        self.begin = offsets_of(self.lengths)[:-1]
+        self.begin = offsets_of(self.lengths)
         before = offsets_of([data.n_items for data in domains])  # items of the domains before
         self.items = np.concatenate([data.training(leave)[0] + shift
                                      for data, shift in zip(domains, before)])
@@ -92,7 +89,8 @@ class Sources:
 
     def steps(self, training, model, args):
         """What each step that is left of this epoch computes with: a seed of its dropout, and for
-        each batch (histories, targets), ids and what `mask_words` gives of the two."""
+        each batch (histories, targets), ids, and each of the two with what `mask_words` gives of
+        it."""
         order = default_rng([args.seed, 3, training.epoch]).permutation(self.train)
         shares = np.array_split(order, training.per_epoch)  # of equal size: none of a single user
         for step in training.steps():
@@ -102,9 +100,10 @@ class Sources:
             users = shares[step]
             for part in parts(len(users), args.batch):
                 *pair, ids = self.draw(users[part], rng, model)
-                masks = [mask_words(packed, rng, model.words.mask, model.config.vocab_size)
-                         for packed in pair if args.mlm_weight]
-                batches.append((pair, ids, masks))
+                masked = [(packed, *mask_words(packed, rng, model.words.mask,
+                                               model.config.vocab_size))
+                          for packed in pair if args.mlm_weight]
+                batches.append((pair, ids, masked))
             yield seed, batches
 
 
@@ -128,11 +127,10 @@ def contrastive(model, histories, targets, ids):
     return F.cross_entropy(logits, label), right.float().mean()
 
 
-def masked_gradients(model, packed, masked, scale):
+def masked_gradients(model, packed, tokens, chosen, scale):
     """Masked-language-model loss of Packed sequences and what `mask_words` gave of them, in passes
     of bounded size; `scale` times its gradients are added as it goes. Returns this process's part
     of the mean over masked tokens."""
-    tokens, chosen = masked
     shown = replace(packed, tokens=tokens)
     total = 0.0
     for group in model.passes(packed):
@@ -154,12 +152,12 @@ def step_gradients(model, batches, args):
     machine = model.machine
     share = 1 / len(batches)
     losses = torch.zeros(3, device=machine.device)
-    for pair, ids, masks in batches:
+    for pair, ids, masked in batches:
         loss, right = contrastive(model, *pair, ids)
         (share * loss).backward()
         of_words = torch.zeros_like(right)
-        for packed, masked in zip(pair, masks):
-            of_words += masked_gradients(model, packed, masked, share * args.mlm_weight)
+        for each in masked:
+            of_words += masked_gradients(model, *each, share * args.mlm_weight)
         losses += share * torch.stack([loss.detach(), of_words, right])
     machine.sum_gradients(model)
     loss, of_words, right = losses
@@ -169,7 +167,7 @@ def step_gradients(model, batches, args):
 @torch.no_grad()
 def held_out_accuracy(model, sources, args):
     """Share of held-out users whose target scores highest in their group of --batch; the same draws
-    each time."""
+    each time. The model is in evaluation mode from here on."""
     model.eval()
     right = 0.0
     count = max(1, round(len(sources.valid) / args.batch))
@@ -179,7 +177,6 @@ def held_out_accuracy(model, sources, args):
         drawn = sources.draw(users, rng, model)
         _, share = contrastive(model, *drawn)
         right += float(share) * len(users)
-    model.train()
     return right / len(sources.valid)
 
 
@@ -193,6 +190,7 @@ def tune(args, model, sources, run):
           f'at most {training.total:,} steps')
     with training:
         for epoch in training.epochs():
+            model.train()
             made = sources.steps(training, model, args)
             for seed, batches in prefetch(made, model.machine):
                 torch.manual_seed(seed + model.machine.rank)  # dropout
@@ -208,11 +206,11 @@ def main(args):
     model = start_model(None, args.plm, args.layers, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
-    train = len(sources.train)
-    valid = len(sources.valid)
-    if min(args.batch, train, 2 * valid) < 2 * machine.world:
-        raise UserError(f'{" ".join(args.sources)}: of {train} users that train and {valid} held '
-                        f'out each process needs two of a --batch ({args.batch}) and one')
+    least = min(args.batch, len(sources.train), 2 * len(sources.valid))
+    if least < 2 * machine.world:
+        raise UserError(f'{" ".join(args.sources)}: of {len(sources.train)} users that train and '
+                        f'{len(sources.valid)} held out each process needs two of a --batch '
+                        f'({args.batch}) and one')
     name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
     folder = args.out or runs_root() / 'pretrained' / name
     identity = {'options': option_identity(args),
@@ -223,7 +221,7 @@ def main(args):
     with lock(folder):
         if run.finished():
             return
-        model.on(machine).train()
+        model.on(machine)
         model.word_table.requires_grad_(False)  # RecFormer: frozen in pre-training
         found = tune(args, model, sources, run)
         if machine.rank:

@@ -23,10 +23,10 @@ from common.data import load
 from common.files import (Diverged, UserError, command, digest, load_pt, lock, runs_root,
                           save_pt)
 from common.initial import SCALES, origin_of, read_embeddings, starting_tables
-from common.metrics import result_of, summarise
+from common.metrics import result_of, value_of
 from common.models import MODELS
-from common.options import (COUNT, RATE, add_machine_options, add_training_options, number, option,
-                            option_identity, options_parser)
+from common.options import (COUNT, RATE, add_training_options, number, option, option_identity,
+                            options_parser)
 from common.runs import Run, code_of
 from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
@@ -42,7 +42,7 @@ def variant(text):
         return text, text
     for mode in MODES:
         source = text.removesuffix(f'-{mode}')
-        if source != text and re.fullmatch(r'[\w+.,-]+', source):
+        if source != text and re.fullmatch(r'(?!random$)[\w+.,-]+', source):
             return source, mode
     raise ValueError
 
@@ -54,8 +54,7 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'dataset', 'name of a prepared dataset')
     option(p, '--model', 'of common/models.py', choices=MODELS, required=True)
-    option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+',
-           metavar='VARIANT')
+    option(p, '--variants', 'see above', variant, [('random', 'random')], nargs='+')
     option(p, '--init-scale',
            "of the embeddings: raw (paper); centred or whitened, then scaled to a random table's "
            'mean row norm; permuted = centred, in a random order of items (a control)',
@@ -71,7 +70,6 @@ def parse_args(argv=None):
     # authors' code: 200 epochs; paper sec. 4.2: patience
     add_training_options(p, epochs=200, patience=10)
     option(p, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
-    add_machine_options(p)
     args = p.parse_args(argv)
     kind = MODELS[args.model]
     args.loss, args.batch = args.loss or kind.losses[0], args.batch or kind.batch
@@ -122,8 +120,7 @@ def fit(data, model, run, about):
                         '(four interactions)')
     batches = parts(len(users), args.batch)
     optimizer = torch.optim.Adam(model.parameters(), about['lr'], model.betas, fused=True)
-    training = Training(run, model, optimizer, len(batches))
-    with training:
+    with Training(run, model, optimizer, len(batches)) as training:
         for epoch in training.epochs():
             model.train()
             rng = default_rng([seed, 7, epoch])
@@ -139,7 +136,7 @@ def fit(data, model, run, about):
                     loss = model.loss(*take(items, offsets, batch), rng, args.loss, drawn)
                 loss.backward()
                 training.update(loss=loss)
-            training.end_epoch(summarise(model.ranks(data, 'valid'))['sampled']['NDCG@10'])
+            training.end_epoch(value_of(model.ranks(data, 'valid')))
     return training.restore_best()
 
 
@@ -179,12 +176,9 @@ def one_run(args, machine, data, embedding, about, start_from):
 def main(args):
     data, machine = load(args.dataset), start(args)
     folder = runs_root() / data.name
-    embeddings, widths = {}, {}
-    for source, mode in args.variants:
-        if source not in embeddings and mode != 'random':
-            path = folder / 'embeddings' / f'{source}.pt'
-            embeddings[source] = read_embeddings(path, data)
-            widths[source] = embeddings[source].matrix.shape[1]
+    embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
+                  for source in dict(args.variants) if source != 'random'}
+    widths = {source: found.matrix.shape[1] for source, found in embeddings.items()}
     widths.setdefault('random', next(iter(widths.values()), 768))
     best = {}  # (source, mode, seed) -> name of the run of its best rate
     for source, mode in with_freeze(args.variants):

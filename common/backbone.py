@@ -192,30 +192,27 @@ def weights_digest(model):
 def start_model(checkpoint, plm, layers=None, seed=0):
     """The RecFormer to start from: a checkpoint's, else the language model `plm`.
 
-    checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm).
+    checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm). seed: of
+    the item-position table that a language model gets, and of dropout; None: nothing is trained,
+    and that table, which would be random, is switched off (LF, the vanilla model).
     """
-    torch.manual_seed(seed)  # of the item-position table, of dropout
+    torch.manual_seed(seed or 0)
     if checkpoint:
         return load_recformer(checkpoint, plm)
     path = fetch_plm(plm)
     model = from_backbone(path, layers)
     model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
+    if seed is None:
+        torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
     return model
 
 
-def untouched(model):
-    """The vanilla model (LF): the added item-position table is random before training, so it is
-    switched off."""
-    torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
-    return model
-
-
-def save_recformer(path, model, items=None):
+def save_recformer(path, model):
     """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
-    [n + 1, H] that was tuned with them."""
+    that was tuned with them, where there is one."""
     save_pt(path, 'recformer', config=asdict(model.config), words=asdict(model.words),
             stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
-            items=items)
+            items=model.items)
 
 
 def load_recformer(path, plm=None):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from common.arrays import ragged, row_numbers, take
-from common.metrics import rank_counts, result_of, summarise
+from common.metrics import rank_counts, result_of, value_of
 from common.runs import result_line
 
 DECAYS = 1.0, 0.9, 0.8, 0.6, 0.4
@@ -144,11 +144,6 @@ def ranks_of(data, which, scorer, decay=1.0):
     history = None if which == 'valid' else histories
     # a scorer makes several matrices of a chunk's size
     return rank_counts(score, data.n_items, targets, data.negatives, history, 2 ** 22)
-
-
-def value_of(ranks):
-    """NDCG@10 against 100 negatives."""
-    return summarise(ranks)['sampled']['NDCG@10']
 
 
 def popularity_value(data):

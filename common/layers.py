@@ -41,14 +41,6 @@ class Machine:
         shares = np.array_split(np.arange(n), self.world)
         return shares[self.rank]
 
-    def gather(self, part):
-        """The array of which each process has its share."""
-        parts = [part]
-        if self.world > 1:
-            parts *= self.world
-            torch.distributed.all_gather_object(parts, part)
-        return np.concatenate(parts)
-
     def sum(self, x):
         """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
         if self.world == 1:

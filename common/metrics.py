@@ -101,6 +101,11 @@ def summarise(ranks):
     return found
 
 
+def value_of(ranks):
+    """NDCG@10 against 100 negatives: what is best on validation is chosen by it."""
+    return summarise(ranks)['sampled']['NDCG@10']
+
+
 def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for

@@ -27,9 +27,8 @@ def number(least, most=1e99):
         if not least <= value <= most:
             raise ValueError
         return value
-    noun = 'whole number' if kind is int else 'number'
     # argparse prints it
-    convert.__name__ = f'{noun} ({least:g} {f"to {most:g}" if most < 1e99 else "or more"})'
+    convert.__name__ = f'{kind.__name__} ({least:g} {f"to {most:g}" if most < 1e99 else "or more"})'
     return convert
 
 
@@ -46,22 +45,24 @@ def add_plm_options(parser):
 
 
 def add_training_options(parser, epochs, patience, batch=None):
-    """--epochs ... --save-every: how long a training goes on."""
+    """--epochs ... --save-every: how long a training goes on; and add_machine_options."""
     option(parser, '--epochs', 'at most', POSITIVE, epochs)
     option(parser, '--patience', 'epochs without a better validation', POSITIVE, patience)
     option(parser, '--batch', 'users (an ID model, if not said: its own)', number(2), batch)
     option(parser, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
+    add_machine_options(parser)
 
 
 def add_tuning_options(parser, epochs, batch):
     """All that stage-PT and stage-FT share; defaults are RecFormer's where its paper or code has
     them (patience is ours)."""
     add_plm_options(parser)
+    option(parser, '--max-tokens', "newest tokens of a history (RecFormer: 1024, and it says that "
+           "256 cost nothing; default: the checkpoint's, in stage-PT 1024)", number(2, 1024))
     add_training_options(parser, epochs, 5, batch)
     option(parser, '--lr', 'peak rate', RATE, 5e-5)
     option(parser, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
     option(parser, '--weight-decay', "AdamW's", WEIGHT, 0.0)
-    add_machine_options(parser)
 
 
 def add_machine_options(parser):
@@ -89,4 +90,4 @@ NO_IDENTITY = set('dataset sources out checkpoint plm layers seeds lrs variants 
 
 def option_identity(args):
     """The options that make a result what it is."""
-    return {key: value for key, value in sorted(vars(args).items()) if key not in NO_IDENTITY}
+    return {key: value for key, value in vars(args).items() if key not in NO_IDENTITY}

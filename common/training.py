@@ -27,8 +27,6 @@ from common.files import (STOPPING, Diverged, UserError, follower, load_pt, save
 from common.layers import Machine
 from common.progress import progress
 
-AHEAD = 'cuda',  # a CPU has no time to spare for the next batch
-
 
 # ------------------------------------------------------------------------ machine
 
@@ -41,14 +39,19 @@ def start(args):
             args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.empty(1, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+    except Exception as error:  # of several kinds
         raise UserError(f'--device {args.device}: {str(error).splitlines()[0]}') from None
     if args.deterministic:
         # cuBLAS asks for it before its first product
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     torch.set_flush_denormal(True)  # a product with numbers below 1e-38 takes 60 times as long
-    keep_freed_memory()
+    # what is freed is kept for the next step: fresh pages from the kernel cost a CPU more than many
+    # a layer's work on them
+    with contextlib.suppress(AttributeError):  # no glibc
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     if args.precision == 'auto':  # results say what they were made with
         args.precision = 'bfloat16' if faster_in_bfloat16(device) else 'float32'
     tokens = 2048 if device.type == 'cpu' else 16384
@@ -57,30 +60,19 @@ def start(args):
 
 
 def faster_in_bfloat16(device):
-    """Whether matrix products are: on a GPU where it has the type, on a CPU by trying."""
+    """Whether matrix products are: on a GPU where it has the type. A CPU tries (some that have it
+    are twice as slow in it): the fastest of 30 in one thread, as others may wait for a busy core.
+    """
     if device.type != 'cpu':
         return torch.cuda.is_bf16_supported()
-    return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
-def seconds(kind):
-    """What a product of this type takes on this CPU (some that have bfloat16 are twice as slow in
-    it): the fastest of 30 in one thread, as others may wait for a busy core."""
-    x = torch.ones(256, 256, dtype=kind)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = timeit.repeat(partial(torch.mm, x, x), number=1, repeat=30)
+    seconds = []
+    for kind in (torch.bfloat16, torch.float32):
+        x = torch.ones(256, 256, dtype=kind)
+        seconds.append(min(timeit.repeat(partial(x.mm, x), number=1, repeat=30)))
     torch.set_num_threads(threads)
-    return min(found)
-
-
-def keep_freed_memory():
-    """Let glibc keep what is freed for the next step: fresh pages from the kernel cost a CPU more
-    than many a layer's work on them. Elsewhere (no glibc) nothing changes."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # malloc.h: M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    return seconds[0] < 0.8 * seconds[1]
 
 
 def join(machine):
@@ -100,10 +92,11 @@ def join(machine):
 
 
 def prefetch(things, machine):
-    """The same things in the same order; on the devices AHEAD a thread makes the next one while the
-    caller computes with this one. Making them must not draw from torch's generator. An error comes
-    where its thing would have come; the thread ends with the loop, however that ends."""
-    if machine.device.type not in AHEAD:
+    """The same things in the same order; but on a CPU, which has no time to spare for it, a thread
+    makes the next one while the caller computes with this one. Making them must not draw from
+    torch's generator. An error comes where its thing would have come; the thread ends with the
+    loop, however that ends."""
+    if machine.device.type == 'cpu':
         yield from things
         return
     with ThreadPoolExecutor(1) as thread:

@@ -134,7 +134,7 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
     found = []
     for size in (100_000, 40):
         model.on(Machine(micro_tokens=size)).zero_grad()
-        value = pretrain.masked_gradients(model, packed, masked, 0.5)
+        value = pretrain.masked_gradients(model, packed, *masked, 0.5)
         weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
         found.append((value, [weight.grad.clone() for weight in weights]))
     (whole, expected), (parts, gradients) = found
@@ -235,7 +235,7 @@ def test_what_is_small_is_encoded_once_as_it_stands(place, sources):
 def test_held_out_users_are_drawn_alike_each_time(sources, model):
     args = options('--batch', '2')
     values = [pretrain.held_out_accuracy(model.train(), sources, args) for _ in range(2)]
-    assert values[0] == values[1] and model.training
+    assert values[0] == values[1] and not model.training
     right = 0
     for number, group in enumerate(np.array_split(sources.valid, 2)):
         rng = np.random.default_rng([0, 2, number])

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 
 from common import layers
 from common.backbone import (from_backbone, load_named, load_recformer, load_words, save_recformer, start_model,
-                             untouched, weights_digest)
+                             weights_digest)
 from common.files import UserError, save_pt
 from common.layers import Machine
 from common.recformer import Batch, cosine_logits
@@ -123,7 +123,8 @@ def square(p, pad=1):
 def ours_of(theirs, folder, window):
     """RecFormer with the weights of a transformers model, without item positions."""
     theirs.save_pretrained(folder)
-    model = untouched(from_backbone(folder)).eval()
+    model = from_backbone(folder).eval()
+    model.longformer.embeddings.item_position_embeddings.weight.data.zero_()
     model.config.window = window
     return model
 
@@ -202,11 +203,12 @@ def test_positions_are_tiled_and_first_layers_taken(tmp_path):
         from_backbone(tmp_path, layers=4)
 
 
-def test_untouched_switches_off_the_random_item_positions(tmp_path):
-    model = from_backbone(tiny_bert(tmp_path))
-    table = model.longformer.embeddings.item_position_embeddings.weight
-    assert table.shape == (51, 16) and 0.015 < table.std() < 0.025
-    assert not untouched(model).longformer.embeddings.item_position_embeddings.weight.any()
+def test_without_a_seed_the_random_item_positions_are_switched_off(tmp_path):
+    plm = str(tiny_bert(tmp_path))
+    tables = [start_model(None, plm, seed=seed).longformer.embeddings.item_position_embeddings.weight
+              for seed in (0, None)]
+    assert tables[0].shape == (51, 16) and 0.015 < tables[0].std() < 0.025
+    assert not tables[1].any()
 
 
 # ------------------------------------------------------------------------ encoding
@@ -320,7 +322,8 @@ def test_a_checkpoint_needs_no_other_file(tmp_path, make):
     model = start_model(None, str(folder), seed=3)
     model.stage, model.data, model.config.max_tokens = 'ft1', 'fingerprint', 77
     items = torch.randn(3, 16)
-    save_recformer(tmp_path / 'run' / 'model.pt', model, items)
+    model.items = items
+    save_recformer(tmp_path / 'run' / 'model.pt', model)
     tokens = tokenize(ATTRIBUTES, model.words)
     encoded = model.encode_items(tokens)
     shutil.rmtree(folder)

@@ -448,11 +448,13 @@ def not_finite(rows):
 
 
 FAULTS = {
-    "ids.txt: lacks ids, or has unknown or repeated ones, 2 in all, the first 'i7'":
+    r'rows.npy: has the shape \[32, 8\]; .* 32 lines of .*ids.txt, which name 31 items':
         listed(lambda ids: ['x1' if key == 'i7' else key for key in ids]),
-    "ids.txt: lacks ids, or has unknown or repeated ones, 1 in all, the first 'zz'":
+    "ids.txt: lacks ids, or has unknown ones, 2 in all, the first 'i7'":
+        listed(lambda ids: ['y' if key == 'i7' else key for key in ids]),
+    "ids.txt: lacks ids, or has unknown ones, 1 in all, the first 'zz'":
         lambda ids, rows: ([*ids, 'zz'], np.concatenate([rows, rows[:1]])),
-    "repeated ones, 1 in all, the first 'i7'":
+    r'rows.npy: has the shape \[33, 8\]; .* 33 lines of .*, which name 32 items \(sort .*ids.txt':
         lambda ids, rows: ([*ids, 'i7'], np.concatenate([rows, rows[:1]])),
     "lacks ids, .* 1 in all, the first 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
     r'rows.npy: has the shape \[31, 8\]; .* 32 lines of': of_rows(lambda rows: rows[1:]),

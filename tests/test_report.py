@@ -627,7 +627,7 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     for run, places, more in (('a', a, {}), ('b', b, {}), ('data', a, {'data': 'other'})):
         saved(runs, places, made('sasrec', 'random', 'random', run=run, **more))
     row, ranks = read_ranks('mine', 'a')
-    save_json(runs / 'mine' / 'users' / 'row.json', row)
+    save_json(runs / 'mine' / 'users' / 'row.json', {**row, 'run': 'users'})
     save_npz(runs / 'mine' / 'users' / 'ranks.npz', {**ranks, 'users': ranks['users'] + 1})
     call('compare', 'mine', 'a', 'b')
     out = capsys.readouterr().out

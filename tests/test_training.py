@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import finetune
 import pretrain
 import train_seq
-from common import training
 from common.backbone import load_recformer, start_model
 from common.data import prepare
 from common.files import load_json, load_npz
@@ -117,7 +116,7 @@ def options(script, place, out):
 def test_batches_of_a_thread_give_the_same_bits_also_when_killed(place, tmp_path, monkeypatch,
                                                                  script):
     script.main(options(script, place, tmp_path / 'plain'))
-    monkeypatch.setattr(training, 'AHEAD', ('cpu',))
+    monkeypatch.setattr(script, 'prefetch', lambda things, _: prefetch(things, GPU))
     makers, pack = set(), RecFormer.pack
 
     def noticed(*args):
@@ -223,7 +222,7 @@ def loop(name, place, folder, watched, monkeypatch):
     if name in ('pretrain', 'finetune'):
         script = {'pretrain': pretrain, 'finetune': finetune}[name]
         args = options(script, place, folder)
-        args.epochs = 1
+        args.epochs, args.seed = 1, 0
         model = start_model(None, args.plm)
         tokens = pretrain.Sources(options(pretrain, place, folder), model.words)
         model.on(machine).train()
@@ -232,9 +231,9 @@ def loop(name, place, folder, watched, monkeypatch):
         pretrain.tune(args, model, tokens, run_of(folder, args))
     elif name == 'finetune':
         monkeypatch.setattr(finetune, 'ranks_of', lambda *_: None)
-        monkeypatch.setattr(finetune, 'summarise', lambda _: {'sampled': {'NDCG@10': 0.5}})
+        monkeypatch.setattr(finetune, 'value_of', lambda _: 0.5)
         model.items = model.encode_items(tokens.tokens)
-        finetune.tune(args, finetune.load('one'), model, tokens.tokens, run_of(folder, args), 0)
+        finetune.tune(args, finetune.load('one'), model, tokens.tokens, run_of(folder, args))
     else:
         kind, loss = name.split()
         args = train_seq.parse_args(['one', '--model', kind, '--loss', loss, '--hidden', '16',
@@ -242,8 +241,7 @@ def loop(name, place, folder, watched, monkeypatch):
         data = train_seq.load('one')
         about = {'model': kind, 'loss': loss, 'init': 'random', 'mode': 'random', 'scale': 'raw',
                  'hidden': 16, 'max_items': 50, 'lr': 0.01, 'seed': 0}
-        found = {'sampled': {'NDCG@10': 0.5}, 'full': {'NDCG@10': 0.5}}
-        monkeypatch.setattr(train_seq, 'summarise', lambda _: found)
+        monkeypatch.setattr(train_seq, 'value_of', lambda _: 0.5)
         model = train_seq.build(data, None, about).on(machine)
         model.ranks = lambda *_: None
         train_seq.fit(data, model, run_of(folder, args), about)

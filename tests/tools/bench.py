@@ -286,7 +286,7 @@ def pretrain_step(ours, shape, users, tokens):
         loss.backward()
         for packed in (history, target):
             masked = mask_words(packed, rng, MASK, shape['vocab_size'])
-            pretrain.masked_gradients(s.model, packed, masked, 0.1)
+            pretrain.masked_gradients(s.model, packed, *masked, 0.1)
 
     def published():
         states = s.published.cls(s.model, history), s.published.cls(s.model, target)
