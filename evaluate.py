@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.backbone import load_recformer, start_model, untouched
+from common.backbone import start_model, untouched
 from common.baselines import directions, untrained
 from common.data import draw_evaluation_negatives, load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
@@ -167,7 +167,7 @@ def inspect(args, data, folder):
 
 def show_attention(args, data, folder):
     """Figure 1: what CLS attends to, as numbers over many users, and as maps of one of them."""
-    tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
+    tuned, machine = start_model(args.checkpoint or folder / 'ft1-seed0'), start(args)
     vanilla = untouched(start_model(None, args.plm or tuned.plm, tuned.config.layers))
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')

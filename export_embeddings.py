@@ -102,9 +102,7 @@ def main(args):
         rows = read_rows(args.from_npy, args.ids, data)
         plm, identity = args.from_npy.name, {'rows': digest(rows)}
     else:
-        model = start_model(args.checkpoint, args.plm, args.layers)
-        if model.stage == 'lf':
-            untouched(model)
+        model = untouched(start_model(args.checkpoint, args.plm, args.layers))
         plm = model.plm
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)

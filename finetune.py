@@ -69,7 +69,7 @@ def load_start(args, data, checkpoint, seed):
     if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
         raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
                         f'on this version of {data.name}; run --stage 1 first')
-    if args.stage == 0 and model.stage == 'lf':
+    if args.stage == 0:
         untouched(model)
     if args.max_tokens:
         model.config.max_tokens = args.max_tokens
@@ -195,7 +195,7 @@ def one_run(args, machine, data, seed):
         if machine.rank:
             return
         if args.stage:
-            save_recformer(out / 'model.pt', model, model.items.cpu())
+            save_recformer(out / 'model.pt', model)
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
                   items=args.trainable_items, scale='raw', hidden=model.config.hidden,
                   plm=model.plm, config=vars(model.config), device=args.device, **found,

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -95,7 +94,7 @@ def load_words(path, config=None):
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
                         'cls or bos token (BERT, RoBERTa, Longformer)')
     words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
-    largest = max(words.backend.get_vocab().values())  # added tokens too
+    largest = max(tokenizer.get_vocab().values())  # added tokens too
     if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
                         f'its model has {config.vocab_size} words and counts positions from '
@@ -113,13 +112,12 @@ def read_backbone(path):
     config = from_pretrained(AutoConfig, path)
     for name, allowed in ALLOWED.items():
         found = str(getattr(config, name, allowed))
-        if found not in (allowed, *allowed.split()):
+        if found not in allowed:
             raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
                             f'{allowed}')
     backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=config,
                                      dtype=torch.float32, output_loading_info=True)
-    lost = [name for name in info['missing_keys']
-            if name.startswith(f'{backbone.base_model_prefix}.') and 'pooler' not in name]
+    lost = [name for name in info['missing_keys'] if re.search('embeddings|encoder', name)]
     if lost:  # transformers would go on with random weights
         raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
     return backbone, info['missing_keys']
@@ -131,7 +129,7 @@ def from_backbone(path, layers=None):
     Where the backbone has no global projections they are copies of its own, and a short position
     table is tiled up to 1,024 tokens (as Longformer was made from RoBERTa); the token-type rows are
     copies of its row 0; the item-position table is N(0, 0.02). The MLM head is the backbone's where
-    it has one, else identity and the word table.
+    it has one, else identity (its norm and biases as transformers begins) and the word table.
     """
     backbone, lacking = read_backbone(path)
     b, encoder = backbone.config, backbone.base_model.encoder
@@ -154,9 +152,9 @@ def from_backbone(path, layers=None):
     given[table] = given[table][:1].repeat(4, 1)
     table = 'longformer.embeddings.item_position_embeddings.weight'
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
+    if re.search('(lm_head|cls.predictions.transform).dense', str(lacking)):
+        given['lm_head.dense.weight'] = torch.eye(c.hidden)
     model = RecFormer(c)
-    if re.search('lm_head|cls.predictions.transform', str(lacking)):
-        given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
     load_named(model, given, path)
     return model
 
@@ -176,9 +174,8 @@ def load_named(model, state, source):
     kept = {name: state[name] for name in state if not name.startswith(DROPPED)}
     try:
         model.load_state_dict(kept)
-    except RuntimeError as error:  # names and shapes that differ, a line for each kind
-        why = str(error).splitlines()[1].strip()
-        raise UserError(f'{source}: is of another model ({why[:200]})') from None
+    except RuntimeError as error:  # names the tensors whose names or shapes differ
+        raise UserError(f'{source}: is of another model ({str(error)[:250]})') from None
 
 
 # ------------------------------------------------------------------------ checkpoints
@@ -189,38 +186,34 @@ def weights_digest(model):
     return digest(vars(model.config), *weights)
 
 
-def start_model(checkpoint, plm, layers=None, seed=0):
+def untouched(model):
+    """The vanilla model (LF): the added item-position table is random before training, so it is
+    switched off. A model that was trained stays as it is."""
+    if model.stage == 'lf':
+        torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
+    return model
+
+
+def save_recformer(path, model):
+    """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
+    [n + 1, H] that was tuned with them."""
+    save_pt(path, 'recformer', config=vars(model.config), words=model.words._asdict(),
+            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
+            items=model.items)
+
+
+def start_model(checkpoint, plm=None, layers=None, seed=0):
     """The RecFormer to start from: a checkpoint's, else the language model `plm`.
 
     checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm).
     """
     torch.manual_seed(seed)  # of the item-position table, of dropout
-    if checkpoint:
-        return load_recformer(checkpoint, plm)
-    path = fetch_plm(plm)
-    model = from_backbone(path, layers)
-    model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
-    return model
-
-
-def untouched(model):
-    """The vanilla model (LF): the added item-position table is random before training, so it is
-    switched off."""
-    torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
-    return model
-
-
-def save_recformer(path, model, items=None):
-    """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
-    [n + 1, H] that was tuned with them."""
-    save_pt(path, 'recformer', config=asdict(model.config), words=asdict(model.words),
-            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
-            items=items)
-
-
-def load_recformer(path, plm=None):
-    """The RecFormer of a checkpoint: a run's folder or a file."""
-    path = Path(path)
+    if not checkpoint:
+        path = fetch_plm(plm)
+        model = from_backbone(path, layers)
+        model.words, model.plm = load_words(path, model.config), plm
+        return model
+    path = Path(checkpoint)
     if path.is_dir():
         path /= 'model.pt'
     state = published(path)

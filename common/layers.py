@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
@@ -110,6 +111,19 @@ class Dropout(nn.Dropout):
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
+@torch.no_grad()
+def watched(kind, run, *inputs):
+    """[(module, its inputs, its output)] of every module of this class while run(*inputs) runs."""
+    seen = []
+
+    def keep(module, given, made):
+        if isinstance(module, kind):
+            seen.append((module, given, made))
+    with register_module_forward_hook(keep):
+        run(*inputs)
+    return seen
+
+
 # ------------------------------------------------------------------------ attention
 
 def additive(seen):
@@ -145,6 +159,7 @@ class Attention(nn.Module):
             raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
                             'choose another --hidden')
         self.heads = heads
+        self.softmax = nn.Softmax(-1)
         self.drop = Dropout(dropout)
         for name in ('query', 'key', 'value', *self.more):
             setattr(self, name, nn.Linear(hidden, hidden))

@@ -5,9 +5,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 
-from common.layers import rows
+from common.layers import rows, watched
 from common.sequence import AttentionBlock, AttentionModel, SelfAttention
 
 
@@ -44,13 +43,6 @@ class SASRec(AttentionModel):
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
         first -> [blocks, the newest max_items of them], newest first."""
-        found = []
-
-        def keep(module, given, _):
-            if isinstance(module, SelfAttention):
-                q, x, *_ = given
-                weights = module.weights(q[-1:], x)
-                found.append(weights.mean(0)[0])
-        with register_module_forward_hook(keep):
-            self.states(items, np.array([0, len(items)]))
-        return torch.stack(found).flip(1)
+        seen = watched(SelfAttention, self.states, items, np.array([0, len(items)]))
+        weights = [module.weights(q[-1:], x).mean(0)[0] for module, (q, x, *_), _ in seen]
+        return torch.stack(weights).flip(1)

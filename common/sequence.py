@@ -215,7 +215,7 @@ class SelfAttention(Attention):
         query = self.split(self.query(q))
         key = self.split(self.key(x))
         scores = query @ key.mT / query.shape[2] ** 0.5
-        return scores.softmax(2)
+        return self.softmax(scores)
 
 
 # ------------------------------------------------------------------------ softmax over all items

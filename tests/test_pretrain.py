@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import export_embeddings
 import finetune
 import pretrain
-from common.backbone import from_backbone, load_recformer, start_model
+from common.backbone import from_backbone, start_model
 from common.data import prepare
 from common.files import UserError, load_json, load_pt
 from common.layers import Machine
@@ -253,7 +253,7 @@ def test_stage_pt_as_a_command(place, data, tmp_path, capsys):
                '--out', str(out)]
     pretrain.main(pretrain.parse_args(command))
     assert names(out) == ['.lock', 'log.csv', 'model.pt', 'row.json']
-    tuned, begun = load_recformer(out), from_backbone(place / 'plm')
+    tuned, begun = start_model(out), from_backbone(place / 'plm')
     assert (tuned.stage, tuned.config.max_tokens, tuned.items) == ('pt', 64, None)
     assert torch.equal(tuned.word_table, begun.word_table), 'frozen in pre-training'
     assert not torch.equal(tuned.layers[0].output.dense.weight, begun.layers[0].output.dense.weight)
@@ -326,19 +326,19 @@ def test_item_tables_of_the_two_stages(place, data):
     """Stage 1 ends with the items as its best weights encode them; stage 2 keeps that table, or
     tunes it too; each stage's row says what it is."""
     folder = tuned(place, '1', '--plm', place / 'plm')
-    first = load_recformer(folder / 'ft1-seed0')
+    first = start_model(folder / 'ft1-seed0')
     tokens = tokenize(data[0].attributes, first.words)
     assert torch.equal(first.items, first.encode_items(tokens))
     assert (first.stage, first.data) == ('ft1', data[0].fingerprint)
     tuned(place, '2')
-    second = load_recformer(folder / 'ft2-seed0')
+    second = start_model(folder / 'ft2-seed0')
     assert torch.equal(second.items, first.items) and second.stage == 'ft2'
     assert not torch.equal(second.word_table, first.word_table)
     tuned(place, '2', '--trainable-items')
-    third = load_recformer(folder / 'ft2-items-seed0')
+    third = start_model(folder / 'ft2-items-seed0')
     assert not torch.equal(third.items, first.items) and not third.items[0].any()
     tuned(place, '1', '--plm', place / 'plm', '--tune-layers', '1')
-    layer = load_recformer(folder / 'ft1-layers1-seed0')
+    layer = start_model(folder / 'ft1-layers1-seed0')
     begun = from_backbone(place / 'plm')
     moved = {name for name, value in layer.state_dict().items()
              if not torch.equal(value, begun.state_dict()[name])}
@@ -398,7 +398,7 @@ def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
     shutil.rmtree(plm)
     out, folder = tmp_path / 'ft.pt', place / 'runs' / 'one' / 'ft1-seed0'
     export('--checkpoint', folder, '--out', out)
-    items = load_recformer(folder).items
+    items = start_model(folder).items
     torch.testing.assert_close(load_pt(out, 'embeddings')['matrix'], items, atol=1e-5, rtol=0)
     capsys.readouterr()
     export('--checkpoint', folder, '--out', out)

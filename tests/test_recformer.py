@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from common import layers
-from common.backbone import (from_backbone, load_named, load_recformer, load_words, save_recformer, start_model,
+from common.backbone import (from_backbone, load_named, load_words, save_recformer, start_model,
                              untouched, weights_digest)
 from common.files import UserError, save_pt
 from common.layers import Machine
@@ -292,12 +292,12 @@ def test_published_state_dict_loads_with_every_name_accounted_for(tmp_path, bina
     with torch.no_grad():
         model.layers[0].output.dense.weight.add_(1)
     torch.save(published(model), tmp_path / 'published.bin')
-    loaded = load_recformer(tmp_path / 'published.bin', str(folder))
+    loaded = start_model(tmp_path / 'published.bin', str(folder))
     assert same_weights(model, loaded)
     assert (loaded.plm, loaded.stage, loaded.items) == (str(folder), 'published', None)
     assert loaded.words.text == load_words(folder).text
     with pytest.raises(UserError, match='published.bin.*add --plm'):
-        load_recformer(tmp_path / 'published.bin')
+        start_model(tmp_path / 'published.bin')
     state = published(model)
     of_other_shape = {'lm_head.bias': torch.zeros(3)}
     unknown = {'longformer.encoder.layer.9.x': torch.zeros(1)}
@@ -325,7 +325,7 @@ def test_a_checkpoint_needs_no_other_file(tmp_path, make):
     encoded = model.encode_items(tokens)
     shutil.rmtree(folder)
     for path in (tmp_path / 'run', tmp_path / 'run' / 'model.pt', str(tmp_path / 'run')):
-        again = load_recformer(path)
+        again = start_model(path)
         assert same_weights(model, again) and again.config == model.config
         assert (again.plm, again.stage, again.data) == (str(folder), 'ft1', 'fingerprint')
         assert torch.equal(again.items, items)
@@ -344,7 +344,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     for name, words in (('cut.pt', 'cut.pt: is no readable'), ('seq.pt', 'is no readable recformer'),
                         ('nosuch.pt', 'nosuch.pt'), ('empty', 'empty/model.pt')):
         with pytest.raises((UserError, FileNotFoundError), match=words):
-            load_recformer(tmp_path / name)
+            start_model(tmp_path / name)
 
 
 def test_the_seed_draws_the_item_positions_and_nothing_else(tmp_path):
