@@ -87,7 +87,7 @@ def load_words(path, config=None):
     where it does not fit the model's Config."""
     from transformers import AutoTokenizer
     tokenizer = from_pretrained(AutoTokenizer, path)
-    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+    cls = tokenizer.cls_token_id
     if cls is None:
         cls = tokenizer.bos_token_id
     if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
@@ -95,6 +95,7 @@ def load_words(path, config=None):
                         'cls or bos token (BERT, RoBERTa, Longformer)')
     words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
     largest = max(tokenizer.get_vocab().values())  # added tokens too
+    pad = tokenizer.pad_token_id
     if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
                         f'its model has {config.vocab_size} words and counts positions from '
@@ -104,25 +105,6 @@ def load_words(path, config=None):
 
 # ------------------------------------------------------------------------ from an encoder
 
-def read_backbone(path):
-    """(transformers' masked language model at `path`, names it lacked). Errors: UserError."""
-    from transformers import AutoConfig, AutoModelForMaskedLM, logging
-    logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
-    logging.disable_progress_bar()
-    config = from_pretrained(AutoConfig, path)
-    for name, allowed in ALLOWED.items():
-        found = str(getattr(config, name, allowed))
-        if found not in allowed:
-            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
-                            f'{allowed}')
-    backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=config,
-                                     dtype=torch.float32, output_loading_info=True)
-    lost = [name for name in info['missing_keys'] if re.search('embeddings|encoder', name)]
-    if lost:  # transformers would go on with random weights
-        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
-    return backbone, info['missing_keys']
-
-
 def from_backbone(path, layers=None):
     """RecFormer with an encoder's weights (local folder or hub name), its first `layers` layers.
 
@@ -130,9 +112,24 @@ def from_backbone(path, layers=None):
     table is tiled up to 1,024 tokens (as Longformer was made from RoBERTa); the token-type rows are
     copies of its row 0; the item-position table is N(0, 0.02). The MLM head is the backbone's where
     it has one, else identity (its norm and biases as transformers begins) and the word table.
+    Errors: UserError.
     """
-    backbone, lacking = read_backbone(path)
-    b, encoder = backbone.config, backbone.base_model.encoder
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
+    logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
+    logging.disable_progress_bar()
+    b = from_pretrained(AutoConfig, path)
+    for name, allowed in ALLOWED.items():
+        found = str(getattr(b, name, allowed))
+        if found not in allowed:
+            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
+                            f'{allowed}')
+    backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=b, dtype=torch.float32,
+                                     output_loading_info=True)
+    lacking = ' '.join(info['missing_keys'])
+    lost = re.findall(r'\S*(?:embeddings|encoder)\S*', lacking)
+    if lost:  # transformers would go on with random weights
+        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
+    encoder = backbone.base_model.encoder
     layers = layers or b.num_hidden_layers
     if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
@@ -152,7 +149,7 @@ def from_backbone(path, layers=None):
     given[table] = given[table][:1].repeat(4, 1)
     table = 'longformer.embeddings.item_position_embeddings.weight'
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
-    if re.search('(lm_head|cls.predictions.transform).dense', str(lacking)):
+    if re.search('(lm_head|cls.predictions.transform).dense', lacking):
         given['lm_head.dense.weight'] = torch.eye(c.hidden)
     model = RecFormer(c)
     load_named(model, given, path)
@@ -161,12 +158,9 @@ def from_backbone(path, layers=None):
 
 def renamed(state, rules):
     """Tensors by name, under the names that the rules make."""
-    given = {}
-    for name, tensor in state.items():
-        for old, new in rules.items():
-            name = re.sub(f'^{old}', new, name)
-        given[name] = tensor
-    return given
+    for old, new in rules.items():
+        state = {re.sub(f'^{old}', new, name): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_named(model, state, source):
@@ -174,8 +168,9 @@ def load_named(model, state, source):
     kept = {name: state[name] for name in state if not name.startswith(DROPPED)}
     try:
         model.load_state_dict(kept)
-    except RuntimeError as error:  # names the tensors whose names or shapes differ
-        raise UserError(f'{source}: is of another model ({str(error)[:250]})') from None
+    except RuntimeError as error:  # names and shapes that differ, a line for each kind
+        why = str(error).splitlines()[1].strip()
+        raise UserError(f'{source}: is of another model ({why[:200]})') from None
 
 
 # ------------------------------------------------------------------------ checkpoints

@@ -45,10 +45,10 @@ class BERT4Rec(AttentionModel):
     least = 1
     draw = staticmethod(partial(nn.init.normal_, std=0.02))  # ours, as the BERT4Rec paper
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
+    def make(self):
+        super().make()
         self.mask = nn.Parameter(torch.empty(self.hidden))
-        self.output = nn.Linear(self.hidden, len(item_embedding.weight))
+        self.output = nn.Linear(self.hidden, len(self.item_embedding.weight))
         self.draw(self.mask)
         self.draw_matrices()
 

@@ -59,27 +59,21 @@ def geometry(rows):
     return {'norm': float(norm), 'cosine': float(cosine)}
 
 
-def components(matrix, width, n):
-    """The first `width` principal components of the n items: [n + 1, H] -> [n + 1, width], row 0
-    zeros; more rows (of cold items) along the same axes."""
-    items = matrix[1:n + 1]
-    rows = matrix[1:] - items.mean(0)
-    most = min(items.shape)
-    if width > most:
-        raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
-                        f'numbers; at most {most}')
-    _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
-    reduced = rows @ axes[:width].T
-    return F.pad(reduced, (0, 0, 1, 0))
+def initial_table(matrix, width, scale, norm, seed, n):
+    """Embeddings [n + 1, H] as an initial item table [n + 1, width], row 0 zeros: of another width
+    their first principal components. norm: mean row norm of the random table.
 
-
-def initial_table(matrix, scale, norm, seed, n):
-    """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
-
-    raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for all
+    scale raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for all
     rows, which gives them that norm. permuted: in a random order of the items (a control). More
     rows (of cold items) get what the n items give: their mean, their axes, their factor.
     """
+    if width != matrix.shape[1]:
+        rows = matrix[1:] - matrix[1:n + 1].mean(0)
+        _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
+        if width > len(axes):
+            raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
+                            f'numbers; at most {len(axes)}')
+        matrix = F.pad(rows @ axes[:width].T, (0, 0, 1, 0))
     if scale == 'raw':
         return matrix
     rows = matrix[1:] - matrix[1:n + 1].mean(0)
@@ -107,11 +101,9 @@ def starting_tables(kind, n, embeddings, about):
     table[0] = 0
     if embeddings is None:
         return table, None
-    given = embeddings.matrix
-    if given.shape[1] != about['hidden']:
-        given = components(given, about['hidden'], n)
     norm = float(table[1:].norm(dim=1).mean())
-    given = initial_table(given, about['scale'], norm, about['seed'], n)
+    given = initial_table(embeddings.matrix, about['hidden'], about['scale'], norm, about['seed'],
+                          n)
     if about['mode'] == 'id+text':
         return table, given
     return given, None

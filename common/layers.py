@@ -44,9 +44,8 @@ class Machine:
 
     def gather(self, part):
         """The array of which each process has its share."""
-        parts = [part]
+        parts = [part] * self.world
         if self.world > 1:
-            parts *= self.world
             torch.distributed.all_gather_object(parts, part)
         return np.concatenate(parts)
 

@@ -58,9 +58,7 @@ class Batch:
     """
 
     def __init__(self, packed, window, machine):
-        self.tokens = machine.put(packed.tokens)
-        self.types = machine.put(packed.types)
-        self.item_positions = machine.put(packed.item_positions)
+        self.tokens, self.types, self.item_positions = map(machine.put, packed[:3])
         lengths = machine.put(packed.lengths)
         arange = partial(torch.arange, device=machine.device)
         row = arange(len(packed.tokens))
@@ -82,7 +80,7 @@ class Batch:
         blocks = -(-lengths // width)
         first = blocks.cumsum(0) - blocks  # block of each sequence
         self.place = first[owner] * width + self.positions
-        count = int(np.sum(-(-packed.lengths // width)))
+        count = np.sum(-(-packed.lengths // width))
         of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
         begin = (arange(count) - first[of_block]) * width
         query = begin[:, None] + arange(width)       # a token's number in its
@@ -107,13 +105,12 @@ class WindowedAttention(Attention):
 
     def forward(self, x, batch):
         """[T, H] -> [T, H]. Its inside is made again for the gradient."""
-        three = self.query(x), self.key(x), self.value(x)
-        return remade(self.mix, x, *three, batch)
+        return remade(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
 
-    def mix(self, x, q, k, v, batch):
+    def mix(self, x, batch, *three):
         """Windowed attention with a CLS as any other token, then the outputs of each CLS
-        replaced."""
-        y = self.packed(q, k, v, batch)
+        replaced. three: queries, keys, values."""
+        y = self.packed(*three, batch)
         return y.index_copy(0, batch.cls, self.cls(x, batch))
 
     def cls(self, x, batch):
@@ -261,14 +258,13 @@ class RecFormer(Model):
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)
+        run = partial(remade, self)
         if not label and len(groups) <= KEPT:
             groups = [np.sort(np.concatenate(groups))]
+            run = self
         for group in progress(groups, desc=label, disable=not label):
             part = packed.rows(group)
-            if len(groups) == 1:
-                x = self(part)
-            else:  # the word table says whose random numbers
-                x = remade(self, part, None, self.word_table)
+            x = run(part, None, self.word_table)  # the last says whose random numbers
             out.index_copy_(0, self.machine.put(group), x.float())
         return self.machine.sum(out)
 
@@ -287,7 +283,7 @@ class RecFormer(Model):
     def encode_items(self, tokens):
         """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros. The model is in
         evaluation mode from here on."""
-        packed = self.pack_items(np.arange(1, tokens.n + 1), tokens)
+        packed = self.pack_items(np.arange(1, len(tokens.offsets) - 1), tokens)
         found = self.eval().encode(packed, 'encode items')
         return F.pad(found, (0, 0, 1, 0))
 

@@ -27,10 +27,9 @@ class SASRecBlock(AttentionBlock):
 class SASRec(AttentionModel):
     """The state at each position scores the item after it. Sizes: paper's code."""
     block, heads, causal = SASRecBlock, 1, True
-    dropout = 0.5
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
+    def make(self):
+        super().make()
         self.norm = nn.LayerNorm(self.hidden, SASRecBlock.eps)
         self.draw_matrices()
 

@@ -28,10 +28,6 @@ class ItemTokens(NamedTuple):
     offsets: np.ndarray  # int64 [n + 2]
 
     @property
-    def n(self):
-        return len(self.offsets) - 2
-
-    @property
     def fingerprint(self):
         return digest(*self)
 

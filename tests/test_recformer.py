@@ -2,6 +2,7 @@
 checkpoints. Run: python -m pytest tests/test_recformer.py (no download).
 """
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from common.backbone import (from_backbone, load_named, load_words, save_recform
                              untouched, weights_digest)
 from common.files import UserError, save_pt
 from common.layers import Machine
-from common.recformer import Batch, cosine_logits
+from common.recformer import Batch, RecFormer, cosine_logits
 from common.text import ItemTokens, Packed, tokenize
 from tests.toy import longformer, tiny_bert, tiny_longformer
 
@@ -226,6 +227,23 @@ def tokens_of_four():
     return ItemTokens(ids, np.full(12, 2, np.int8), np.ones(12, bool), offsets)
 
 
+def passes_of(lengths, micro_tokens):
+    """`passes` of sequences of these lengths."""
+    model = SimpleNamespace(machine=Machine(micro_tokens=micro_tokens))
+    return RecFormer.passes(model, SimpleNamespace(lengths=lengths))
+
+
+def test_passes_hold_every_row_once_and_keep_the_limit():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+    groups = passes_of(lengths, 120)
+    assert sorted(np.concatenate(groups)) == list(range(200))
+    assert all(len(g) == 1 or len(g) * lengths[g].max() <= 120 for g in groups)
+    long = passes_of(np.array([700, 20, 300, 40]), 1050)
+    assert [g.tolist() for g in long] == [[0, 2, 3], [1]], 'no rectangle: their own tokens count'
+    alone = passes_of(np.array([700, 900]), 100)
+    assert [g.tolist() for g in alone] == [[1], [0]], 'one row at least'
+
+
 def test_encode_items_restores_order_and_evaluates(tmp_path):
     model = start_model(None, str(tiny_bert(tmp_path))).train()
     tokens = tokens_of_four()
@@ -235,7 +253,7 @@ def test_encode_items_restores_order_and_evaluates(tmp_path):
     assert not many[0].any() and many[1:].any(1).all() and not many.requires_grad
     torch.testing.assert_close(many, few, atol=1e-5, rtol=0)
     model.eval()
-    one_by_one = torch.cat([model(model.pack_items([item], tokens)) for item in (1, 2, 3, 4)])
+    one_by_one = torch.cat([model(model.pack_items(np.array([item]), tokens)) for item in (1, 2, 3, 4)])
     torch.testing.assert_close(many[1:], one_by_one, atol=1e-5, rtol=0)
 
 
@@ -257,7 +275,7 @@ def test_histories_are_cut_to_the_models_limits(tmp_path):
     model.config.max_items = 1
     cls = model.words.cls
     assert model.pack(items, offsets, tokens).tokens.tolist() == [cls, 15, 16]
-    alone = model.pack_items([2, 1], tokens)
+    alone = model.pack_items(np.array([2, 1]), tokens)
     assert alone.tokens.tolist() == [cls, 10, cls, 5, 6, 7, 8, 9], 'an item alone is not cut'
     assert alone.item_positions.tolist() == [0, 1, 0, 1, 1, 1, 1, 1]
 
@@ -320,7 +338,8 @@ def test_a_checkpoint_needs_no_other_file(tmp_path, make):
     model = start_model(None, str(folder), seed=3)
     model.stage, model.data, model.config.max_tokens = 'ft1', 'fingerprint', 77
     items = torch.randn(3, 16)
-    save_recformer(tmp_path / 'run' / 'model.pt', model, items)
+    model.items = items
+    save_recformer(tmp_path / 'run' / 'model.pt', model)
     tokens = tokenize(ATTRIBUTES, model.words)
     encoded = model.encode_items(tokens)
     shutil.rmtree(folder)
