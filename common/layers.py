@@ -4,9 +4,7 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
@@ -89,7 +87,7 @@ def rows(x, index):
     times faster on a CPU than that of indexing."""
     if index is ...:
         return x
-    return F.embedding(index, x)
+    return nn.functional.embedding(index, x)
 
 
 class Dropout(nn.Dropout):
@@ -118,7 +116,7 @@ def watched(kind, run, *inputs):
     def keep(module, given, made):
         if isinstance(module, kind):
             seen.append((module, given, made))
-    with register_module_forward_hook(keep):
+    with nn.modules.module.register_module_forward_hook(keep):
         run(*inputs)
     return seen
 
@@ -140,7 +138,7 @@ def attend(q, k, v, mask, drop):
     """
     p = drop.p * drop.training
     if q.device.type != 'cpu' or (q.dtype == torch.float32 and not p):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     q = q * q.shape[-1] ** -0.5
     scores = q @ k.mT
     weights = scores.add_(mask).softmax(-1, dtype=q.dtype)
@@ -177,5 +175,5 @@ class Attention(nn.Module):
         key = self.split(rows(k, layout.keys))
         value = self.split(rows(v, layout.keys))
         y = attend(query, key, value, layout.mask, self.drop)
-        y = y.transpose(1, 2).flatten(2)  # [N, Q, H]
-        return rows(y.flatten(0, 1), layout.place[wanted])
+        y = y.transpose(1, 2).flatten(2).flatten(0, 1)  # [N * Q, H]
+        return rows(y, layout.place[wanted])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
 
 from common.arrays import parts, take
 from common.layers import Attention, Dropout, Model, additive, half, remade, rows, watched
@@ -103,9 +104,13 @@ class WindowedAttention(Attention):
     Weights get no dropout (README, differences)."""
     more = 'query_global', 'key_global', 'value_global'
 
-    def forward(self, x, batch):
-        """[T, H] -> [T, H]. Its inside is made again for the gradient."""
-        return remade(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
+    def forward(self, x, batch, wanted):
+        """[T, H] -> [T, H], or of the rows `wanted` [R]: [R, H]. Its inside is made again for the
+        gradient. The rows of all CLS need no windowed attention."""
+        if wanted is batch.cls:
+            return self.cls(x, batch)
+        y = remade(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
+        return rows(y, wanted)
 
     def mix(self, x, batch, *three):
         """Windowed attention with a CLS as any other token, then the outputs of each CLS
@@ -131,8 +136,8 @@ class WindowedAttention(Attention):
 
 def output(inside, c):
     """The last linear map of a branch, and the norm of its sum with what went in."""
-    return nn.ModuleDict({'dense': nn.Linear(inside, c.hidden),
-                          'LayerNorm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
+    return ModuleDict({'dense': Linear(inside, c.hidden),
+                          'LayerNorm': LayerNorm(c.hidden, c.layer_norm_eps)})
 
 
 class Layer(nn.Module):
@@ -140,18 +145,15 @@ class Layer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.attention = nn.ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
+        self.attention = ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
                                         'output': output(c.hidden, c)})
         self.output = output(c.intermediate, c)
-        self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
+        self.intermediate = ModuleDict({'dense': Linear(c.hidden, c.intermediate)})
         self.drop = Dropout(c.dropout)
 
     def forward(self, x, batch, wanted=...):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
-        if wanted is batch.cls:  # no windowed attention
-            y = self.attention.self.cls(half(x), batch)
-        else:
-            y = rows(self.attention.self(half(x), batch), wanted)
+        y = self.attention.self(half(x), batch, wanted)
         y = self.attention.output.dense(y)
         x = self.attention.output.LayerNorm(self.drop(y) + rows(x, wanted))
         y = remade(self.feed_forward, self.intermediate.dense(x))
@@ -175,16 +177,16 @@ class RecFormer(Model):
         c = self.config = config
         width = c.hidden
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        embeddings = nn.ModuleDict({
-            'word_embeddings': nn.Embedding(c.vocab_size, width),
-            'position_embeddings': nn.Embedding(c.positions, width),
-            'token_type_embeddings': nn.Embedding(4, width),  # special, name, value, padding
-            'item_position_embeddings': nn.Embedding(c.max_items + 1, width),  # 0 is CLS
-            'LayerNorm': nn.LayerNorm(width, c.layer_norm_eps)})
-        self.longformer = nn.ModuleDict({'embeddings': embeddings,
-                                         'encoder': nn.ModuleDict({'layer': layers})})
-        self.lm_head = nn.ModuleDict({'dense': nn.Linear(width, width),
-                                      'layer_norm': nn.LayerNorm(width, c.layer_norm_eps)})
+        embeddings = ModuleDict({
+            'word_embeddings': Embedding(c.vocab_size, width),
+            'position_embeddings': Embedding(c.positions, width),
+            'token_type_embeddings': Embedding(4, width),  # special, name, value, padding
+            'item_position_embeddings': Embedding(c.max_items + 1, width),  # 0 is CLS
+            'LayerNorm': LayerNorm(width, c.layer_norm_eps)})
+        self.longformer = ModuleDict({'embeddings': embeddings,
+                                         'encoder': ModuleDict({'layer': layers})})
+        self.lm_head = ModuleDict({'dense': Linear(width, width),
+                                      'layer_norm': LayerNorm(width, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.drop = Dropout(c.dropout)
 
@@ -225,9 +227,9 @@ class RecFormer(Model):
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
         with self.machine.autocast():
-            x = F.gelu(self.lm_head.dense(states))
-            x = self.lm_head.layer_norm(x)
-            return F.linear(x, self.word_table, self.lm_head.bias)
+            head = self.lm_head
+            x = head.layer_norm(F.gelu(head.dense(states)))
+            return F.linear(x, self.word_table, head.bias)
 
     def passes(self, packed):
         """Numbers of the sequences that this process computes, each once, in groups of similar

@@ -56,12 +56,6 @@ class SequenceModel(Model):
         self.drop = Dropout(self.dropout)
         self.make()
 
-    def draw_matrices(self):
-        """Every matrix of the model anew, but for the item table."""
-        for p in self.parameters():
-            if p.dim() > 1 and p is not self.item_embedding.weight:
-                self.draw(p)
-
     def ids(self, items):
         """Item ids as an int64 tensor on the model's device."""
         return self.machine.put(items.astype(np.int64))
@@ -136,13 +130,18 @@ class SequenceModel(Model):
 
 class AttentionModel(SequenceModel):
     """A model of positions and blocks. Subclasses name the class of a `block`, how many, their
-    `heads`, and whether an item attends to older ones only (`causal`)."""
+    `heads`, and whether an item attends to older ones only (`causal`); in `make_head` they make
+    what stands after the blocks."""
     depth = 2  # blocks (paper's code)
 
     def make(self):
         self.position_embedding = nn.Embedding(self.max_items, self.hidden)
         self.blocks = nn.ModuleList(self.block(self.hidden, self.heads, self.dropout)
                                     for _ in range(self.depth))
+        self.make_head()
+        for p in self.parameters():  # every matrix anew, but for the item table
+            if p.dim() > 1 and p is not self.item_embedding.weight:
+                self.draw(p)
 
     def forward(self, x, lengths, wanted=...):
         """Rows of the item table [T, H] -> what the last block gives: [T, H], or of the rows

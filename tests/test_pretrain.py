@@ -162,7 +162,8 @@ def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, 
         of_words = 0
         for packed in (histories, targets):
             tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
-            right, packed.tokens = torch.from_numpy(packed.tokens[chosen]), tokens
+            right = torch.from_numpy(packed.tokens[chosen])
+            packed = packed._replace(tokens=tokens)
             logits = model.mlm_logits(model(packed, np.arange(len(tokens))))[chosen]
             of_words = of_words + F.cross_entropy(logits, right)
         mlm.append(of_words.item())
