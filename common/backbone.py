@@ -130,11 +130,10 @@ def from_backbone(path, layers=None):
     lost = re.findall(r'\S*(?:embeddings|encoder)\S*', lacking)
     if lost:  # transformers would go on with random weights
         raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
-    encoder = backbone.base_model.encoder
     layers = layers or b.num_hidden_layers
     if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
-    encoder.layer = encoder.layer[:layers]
+    del backbone.base_model.encoder.layer[layers:]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
@@ -214,7 +213,7 @@ def start_model(checkpoint, plm=None, layers=None, seed=0):
         path /= 'model.pt'
     state = published(path)
     if state:
-        if plm is None:
+        if not plm:
             raise UserError(f'{path}: a published state dict does not name its backbone: '
                             'add --plm longformer (or yours)')
         model = start_model(None, plm)
@@ -239,10 +238,8 @@ def published(path):
     """The tensors of a file as RecFormer and the paper publish them, under our names; None for
     another file."""
     with suppress(Exception):  # load_pt says what is wrong with the file
-        if path.suffix == '.safetensors':
-            raw = load_file(path)
-        else:
-            raw = torch.load(path, map_location='cpu', weights_only=True)
+        raw = (load_file(path) if path.suffix == '.safetensors'
+               else torch.load(path, map_location='cpu', weights_only=True))
         raw = raw.get('state_dict', raw)  # Lightning
         state = renamed(raw, PUBLISHED)
         if len(state) == len(raw) and 'longformer.encoder.layer.0.output.dense.weight' in state:

@@ -37,8 +37,7 @@ class Machine:
 
     def share(self, n):
         """This process's part of 0 ... n - 1."""
-        shares = np.array_split(np.arange(n), self.world)
-        return shares[self.rank]
+        return np.array_split(np.arange(n), self.world)[self.rank]
 
     def gather(self, part):
         """The array of which each process has its share."""
@@ -57,10 +56,8 @@ class Machine:
 
     def sum_gradients(self, model):
         """Replace each gradient by its sum over the processes; one that has none adds zeros."""
-        if self.world == 1:
-            return
         for p in model.parameters():
-            if p.requires_grad:
+            if self.world > 1 and p.requires_grad:
                 found = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = self.sum(found)
 
@@ -113,9 +110,9 @@ def watched(kind, run, *inputs):
     """[(module, its inputs, its output)] of every module of this class while run(*inputs) runs."""
     seen = []
 
-    def keep(module, given, made):
-        if isinstance(module, kind):
-            seen.append((module, given, made))
+    def keep(*called):
+        if isinstance(called[0], kind):
+            seen.append(called)
     with nn.modules.module.register_module_forward_hook(keep):
         run(*inputs)
     return seen

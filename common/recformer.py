@@ -83,9 +83,9 @@ class Batch:
         self.place = first[owner] * width + self.positions
         count = np.sum(-(-packed.lengths // width))
         of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
-        begin = (arange(count) - first[of_block]) * width
-        query = begin[:, None] + arange(width)       # a token's number in its
-        key = F.pad(begin[:, None] + reach, (1, 0))  # sequence; column 0 is CLS
+        begin = ((arange(count) - first[of_block]) * width)[:, None]
+        query = begin + arange(width)       # a token's number in its
+        key = F.pad(begin + reach, (1, 0))  # sequence; column 0 is CLS
         cls = self.cls[of_block, None]
         last = lengths[of_block, None] - 1
         self.queries = cls + query.minimum(last)
@@ -191,10 +191,6 @@ class RecFormer(Model):
         self.drop = Dropout(c.dropout)
 
     @property
-    def layers(self):
-        return self.longformer.encoder.layer
-
-    @property
     def word_table(self):
         return self.longformer.embeddings.word_embeddings.weight
 
@@ -218,7 +214,7 @@ class RecFormer(Model):
                  + given.token_type_embeddings(batch.types)
                  + given.item_position_embeddings(batch.item_positions))
             x = half(self.drop(given.LayerNorm(x)))
-            *before, last = self.layers
+            *before, last = self.longformer.encoder.layer
             for layer in before:
                 x = layer(x, batch)
             wanted = batch.cls if wanted is None else self.machine.put(wanted)
@@ -275,10 +271,8 @@ class RecFormer(Model):
         """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts. The
         model is in evaluation mode from here on."""
         self.eval()
-        found = []
-        for part in parts(len(offsets) - 1, at_once):
-            packed = self.pack(*take(items, offsets, part), tokens)
-            found.append(self.encode(packed, label))
+        histories = (take(items, offsets, part) for part in parts(len(offsets) - 1, at_once))
+        found = [self.encode(self.pack(*some, tokens), label) for some in histories]
         return torch.cat(found)
 
     @torch.no_grad()

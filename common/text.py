@@ -88,10 +88,10 @@ def tokenize(attributes, words):
             for pair in pairs[:MOST_ATTRIBUTES]:
                 end = len(ids) + MOST_TOKENS
                 for kind, text in zip((NAME, VALUE), pair):
-                    room = end - len(ids)
-                    ids.extend(known[text].ids[:room])
-                    starts.extend(word_starts(known[text].word_ids)[:room])
-                    types.extend([kind] * (len(ids) - len(types)))
+                    ids.extend(known[text].ids)
+                    starts.extend(word_starts(known[text].word_ids))
+                    types.extend([kind] * len(known[text]))
+                del ids[end:], types[end:], starts[end:]
             offsets.append(len(ids))
     # the arrays' own memory, not copies of it
     return ItemTokens(np.asarray(ids), np.asarray(types), np.asarray(starts).view(bool),

@@ -135,7 +135,7 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
     for size in (100_000, 40):
         model.on(Machine(micro_tokens=size)).zero_grad()
         value = pretrain.masked_gradients(model, packed, masked, 0.5)
-        weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
+        weights = model.lm_head.dense.weight, model.longformer.encoder.layer[0].attention.self.key.weight
         found.append((value, [weight.grad.clone() for weight in weights]))
     (whole, expected), (parts, gradients) = found
     assert float(whole) == pytest.approx(float(parts), rel=1e-5) and whole > 0
@@ -257,7 +257,7 @@ def test_stage_pt_as_a_command(place, data, tmp_path, capsys):
     tuned, begun = start_model(out), from_backbone(place / 'plm')
     assert (tuned.stage, tuned.config.max_tokens, tuned.items) == ('pt', 64, None)
     assert torch.equal(tuned.word_table, begun.word_table), 'frozen in pre-training'
-    assert not torch.equal(tuned.layers[0].output.dense.weight, begun.layers[0].output.dense.weight)
+    assert not torch.equal(tuned.longformer.encoder.layer[0].output.dense.weight, begun.longformer.encoder.layer[0].output.dense.weight)
     row = load_json(out / 'row.json')
     assert row['stage'] == 'pt' and 0 <= row['valid'] <= 1 and 'metrics' not in row
     log = (out / 'log.csv').read_text().splitlines()
@@ -297,7 +297,7 @@ def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
     cosine = F.cosine_similarity(states[:, None], table[None, 1:], dim=2) / 0.05
     expected = F.cross_entropy(cosine, torch.from_numpy(labels).long() - 1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    weight = model.layers[0].output.dense.weight
+    weight = model.longformer.encoder.layer[0].output.dense.weight
     of_weight, of_table = torch.autograd.grad(expected, [weight, table])
     torch.testing.assert_close(weight.grad, of_weight, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(table.grad, of_table, atol=1e-5, rtol=1e-3)

@@ -196,7 +196,7 @@ def test_positions_are_tiled_and_first_layers_taken(tmp_path):
     model = from_backbone(tiny_bert(tmp_path, layers=3), layers=2)
     table = model.longformer.embeddings.position_embeddings.weight
     assert table.shape[0] == 1024 and torch.equal(table[:64], table[64:128])
-    assert len(model.layers) == model.config.layers == 2
+    assert len(model.longformer.encoder.layer) == model.config.layers == 2
     types = model.longformer.embeddings.token_type_embeddings.weight
     assert types.shape[0] == 4 and torch.equal(types[0], types[3])
     with pytest.raises(UserError, match='--layers 4: the model has 3'):
@@ -308,7 +308,7 @@ def test_published_state_dict_loads_with_every_name_accounted_for(tmp_path, bina
     folder = tiny_longformer(tmp_path / 'plm', binary)
     model = from_backbone(folder)
     with torch.no_grad():
-        model.layers[0].output.dense.weight.add_(1)
+        model.longformer.encoder.layer[0].output.dense.weight.add_(1)
     torch.save(published(model), tmp_path / 'published.bin')
     loaded = start_model(tmp_path / 'published.bin', str(folder))
     assert same_weights(model, loaded)
