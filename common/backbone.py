@@ -151,6 +151,7 @@ def from_backbone(path, layers=None):
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
     if re.search('(lm_head|cls.predictions.transform).dense', lacking):
         given['lm_head.dense.weight'] = torch.eye(c.hidden)
+        given['lm_head.bias'] = torch.zeros(c.vocab_size)  # Longformer's is left as memory was
     model = RecFormer(c)
     load_named(model, given, path)
     return model
