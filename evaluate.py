@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.backbone import load_recformer, start_model
+from common.backbone import start_model
 from common.baselines import directions, untrained
 from common.data import load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
@@ -134,7 +134,7 @@ def show_comparison(args, data, folder):
 def show_attention(args, data, folder):
     """Figure 1: what CLS attends to, before and after tuning, beside SASRec: as numbers over many
     users, and as maps of one of them."""
-    tuned, machine = load_recformer(args.checkpoint or folder / 'ft1-seed0'), start(args)
+    tuned, machine = start_model(args.checkpoint or folder / 'ft1-seed0'), start(args)
     vanilla = start_model(None, args.plm or tuned.plm, tuned.config.layers, seed=None)
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')

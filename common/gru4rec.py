@@ -15,10 +15,8 @@ from common.sequence import SequenceModel
 class GRU4Rec(SequenceModel):
     """The state after each item scores the item after it. Sizes: ours, as SASRec's."""
     losses = 'ce', 'bce', 'sampled'
-    dropout = 0.5
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
+    def make(self):
         self.gru = nn.GRU(self.hidden, self.hidden)
         self.norm = nn.LayerNorm(self.hidden)
 

@@ -1,9 +1,9 @@
 """What an ID model's item table starts from: exported embeddings, their scale, their components."""
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.random import default_rng
+from torch.nn.functional import normalize, pad
 
 from common.files import UserError, digest, load_pt
 
@@ -27,9 +27,8 @@ def read_embeddings(path, data, cold=False):
     known = digest(matrix)
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
             and len(matrix) == data.n_items + 1 and torch.isfinite(matrix.sum())
-            and not matrix[0].any())
-    if ours and cold:
-        ours = content.get('cold_items') == data.cold_ids
+            and not matrix[0].any()
+            and (not cold or content.get('cold_items') == data.cold_ids))
     if not ours:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
                         "other cold items than today's, or not their rows of finite numbers with a "
@@ -51,35 +50,28 @@ def origin_of(embeddings):
 def geometry(rows):
     """{'norm': mean row norm, 'cosine': mean cosine of two different items} of rows [n, H]."""
     rows = rows.double()
-    unit = F.normalize(rows, dim=1)
+    unit = normalize(rows, dim=1)
     n = len(unit)
     of_pairs = unit.sum(0).square().sum() - unit.square().sum()
     cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
-    norm = rows.norm(dim=1).mean()
-    return {'norm': float(norm), 'cosine': float(cosine)}
+    return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 
-def components(matrix, width, n):
-    """The first `width` principal components of the n items: [n + 1, H] -> [n + 1, width], row 0
-    zeros; more rows (of cold items) along the same axes."""
-    items = matrix[1:n + 1]
-    rows = matrix[1:] - items.mean(0)
-    most = min(items.shape)
-    if width > most:
-        raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
-                        f'numbers; at most {most}')
-    _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
-    reduced = rows @ axes[:width].T
-    return F.pad(reduced, (0, 0, 1, 0))
+def initial_table(matrix, width, scale, norm, seed, n):
+    """Embeddings [n + 1, H] as an initial item table [n + 1, width], row 0 zeros: of another width
+    their first principal components. norm: mean row norm of the random table.
 
-
-def initial_table(matrix, scale, norm, seed, n):
-    """Embeddings [n + 1, H] as an initial item table. norm: mean row norm of the random table.
-
-    raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for all
-    rows, which gives them that norm. permuted: in a random order of the items (a control). More
+    scale raw: unchanged (paper). The others are ours; each is centred, and ends with one factor for
+    all rows, which gives them that norm. permuted: in a random order of the items (a control). More
     rows (of cold items) get what the n items give: their mean, their axes, their factor.
     """
+    if width != matrix.shape[1]:
+        rows = matrix[1:] - matrix[1:n + 1].mean(0)
+        _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
+        if width > len(axes):
+            raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
+                            f'numbers; at most {len(axes)}')
+        matrix = pad(rows @ axes[:width].T, (0, 0, 1, 0))
     if scale == 'raw':
         return matrix
     rows = matrix[1:] - matrix[1:n + 1].mean(0)
@@ -89,7 +81,7 @@ def initial_table(matrix, scale, norm, seed, n):
         more = rows[n:] @ v.T / s.clamp_min(least)
         rows = torch.cat([u, more]) * (s > least) @ v
     if scale == 'permuted':
-        order = np.random.default_rng([seed, 6]).permutation(n)
+        order = default_rng([seed, 6]).permutation(n)
         rows[:n] = rows[order]
     factor = norm / rows[:n].norm(dim=1).mean()
     return torch.cat([matrix[:1], rows * factor])
@@ -107,11 +99,9 @@ def starting_tables(kind, n, embeddings, about):
     table[0] = 0
     if embeddings is None:
         return table, None
-    given = embeddings.matrix
-    if given.shape[1] != about['hidden']:
-        given = components(given, about['hidden'], n)
     norm = float(table[1:].norm(dim=1).mean())
-    given = initial_table(given, about['scale'], norm, about['seed'], n)
+    given = initial_table(embeddings.matrix, about['hidden'], about['scale'], norm, about['seed'],
+                          n)
     if about['mode'] == 'id+text':
         return table, given
     return given, None

@@ -4,7 +4,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,8 +37,7 @@ class Machine:
 
     def share(self, n):
         """This process's part of 0 ... n - 1."""
-        shares = np.array_split(np.arange(n), self.world)
-        return shares[self.rank]
+        return np.array_split(np.arange(n), self.world)[self.rank]
 
     def sum(self, x):
         """Sum of a tensor over the processes; a gradient flows into this one's part alone."""
@@ -51,10 +49,8 @@ class Machine:
 
     def sum_gradients(self, model):
         """Replace each gradient by its sum over the processes; one that has none adds zeros."""
-        if self.world == 1:
-            return
         for p in model.parameters():
-            if p.requires_grad:
+            if self.world > 1 and p.requires_grad:
                 found = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = self.sum(found)
 
@@ -81,7 +77,7 @@ def rows(x, index):
     times faster on a CPU than that of indexing."""
     if index is ...:
         return x
-    return F.embedding(index, x)
+    return nn.functional.embedding(index, x)
 
 
 class Dropout(nn.Dropout):
@@ -102,6 +98,19 @@ class Dropout(nn.Dropout):
         return x * kept.to(x.dtype).mul_(1 / (1 - self.p))
 
 
+@torch.no_grad()
+def watched(kind, run, *inputs):
+    """[(module, its inputs, its output)] of every module of this class while run(*inputs) runs."""
+    seen = []
+
+    def keep(*called):
+        if isinstance(called[0], kind):
+            seen.append(called)
+    with nn.modules.module.register_module_forward_hook(keep):
+        run(*inputs)
+    return seen
+
+
 # ------------------------------------------------------------------------ attention
 
 def additive(seen):
@@ -119,7 +128,7 @@ def attend(q, k, v, mask, drop):
     """
     p = drop.p * drop.training
     if q.device.type != 'cpu' or (q.dtype == torch.float32 and not p):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
     q = q * q.shape[-1] ** -0.5
     scores = q @ k.mT
     weights = scores.add_(mask).softmax(-1, dtype=q.dtype)
@@ -137,6 +146,7 @@ class Attention(nn.Module):
             raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
                             'choose another --hidden')
         self.heads = heads
+        self.softmax = nn.Softmax(-1)
         self.drop = Dropout(dropout)
         for name in ('query', 'key', 'value', *self.more):
             setattr(self, name, nn.Linear(hidden, hidden))
@@ -155,5 +165,5 @@ class Attention(nn.Module):
         key = self.split(rows(k, layout.keys))
         value = self.split(rows(v, layout.keys))
         y = attend(query, key, value, layout.mask, self.drop)
-        y = y.transpose(1, 2).flatten(2)  # [N, Q, H]
-        return rows(y.flatten(0, 1), layout.place[wanted])
+        y = y.transpose(1, 2).flatten(2).flatten(0, 1)  # [N * Q, H]
+        return rows(y, layout.place[wanted])

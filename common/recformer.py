@@ -16,13 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
 
 from common.arrays import parts, take
-from common.layers import Attention, Dropout, Model, additive, half, remade, rows
+from common.layers import Attention, Dropout, Model, additive, half, remade, rows, watched
 from common.progress import progress
-from common.text import RECTANGLE, micro_batches, pack
+from common.text import pack
 
+RECTANGLE = 160  # up to this length attention is one rectangle, all against all: speed only
 BLOCK = 64   # queries per block of the windowed attention; a matter of speed only
 TEMPERATURE = 0.05  # RecFormer
 KEPT = 4  # passes whose worth of CLS is encoded at once: time against memory
@@ -58,9 +59,7 @@ class Batch:
     """
 
     def __init__(self, packed, window, machine):
-        self.tokens = machine.put(packed.tokens)
-        self.types = machine.put(packed.types)
-        self.item_positions = machine.put(packed.item_positions)
+        self.tokens, self.types, self.item_positions = map(machine.put, packed[:3])
         lengths = machine.put(packed.lengths)
         arange = partial(torch.arange, device=machine.device)
         row = arange(len(packed.tokens))
@@ -82,11 +81,11 @@ class Batch:
         blocks = -(-lengths // width)
         first = blocks.cumsum(0) - blocks  # block of each sequence
         self.place = first[owner] * width + self.positions
-        count = int(np.sum(-(-packed.lengths // width)))
+        count = np.sum(-(-packed.lengths // width))
         of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
-        begin = (arange(count) - first[of_block]) * width
-        query = begin[:, None] + arange(width)       # a token's number in its
-        key = F.pad(begin[:, None] + reach, (1, 0))  # sequence; column 0 is CLS
+        begin = ((arange(count) - first[of_block]) * width)[:, None]
+        query = begin + arange(width)       # a token's number in its
+        key = F.pad(begin + reach, (1, 0))  # sequence; column 0 is CLS
         cls = self.cls[of_block, None]
         last = lengths[of_block, None] - 1
         self.queries = cls + query.minimum(last)
@@ -105,19 +104,22 @@ class WindowedAttention(Attention):
     Weights get no dropout (README, differences)."""
     more = 'query_global', 'key_global', 'value_global'
 
-    def forward(self, x, batch):
-        """[T, H] -> [T, H]. Its inside is made again for the gradient."""
-        three = self.query(x), self.key(x), self.value(x)
-        return remade(self.mix, x, *three, batch)
+    def forward(self, x, batch, wanted):
+        """[T, H] -> [T, H], or of the rows `wanted` [R]: [R, H]. Its inside is made again for the
+        gradient. The rows of all CLS need no windowed attention."""
+        if wanted is batch.cls:
+            return self.cls(x, batch)
+        y = remade(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
+        return rows(y, wanted)
 
-    def mix(self, x, q, k, v, batch):
+    def mix(self, x, batch, *three):
         """Windowed attention with a CLS as any other token, then the outputs of each CLS
-        replaced."""
-        y = self.packed(q, k, v, batch)
+        replaced. three: queries, keys, values."""
+        y = self.packed(*three, batch)
         return y.index_copy(0, batch.cls, self.cls(x, batch))
 
-    def cls_weights(self, x, batch):
-        """Attention of each CLS over its tokens: (weights [B, h, L], their states [B, L, H])."""
+    def cls(self, x, batch):
+        """Global attention of each sequence's CLS over all its tokens: [B, H]."""
         each = self.heads, -1
         q = self.query_global(rows(x, batch.cls)).unflatten(1, each)    # [B, h, d]
         # the key's bias adds the same to every score of a head: it drops out of the softmax
@@ -125,71 +127,40 @@ class WindowedAttention(Attention):
         q = torch.einsum('bhd,hdk->bhk', q, key) / q.shape[-1] ** 0.5   # [B, h, H]
         states = rows(x, batch.all)
         scores = (q @ states.mT).float()
-        scores = scores.masked_fill(~batch.real[:, None], -torch.inf)
-        return scores.softmax(-1), states
-
-    def cls(self, x, batch):
-        """Global attention of each sequence's CLS over all its tokens: [B, H]."""
-        weights, states = self.cls_weights(x, batch)
-        mixed = weights.to(states.dtype) @ states                       # [B, h, H]
-        value = self.value_global.weight.unflatten(0, (self.heads, -1))  # [h, d, H]
+        scores = scores.masked_fill(~batch.real[:, None], -torch.inf)   # [B, h, L]
+        mixed = self.softmax(scores).to(states.dtype) @ states          # [B, h, H]
+        value = self.value_global.weight.unflatten(0, each)             # [h, d, H]
         out = torch.einsum('bhk,hdk->bhd', mixed, value)
         return out.flatten(1) + self.value_global.bias.to(out.dtype)
 
 
-class Output(nn.Module):
-    """Linear (the layer applies it), dropout, residual, LayerNorm."""
-
-    def __init__(self, inside, c):
-        super().__init__()
-        self.dense = nn.Linear(inside, c.hidden)
-        self.LayerNorm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.drop = Dropout(c.dropout)
-
-    def forward(self, y, x):
-        return self.LayerNorm(self.drop(y) + x)
+def output(inside, c):
+    """The last linear map of a branch, and the norm of its sum with what went in."""
+    return ModuleDict({'dense': Linear(inside, c.hidden),
+                          'LayerNorm': LayerNorm(c.hidden, c.layer_norm_eps)})
 
 
 class Layer(nn.Module):
+    """x = LN(x + Attn(x)); x = LN(x + FFN(x)); GELU; dropout on each branch."""
+
     def __init__(self, c):
         super().__init__()
-        self.attention = nn.ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
-                                        'output': Output(c.hidden, c)})
-        self.output = Output(c.intermediate, c)
-        self.intermediate = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.intermediate)})
+        self.attention = ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
+                                        'output': output(c.hidden, c)})
+        self.output = output(c.intermediate, c)
+        self.intermediate = ModuleDict({'dense': Linear(c.hidden, c.intermediate)})
+        self.drop = Dropout(c.dropout)
 
     def forward(self, x, batch, wanted=...):
         """[T, H] -> [T, H], or with `wanted` [R] the outputs of these rows alone: [R, H]."""
-        if wanted is batch.cls:  # no windowed attention
-            y = self.attention.self.cls(half(x), batch)
-        else:
-            y = rows(self.attention.self(half(x), batch), wanted)
+        y = self.attention.self(half(x), batch, wanted)
         y = self.attention.output.dense(y)
-        x = self.attention.output(y, rows(x, wanted))
-        y = self.intermediate.dense(x)
-        return self.output(remade(self.feed_forward, y), x)
+        x = self.attention.output.LayerNorm(self.drop(y) + rows(x, wanted))
+        y = remade(self.feed_forward, self.intermediate.dense(x))
+        return self.output.LayerNorm(self.drop(y) + x)
 
     def feed_forward(self, y):
         return self.output.dense(F.gelu(y))
-
-
-class Embeddings(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.word_embeddings = nn.Embedding(c.vocab_size, c.hidden)
-        self.position_embeddings = nn.Embedding(c.positions, c.hidden)
-        self.token_type_embeddings = nn.Embedding(4, c.hidden)  # special, name, value, padding
-        self.item_position_embeddings = nn.Embedding(c.max_items + 1, c.hidden)  # 0 is CLS
-        self.LayerNorm = nn.LayerNorm(c.hidden, c.layer_norm_eps)
-        self.drop = Dropout(c.dropout)
-        self.offset = c.position_offset
-
-    def forward(self, batch):
-        x = (self.word_embeddings(batch.tokens)
-             + self.position_embeddings(batch.positions + self.offset)
-             + self.token_type_embeddings(batch.types)
-             + self.item_position_embeddings(batch.item_positions))
-        return self.drop(self.LayerNorm(x))
 
 
 # ------------------------------------------------------------------------ the model
@@ -198,23 +169,26 @@ class RecFormer(Model):
     """words: its tokenizer (text.Words); stage: 'lf', 'pt', 'ft1', 'ft2' or 'published'; plm: the
     language model it began as, as typed; items, data: stage-FT's item table [n + 1, H] and the
     fingerprint of its dataset."""
-    words = stage = plm = items = data = None
+    stage = 'lf'
+    words = plm = items = data = None
 
     def __init__(self, config):
         super().__init__()
         c = self.config = config
+        width = c.hidden
         layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
-        self.longformer = nn.ModuleDict({'embeddings': Embeddings(c),
-                                         'encoder': nn.ModuleDict({'layer': layers})})
-        self.lm_head = nn.ModuleDict({'dense': nn.Linear(c.hidden, c.hidden),
-                                      'layer_norm': nn.LayerNorm(c.hidden, c.layer_norm_eps)})
+        embeddings = ModuleDict({
+            'word_embeddings': Embedding(c.vocab_size, width),
+            'position_embeddings': Embedding(c.positions, width),
+            'token_type_embeddings': Embedding(4, width),  # special, name, value, padding
+            'item_position_embeddings': Embedding(c.max_items + 1, width),  # 0 is CLS
+            'LayerNorm': LayerNorm(width, c.layer_norm_eps)})
+        self.longformer = ModuleDict({'embeddings': embeddings,
+                                         'encoder': ModuleDict({'layer': layers})})
+        self.lm_head = ModuleDict({'dense': Linear(width, width),
+                                      'layer_norm': LayerNorm(width, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
-        nn.init.eye_(self.lm_head.dense.weight)  # where the backbone has no head
-        nn.init.zeros_(self.lm_head.dense.bias)
-
-    @property
-    def layers(self):
-        return self.longformer.encoder.layer
+        self.drop = Dropout(c.dropout)
 
     @property
     def word_table(self):
@@ -227,16 +201,20 @@ class RecFormer(Model):
 
     def pack_items(self, ids, tokens):
         """Each of these items alone, as Packed."""
-        alone = np.arange(len(ids) + 1)
-        return pack(np.asarray(ids), alone, tokens, self.words.cls)
+        return pack(ids, np.arange(len(ids) + 1), tokens, self.words.cls)
 
-    def forward(self, packed, wanted=None):
+    def forward(self, packed, wanted=None, *_):
         """Last layer's states of Packed sequences: of each CLS [B, H], or of the rows `wanted`
-        (their numbers, an array [R]) [R, H]."""
+        (their numbers, an array [R]) [R, H]. What follows is for `remade` alone."""
         with self.machine.autocast():
             batch = Batch(packed, self.config.window, self.machine)
-            x = half(self.longformer.embeddings(batch))
-            *before, last = self.layers
+            given = self.longformer.embeddings
+            x = (given.word_embeddings(batch.tokens)
+                 + given.position_embeddings(batch.positions + self.config.position_offset)
+                 + given.token_type_embeddings(batch.types)
+                 + given.item_position_embeddings(batch.item_positions))
+            x = half(self.drop(given.LayerNorm(x)))
+            *before, last = self.longformer.encoder.layer
             for layer in before:
                 x = layer(x, batch)
             wanted = batch.cls if wanted is None else self.machine.put(wanted)
@@ -245,72 +223,70 @@ class RecFormer(Model):
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
         with self.machine.autocast():
-            x = F.gelu(self.lm_head.dense(states))
-            x = self.lm_head.layer_norm(x)
-            return F.linear(x, self.word_table, self.lm_head.bias)
+            head = self.lm_head
+            x = head.layer_norm(F.gelu(head.dense(states)))
+            return F.linear(x, self.word_table, head.bias)
 
-    def passes(self, packed, kept=0):
-        """Numbers of the sequences that this process computes, in groups of bounded size; in one
-        where those would be at most `kept`."""
-        mine = self.machine.share(len(packed.lengths))
-        groups = micro_batches(packed.lengths[mine], self.machine.micro_tokens)
-        if 0 < len(groups) <= kept:
-            return [mine]
-        return [mine[group] for group in groups]
+    def passes(self, packed):
+        """Numbers of the sequences that this process computes, each once, in groups of similar
+        length with at most the machine's micro_tokens (at least one sequence). Where none has more
+        than RECTANGLE tokens they share one rectangle, whose padding is counted."""
+        lengths = packed.lengths
+        most = self.machine.micro_tokens
+        left = self.machine.share(len(lengths))
+        left = left[np.argsort(-lengths[left], kind='stable')]
+        groups = []
+        while len(left):
+            longest = lengths[left[0]]
+            size = most // longest
+            if longest > RECTANGLE:
+                size = np.searchsorted(np.cumsum(lengths[left]), most, 'right')
+            group, left = np.split(left, [max(1, size)])
+            groups.append(group)
+        return groups
 
-    def encode(self, packed, label=None, kept=KEPT):
+    def encode(self, packed, label=None):
         """CLS states: float32 [B, H] on the device. The machine's processes encode a share each,
         and a gradient flows into a process's own rows alone.
 
-        Gradient caching: a share of at most `kept` passes is one pass; of a larger one nothing is
+        Gradient caching: a share of at most KEPT passes is one pass; of a larger one nothing is
         kept, and each pass is made again for the gradient, with the dropout that it had: memory is
-        that of one pass. label: of a progress bar.
+        that of one pass. label: of a progress bar, where no gradient is asked for: passes stay as
+        they are.
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
-        groups = self.passes(packed, kept)
-
-        def states(part, _):
-            return self(part)
+        groups = self.passes(packed)
+        run = partial(remade, self)
+        if not label and len(groups) <= KEPT:
+            groups = [np.sort(np.concatenate(groups))]
+            run = self
         for group in progress(groups, desc=label, disable=not label):
             part = packed.rows(group)
-            if len(groups) == 1:
-                x = self(part)
-            else:  # the word table says whose random numbers
-                x = remade(states, part, self.word_table)
+            x = run(part, None, self.word_table)  # the last says whose random numbers
             out.index_copy_(0, self.machine.put(group), x.float())
         return self.machine.sum(out)
 
     @torch.no_grad()
-    def infer(self, packed, label):
-        """`encode` without gradient. The model is in evaluation mode from here on."""
-        return self.eval().encode(packed, label, kept=0)
-
     def encode_histories(self, items, offsets, tokens, label, at_once=20_000):
-        """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts."""
-        found = []
-        for part in parts(len(offsets) - 1, at_once):
-            packed = self.pack(*take(items, offsets, part), tokens)
-            found.append(self.infer(packed, label))
+        """CLS state of each history (ragged): float32 [B, H] on the device; packed in parts. The
+        model is in evaluation mode from here on."""
+        self.eval()
+        histories = (take(items, offsets, part) for part in parts(len(offsets) - 1, at_once))
+        found = [self.encode(self.pack(*some, tokens), label) for some in histories]
         return torch.cat(found)
 
+    @torch.no_grad()
     def encode_items(self, tokens):
-        """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros."""
-        packed = self.pack_items(np.arange(1, tokens.n + 1), tokens)
-        found = self.infer(packed, 'encode items')
+        """Embeddings of all items: float32 [n + 1, H] on the device, row 0 zeros. The model is in
+        evaluation mode from here on."""
+        packed = self.pack_items(np.arange(1, len(tokens.offsets) - 1), tokens)
+        found = self.eval().encode(packed, 'encode items')
         return F.pad(found, (0, 0, 1, 0))
 
-    @torch.no_grad()
     def cls_attention(self, packed):
         """Attention weights of CLS in every layer: [layers, B, h, L]."""
-        found = []
-
-        def keep(module, given, _):
-            if isinstance(module, WindowedAttention):
-                weights, _ = module.cls_weights(*given)
-                found.append(weights)
-        with register_module_forward_hook(keep):
-            self(packed, np.arange(len(packed.tokens)))
-        return torch.stack(found)
+        seen = watched(nn.Softmax, self, packed)
+        return torch.stack([weights for _, _, weights in seen])
 
 
 def cosine_logits(states, table):

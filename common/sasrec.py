@@ -1,13 +1,11 @@
 """SASRec without padding. Kang & McAuley, "Self-Attentive Sequential Recommendation" (2018), in the
 variant that the paper's code trains. Letters as in common/sequence.py.
 """
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook
 
-from common.layers import rows
+from common.arrays import offsets_of
+from common.layers import rows, watched
 from common.sequence import AttentionBlock, AttentionModel, SelfAttention
 
 
@@ -21,19 +19,16 @@ class SASRecBlock(AttentionBlock):
         q = self.attention_norm(x)
         y = self.attention(q, x, layout, wanted)
         x = self.ffn_norm(rows(q, wanted) + y)
-        y = self.drop(F.relu(self.inner(x)))
+        y = self.drop(torch.relu(self.inner(x)))
         return x + self.drop(self.outer(y))
 
 
 class SASRec(AttentionModel):
     """The state at each position scores the item after it. Sizes: paper's code."""
     block, heads, causal = SASRecBlock, 1, True
-    dropout = 0.5
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
+    def make_head(self):
         self.norm = nn.LayerNorm(self.hidden, SASRecBlock.eps)
-        self.draw_matrices()
 
     def forward(self, x, lengths, wanted=...):
         """Rows of the item table [T, H], which are scaled -> states [T, H], or of the rows
@@ -44,13 +39,6 @@ class SASRec(AttentionModel):
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
         first -> [blocks, the newest max_items of them], newest first."""
-        found = []
-
-        def keep(module, given, _):
-            if isinstance(module, SelfAttention):
-                q, x, *_ = given
-                weights = module.weights(q[-1:], x)
-                found.append(weights.mean(0)[0])
-        with register_module_forward_hook(keep):
-            self.states(items, np.array([0, len(items)]))
-        return torch.stack(found).flip(1)
+        seen = watched(SelfAttention, self.states, items, offsets_of([len(items)]))
+        weights = [module.weights(q[-1:], x).mean(0)[0] for module, (q, x, *_), _ in seen]
+        return torch.stack(weights).flip(1)

@@ -32,7 +32,8 @@ class ItemTable(nn.Module):
 
 
 class SequenceModel(Model):
-    """A model of histories over an ItemTable; subclasses define `forward`.
+    """A model of histories over an ItemTable; subclasses define `make`, which makes their layers,
+    and `forward`.
 
     `forward(x [T, H], lengths [B]) -> [T, H]`: from rows of the item table the states, each of
     which scores the item after it; with `wanted` [R] those of these rows alone, [R, H].
@@ -42,6 +43,7 @@ class SequenceModel(Model):
     """
     batch = 128
     betas = 0.9, 0.98
+    dropout = 0.5
     losses = 'bce', 'ce', 'sampled'
     least = 2
     draw = staticmethod(nn.init.xavier_normal_)  # paper's code
@@ -52,12 +54,7 @@ class SequenceModel(Model):
         self.max_items = max_items
         self.hidden = item_embedding.weight.shape[1]
         self.drop = Dropout(self.dropout)
-
-    def draw_matrices(self):
-        """Every matrix of the model anew, but for the item table."""
-        for p in self.parameters():
-            if p.dim() > 1 and p is not self.item_embedding.weight:
-                self.draw(p)
+        self.make()
 
     def ids(self, items):
         """Item ids as an int64 tensor on the model's device."""
@@ -133,14 +130,18 @@ class SequenceModel(Model):
 
 class AttentionModel(SequenceModel):
     """A model of positions and blocks. Subclasses name the class of a `block`, how many, their
-    `heads`, and whether an item attends to older ones only (`causal`)."""
+    `heads`, and whether an item attends to older ones only (`causal`); in `make_head` they make
+    what stands after the blocks."""
     depth = 2  # blocks (paper's code)
 
-    def __init__(self, item_embedding, max_items):
-        super().__init__(item_embedding, max_items)
-        self.position_embedding = nn.Embedding(max_items, self.hidden)
+    def make(self):
+        self.position_embedding = nn.Embedding(self.max_items, self.hidden)
         self.blocks = nn.ModuleList(self.block(self.hidden, self.heads, self.dropout)
                                     for _ in range(self.depth))
+        self.make_head()
+        for p in self.parameters():  # every matrix anew, but for the item table
+            if p.dim() > 1 and p is not self.item_embedding.weight:
+                self.draw(p)
 
     def forward(self, x, lengths, wanted=...):
         """Rows of the item table [T, H] -> what the last block gives: [T, H], or of the rows
@@ -215,7 +216,7 @@ class SelfAttention(Attention):
         query = self.split(self.query(q))
         key = self.split(self.key(x))
         scores = query @ key.mT / query.shape[2] ** 0.5
-        return scores.softmax(2)
+        return self.softmax(scores)
 
 
 # ------------------------------------------------------------------------ softmax over all items
@@ -243,7 +244,7 @@ class SoftmaxLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, states, table, bias, target):
-        size = max(1, LOGITS // len(table))
+        size = LOGITS // len(table)
         weight = half(table)
         share = 1 / len(states)
         total = 0
@@ -281,8 +282,8 @@ def draw_training_negatives(items, offsets, n, rng):
     gets any)."""
     row = row_numbers(np.diff(offsets)) * (n + 1)
     own = row + items
-    out = rng.integers(1, n + 1, len(items))
-    for _ in range(100):
+    out = own - row  # none is outside yet
+    for _ in range(101):
         again = np.flatnonzero(np.isin(row + out, own))
         if not len(again):
             break

@@ -5,7 +5,6 @@ Item ids are 1..n as in common/data.py; histories are ragged pairs (items, offse
 """
 from array import array
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice, pairwise
 from typing import NamedTuple
@@ -18,7 +17,6 @@ from common.runs import code_digest
 
 NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), unused when packed
 MOST_ATTRIBUTES, MOST_TOKENS = 3, 32  # of an item; of an attribute, its name included (RecFormer)
-RECTANGLE = 160  # up to this length attention is one rectangle, all against all: speed only
 AT_ONCE = 20_000  # items tokenized at a time: memory only
 
 
@@ -30,16 +28,11 @@ class ItemTokens(NamedTuple):
     offsets: np.ndarray  # int64 [n + 2]
 
     @property
-    def n(self):
-        return len(self.offsets) - 2
-
-    @property
     def fingerprint(self):
         return digest(*self)
 
 
-@dataclass
-class Packed:
+class Packed(NamedTuple):
     """B token sequences, each [CLS] + items newest first, one after the other."""
     tokens: np.ndarray          # int64 [T]
     types: np.ndarray           # int64 [T]
@@ -54,15 +47,14 @@ class Packed:
 
     def rows(self, sequences):
         """These sequences alone."""
-        *arrays, lengths = vars(self).values()
+        *arrays, lengths = self
         index = self.index(sequences)
         return Packed(*(array[index] for array in arrays), lengths[sequences])
 
 
 # ------------------------------------------------------------------------ tokens
 
-@dataclass
-class Words:
+class Words(NamedTuple):
     """A language model's fast tokenizer, in a form that a checkpoint carries along.
 
     cls, mask: ids of the token that begins a sequence, and of the one that hides a word.
@@ -71,11 +63,14 @@ class Words:
     cls: int
     mask: int
 
-    def __post_init__(self):
+    @property
+    def backend(self):
+        """The tokenizer itself; making it takes a while."""
         from tokenizers import Tokenizer
-        self.backend = Tokenizer.from_str(self.text)
-        self.backend.enable_truncation(MOST_TOKENS)
-        self.backend.no_padding()
+        backend = Tokenizer.from_str(self.text)
+        backend.enable_truncation(MOST_TOKENS)
+        backend.no_padding()
+        return backend
 
 
 def tokenize(attributes, words):
@@ -85,18 +80,18 @@ def tokenize(attributes, words):
     attributes: in the order of the items, of each a list of (name, value) -> ItemTokens.
     """
     ids, types, starts, offsets = array('i'), array('b'), array('b'), array('q', [0, 0])
-    items = iter(attributes)
+    items, backend = iter(attributes), words.backend
     while some := list(islice(items, AT_ONCE)):
         texts = list({text for pairs in some for pair in pairs for text in pair})
-        known = dict(zip(texts, words.backend.encode_batch(texts, add_special_tokens=False)))
+        known = dict(zip(texts, backend.encode_batch(texts, add_special_tokens=False)))
         for pairs in some:
             for pair in pairs[:MOST_ATTRIBUTES]:
-                name, value = map(known.get, pair)
-                kinds = [NAME] * len(name) + [VALUE] * len(value)
-                begins = word_starts(name.word_ids) + word_starts(value.word_ids)
-                ids.extend((name.ids + value.ids)[:MOST_TOKENS])
-                types.extend(kinds[:MOST_TOKENS])
-                starts.extend(begins[:MOST_TOKENS])
+                end = len(ids) + MOST_TOKENS
+                for kind, text in zip((NAME, VALUE), pair):
+                    ids.extend(known[text].ids)
+                    starts.extend(word_starts(known[text].word_ids))
+                    types.extend([kind] * len(known[text]))
+                del ids[end:], types[end:], starts[end:]
             offsets.append(len(ids))
     # the arrays' own memory, not copies of it
     return ItemTokens(np.asarray(ids), np.asarray(types), np.asarray(starts).view(bool),
@@ -157,24 +152,6 @@ def pack(items, offsets, tokens, cls, max_items=50, max_tokens=1024):
     return Packed(with_cls(tokens.ids[source], cls), with_cls(tokens.types[source]),
                   with_cls(np.repeat(position, lengths)),
                   np.insert(tokens.starts[source], heads, False), total + 1)
-
-
-def micro_batches(lengths, max_tokens):
-    """Rows in groups of similar length with at most `max_tokens` tokens (at least one row).
-
-    Where none has more than RECTANGLE tokens they share one rectangle, whose padding is counted.
-    lengths [B] -> list of int arrays that together hold each row once.
-    """
-    left, groups = np.argsort(-lengths, kind='stable'), []
-    while len(left):
-        longest = lengths[left[0]]
-        if longest <= RECTANGLE:
-            size = max_tokens // longest
-        else:
-            size = np.searchsorted(np.cumsum(lengths[left]), max_tokens, 'right')
-        group, left = np.split(left, [max(1, size)])
-        groups.append(group)
-    return groups
 
 
 # ------------------------------------------------------------------------ masking

@@ -16,7 +16,7 @@ from transformers import (AutoModelForMaskedLM, BertConfig, CamembertConfig, Cam
 
 import evaluate
 import export_embeddings
-from common.backbone import (from_backbone, load_recformer, load_words, save_recformer, start_model,
+from common.backbone import (from_backbone, load_words, save_recformer, start_model,
                              weights_digest)
 from common.data import prepare
 from common.files import UserError
@@ -39,7 +39,7 @@ def tuned(tmp_path_factory):
             if 'word_embeddings' not in name:
                 tensor.add_(torch.randn_like(tensor))
     save_recformer(folder.parent / 'ours.pt', model)
-    return folder, backbone, model, load_recformer(folder.parent / 'ours.pt')
+    return folder, backbone, model, start_model(folder.parent / 'ours.pt')
 
 
 def wrapped(prefix):
@@ -88,7 +88,7 @@ def test_every_published_form_gives_the_weights_that_ours_gives(tuned, tmp_path,
     change, taken = FORMS[form]
     file = tmp_path / 'published.bin'
     torch.save(change(published(model)), file)
-    found = load_recformer(file, str(folder))
+    found = start_model(file, str(folder))
     for name, tensor in ours.state_dict().items():
         source = backbone[name] if name.startswith(tuple(taken)) else tensor
         assert torch.equal(found.state_dict()[name], source), name
@@ -107,7 +107,7 @@ def test_half_precision_and_safetensors(tuned, tmp_path, kind, name):
     else:
         state = {key: tensor.clone() for key, tensor in state.items()}
         save_file(wrapped('model.')(state), tmp_path / name)
-    found = load_recformer(tmp_path / name, str(folder)).state_dict()
+    found = start_model(tmp_path / name, str(folder)).state_dict()
     assert all(torch.equal(found[key], tensor.to(kind).float()) for key, tensor in model.state_dict().items())
 
 
@@ -131,12 +131,12 @@ def test_published_files_whose_names_do_not_add_up_are_refused(tuned, tmp_path, 
     for words, content in cases.items():
         torch.save(content, file)
         with pytest.raises(UserError, match=f'{file}: .*{words}') as caught:
-            load_recformer(file, str(folder))
+            start_model(file, str(folder))
         assert '\n' not in str(caught.value)
     assert 'code from a file' not in capsys.readouterr().out
     (tmp_path / 'cut.safetensors').write_bytes(b'\x08' * 40)
     with pytest.raises(UserError, match='cut.safetensors: is no readable'):
-        load_recformer(tmp_path / 'cut.safetensors', str(folder))
+        start_model(tmp_path / 'cut.safetensors', str(folder))
 
 
 # ------------------------------------------------------------------------ settings of a config.json
@@ -211,7 +211,7 @@ def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
     if settings != 'no effect':  # a checkpoint knows it; another is another model
         model.words = load_words(tiny_bert(tmp_path / 'words'))
         save_recformer(tmp_path / 'model.pt', model)
-        again = load_recformer(tmp_path / 'model.pt').eval()
+        again = start_model(tmp_path / 'model.pt').eval()
         assert torch.equal(again(p), model(p)) and again.config == model.config
         then, model.config.heads = weights_digest(model), 2
         assert weights_digest(again) == then != weights_digest(model)
@@ -279,7 +279,7 @@ def test_sentencepiece_models_go_all_the_way(tmp_path, kind):
     assert set(masked) >= set(each), 'every word, whole'
     save_recformer(tmp_path / 'model.pt', model)
     shutil.rmtree(tmp_path / 'plm')
-    again = load_recformer(tmp_path / 'model.pt')
+    again = start_model(tmp_path / 'model.pt')
     assert torch.equal(again.encode_items(tokenize([[('brand', value)]], again.words)), model.encode_items(tokens))
 
 

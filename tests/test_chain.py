@@ -25,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 
-from common.backbone import load_recformer, weights_digest
+from common.backbone import start_model, weights_digest
 from common.files import ROOT, command, load_json, load_pt, lock
 from tests.toy import amazon, canonical, tiny_bert, tiny_longformer
 
@@ -334,7 +334,7 @@ def test_own_data_without_a_source(tmp_path, fast):
     for label in ('lf-id+text-raw-16', 'ft-id+text-raw-16', 'ft0-lf'):
         assert f'| {label} |' in out
     head = load_pt(run / 'embeddings' / 'ft.pt', 'embeddings')['head']
-    assert head['identity']['model'] == weights_digest(load_recformer(run / 'ft1-seed0'))
+    assert head['identity']['model'] == weights_digest(start_model(run / 'ft1-seed0'))
 
 
 # ------------------------------------------------------------------------ what run_all.sh runs

@@ -13,7 +13,7 @@ import export_embeddings
 import finetune
 import train_seq
 from common import data, figures, report
-from common.backbone import load_recformer
+from common.backbone import start_model
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, first_tokens, learning,
                             numbers)
 from common.files import UserError, save_json, save_npz
@@ -190,7 +190,7 @@ def test_both_models_see_the_same_tokens(world, monkeypatch):
 
 
 def test_cls_attention_of_one_user_at_a_time_is_that_of_many(world):
-    found, model = data.load('one'), load_recformer(world / 'ft1-seed0').eval()
+    found, model = data.load('one'), start_model(world / 'ft1-seed0').eval()
     tokens = tokenize(found.attributes, model.words)
     items, offsets, _ = found.split('test')
     many = model.pack(items, offsets[:8], tokens)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import export_embeddings
 import finetune
 import pretrain
-from common.backbone import from_backbone, load_recformer, start_model
+from common.backbone import from_backbone, start_model
 from common.data import prepare
 from common.files import UserError, load_json, load_pt
 from common.layers import Machine
@@ -77,7 +77,7 @@ def test_two_domains_share_no_item_and_split_points_come_from_the_second_half(da
             assert held[user] == point, 'a history is all that came before'
     assert all(seen[user] == set(range(s.lengths[user] // 2, s.lengths[user])) for user in users)
     assert s.items[s.begin[one.n_users]:].min() > one.n_items
-    assert s.items.max() == one.n_items + two.n_items == s.tokens.n
+    assert s.items.max() == one.n_items + two.n_items == len(s.tokens.offsets) - 2
 
 
 def test_what_is_drawn_is_the_history_newest_first_and_the_target(data, sources, model):
@@ -135,7 +135,7 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
     for size in (100_000, 40):
         model.on(Machine(micro_tokens=size)).zero_grad()
         value = pretrain.masked_gradients(model, packed, *masked, 0.5)
-        weights = model.lm_head.dense.weight, model.layers[0].attention.self.key.weight
+        weights = model.lm_head.dense.weight, model.longformer.encoder.layer[0].attention.self.key.weight
         found.append((value, [weight.grad.clone() for weight in weights]))
     (whole, expected), (parts, gradients) = found
     assert float(whole) == pytest.approx(float(parts), rel=1e-5) and whole > 0
@@ -162,7 +162,8 @@ def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, 
         of_words = 0
         for packed in (histories, targets):
             tokens, chosen = mask_words(packed, rng, model.words.mask, model.config.vocab_size)
-            right, packed.tokens = torch.from_numpy(packed.tokens[chosen]), tokens
+            right = torch.from_numpy(packed.tokens[chosen])
+            packed = packed._replace(tokens=tokens)
             logits = model.mlm_logits(model(packed, np.arange(len(tokens))))[chosen]
             of_words = of_words + F.cross_entropy(logits, right)
         mlm.append(of_words.item())
@@ -253,10 +254,10 @@ def test_stage_pt_as_a_command(place, data, tmp_path, capsys):
                '--out', str(out)]
     pretrain.main(pretrain.parse_args(command))
     assert names(out) == ['.lock', 'log.csv', 'model.pt', 'row.json']
-    tuned, begun = load_recformer(out), from_backbone(place / 'plm')
+    tuned, begun = start_model(out), from_backbone(place / 'plm')
     assert (tuned.stage, tuned.config.max_tokens, tuned.items) == ('pt', 64, None)
     assert torch.equal(tuned.word_table, begun.word_table), 'frozen in pre-training'
-    assert not torch.equal(tuned.layers[0].output.dense.weight, begun.layers[0].output.dense.weight)
+    assert not torch.equal(tuned.longformer.encoder.layer[0].output.dense.weight, begun.longformer.encoder.layer[0].output.dense.weight)
     row = load_json(out / 'row.json')
     assert row['stage'] == 'pt' and 0 <= row['valid'] <= 1 and 'metrics' not in row
     log = (out / 'log.csv').read_text().splitlines()
@@ -296,7 +297,7 @@ def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
     cosine = F.cosine_similarity(states[:, None], table[None, 1:], dim=2) / 0.05
     expected = F.cross_entropy(cosine, torch.from_numpy(labels).long() - 1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    weight = model.layers[0].output.dense.weight
+    weight = model.longformer.encoder.layer[0].output.dense.weight
     of_weight, of_table = torch.autograd.grad(expected, [weight, table])
     torch.testing.assert_close(weight.grad, of_weight, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(table.grad, of_table, atol=1e-5, rtol=1e-3)
@@ -326,19 +327,19 @@ def test_item_tables_of_the_two_stages(place, data):
     """Stage 1 ends with the items as its best weights encode them; stage 2 keeps that table, or
     tunes it too; each stage's row says what it is."""
     folder = tuned(place, '1', '--plm', place / 'plm')
-    first = load_recformer(folder / 'ft1-seed0')
+    first = start_model(folder / 'ft1-seed0')
     tokens = tokenize(data[0].attributes, first.words)
     assert torch.equal(first.items, first.encode_items(tokens))
     assert (first.stage, first.data) == ('ft1', data[0].fingerprint)
     tuned(place, '2')
-    second = load_recformer(folder / 'ft2-seed0')
+    second = start_model(folder / 'ft2-seed0')
     assert torch.equal(second.items, first.items) and second.stage == 'ft2'
     assert not torch.equal(second.word_table, first.word_table)
     tuned(place, '2', '--trainable-items')
-    third = load_recformer(folder / 'ft2-items-seed0')
+    third = start_model(folder / 'ft2-items-seed0')
     assert not torch.equal(third.items, first.items) and not third.items[0].any()
     tuned(place, '1', '--plm', place / 'plm', '--tune-layers', '1')
-    layer = load_recformer(folder / 'ft1-layers1-seed0')
+    layer = start_model(folder / 'ft1-layers1-seed0')
     begun = from_backbone(place / 'plm')
     moved = {name for name, value in layer.state_dict().items()
              if not torch.equal(value, begun.state_dict()[name])}
@@ -398,7 +399,7 @@ def test_exports_are_the_models_own_encodings(place, data, tmp_path, capsys):
     shutil.rmtree(plm)
     out, folder = tmp_path / 'ft.pt', place / 'runs' / 'one' / 'ft1-seed0'
     export('--checkpoint', folder, '--out', out)
-    items = load_recformer(folder).items
+    items = start_model(folder).items
     torch.testing.assert_close(load_pt(out, 'embeddings')['matrix'], items, atol=1e-5, rtol=0)
     capsys.readouterr()
     export('--checkpoint', folder, '--out', out)

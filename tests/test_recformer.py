@@ -2,6 +2,7 @@
 checkpoints. Run: python -m pytest tests/test_recformer.py (no download).
 """
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +11,11 @@ import torch.nn.functional as F
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from common import layers
-from common.backbone import (from_backbone, load_named, load_recformer, load_words, save_recformer, start_model,
+from common.backbone import (from_backbone, load_named, load_words, save_recformer, start_model,
                              weights_digest)
 from common.files import UserError, save_pt
 from common.layers import Machine
-from common.recformer import Batch, cosine_logits
+from common.recformer import Batch, RecFormer, cosine_logits
 from common.text import ItemTokens, Packed, tokenize
 from tests.toy import longformer, tiny_bert, tiny_longformer
 
@@ -196,7 +197,7 @@ def test_positions_are_tiled_and_first_layers_taken(tmp_path):
     model = from_backbone(tiny_bert(tmp_path, layers=3), layers=2)
     table = model.longformer.embeddings.position_embeddings.weight
     assert table.shape[0] == 1024 and torch.equal(table[:64], table[64:128])
-    assert len(model.layers) == model.config.layers == 2
+    assert len(model.longformer.encoder.layer) == model.config.layers == 2
     types = model.longformer.embeddings.token_type_embeddings.weight
     assert types.shape[0] == 4 and torch.equal(types[0], types[3])
     with pytest.raises(UserError, match='--layers 4: the model has 3'):
@@ -228,6 +229,23 @@ def tokens_of_four():
     return ItemTokens(ids, np.full(12, 2, np.int8), np.ones(12, bool), offsets)
 
 
+def passes_of(lengths, micro_tokens):
+    """`passes` of sequences of these lengths."""
+    model = SimpleNamespace(machine=Machine(micro_tokens=micro_tokens))
+    return RecFormer.passes(model, SimpleNamespace(lengths=lengths))
+
+
+def test_passes_hold_every_row_once_and_keep_the_limit():
+    lengths = np.random.default_rng(0).integers(1, 50, 200)
+    groups = passes_of(lengths, 120)
+    assert sorted(np.concatenate(groups)) == list(range(200))
+    assert all(len(g) == 1 or len(g) * lengths[g].max() <= 120 for g in groups)
+    long = passes_of(np.array([700, 20, 300, 40]), 1050)
+    assert [g.tolist() for g in long] == [[0, 2, 3], [1]], 'no rectangle: their own tokens count'
+    alone = passes_of(np.array([700, 900]), 100)
+    assert [g.tolist() for g in alone] == [[1], [0]], 'one row at least'
+
+
 def test_encode_items_restores_order_and_evaluates(tmp_path):
     model = start_model(None, str(tiny_bert(tmp_path))).train()
     tokens = tokens_of_four()
@@ -237,7 +255,7 @@ def test_encode_items_restores_order_and_evaluates(tmp_path):
     assert not many[0].any() and many[1:].any(1).all() and not many.requires_grad
     torch.testing.assert_close(many, few, atol=1e-5, rtol=0)
     model.eval()
-    one_by_one = torch.cat([model(model.pack_items([item], tokens)) for item in (1, 2, 3, 4)])
+    one_by_one = torch.cat([model(model.pack_items(np.array([item]), tokens)) for item in (1, 2, 3, 4)])
     torch.testing.assert_close(many[1:], one_by_one, atol=1e-5, rtol=0)
 
 
@@ -259,7 +277,7 @@ def test_histories_are_cut_to_the_models_limits(tmp_path):
     model.config.max_items = 1
     cls = model.words.cls
     assert model.pack(items, offsets, tokens).tokens.tolist() == [cls, 15, 16]
-    alone = model.pack_items([2, 1], tokens)
+    alone = model.pack_items(np.array([2, 1]), tokens)
     assert alone.tokens.tolist() == [cls, 10, cls, 5, 6, 7, 8, 9], 'an item alone is not cut'
     assert alone.item_positions.tolist() == [0, 1, 0, 1, 1, 1, 1, 1]
 
@@ -292,14 +310,14 @@ def test_published_state_dict_loads_with_every_name_accounted_for(tmp_path, bina
     folder = tiny_longformer(tmp_path / 'plm', binary)
     model = from_backbone(folder)
     with torch.no_grad():
-        model.layers[0].output.dense.weight.add_(1)
+        model.longformer.encoder.layer[0].output.dense.weight.add_(1)
     torch.save(published(model), tmp_path / 'published.bin')
-    loaded = load_recformer(tmp_path / 'published.bin', str(folder))
+    loaded = start_model(tmp_path / 'published.bin', str(folder))
     assert same_weights(model, loaded)
     assert (loaded.plm, loaded.stage, loaded.items) == (str(folder), 'published', None)
     assert loaded.words.text == load_words(folder).text
     with pytest.raises(UserError, match='published.bin.*add --plm'):
-        load_recformer(tmp_path / 'published.bin')
+        start_model(tmp_path / 'published.bin')
     state = published(model)
     of_other_shape = {'lm_head.bias': torch.zeros(3)}
     unknown = {'longformer.encoder.layer.9.x': torch.zeros(1)}
@@ -328,7 +346,7 @@ def test_a_checkpoint_needs_no_other_file(tmp_path, make):
     encoded = model.encode_items(tokens)
     shutil.rmtree(folder)
     for path in (tmp_path / 'run', tmp_path / 'run' / 'model.pt', str(tmp_path / 'run')):
-        again = load_recformer(path)
+        again = start_model(path)
         assert same_weights(model, again) and again.config == model.config
         assert (again.plm, again.stage, again.data) == (str(folder), 'ft1', 'fingerprint')
         assert torch.equal(again.items, items)
@@ -347,7 +365,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path):
     for name, words in (('cut.pt', 'cut.pt: is no readable'), ('seq.pt', 'is no readable recformer'),
                         ('nosuch.pt', 'nosuch.pt'), ('empty', 'empty/model.pt')):
         with pytest.raises((UserError, FileNotFoundError), match=words):
-            load_recformer(tmp_path / name)
+            start_model(tmp_path / name)
 
 
 def test_the_seed_draws_the_item_positions_and_nothing_else(tmp_path):

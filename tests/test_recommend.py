@@ -267,15 +267,15 @@ def test_more_rows_get_what_the_items_rows_give(scale):
     """A cold row that equals an item's gets that item's row; the items' own do not change."""
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, 6), 4 + torch.randn(30, 6)])
-    alone = initial.initial_table(matrix, scale, 0.4, 0, 30)
-    twin = initial.initial_table(torch.cat([matrix, matrix[[5, 9]]]), scale, 0.4, 0, 30)
+    alone = initial.initial_table(matrix, 6, scale, 0.4, 0, 30)
+    twin = initial.initial_table(torch.cat([matrix, matrix[[5, 9]]]), 6, scale, 0.4, 0, 30)
     assert torch.equal(twin[:31], alone)
     if scale == 'permuted':  # its items have other items' rows
-        alone = initial.initial_table(matrix, 'centred', 0.4, 0, 30)
+        alone = initial.initial_table(matrix, 6, 'centred', 0.4, 0, 30)
     torch.testing.assert_close(twin[31:], alone[[5, 9]])
-    small = initial.components(torch.cat([matrix, matrix[[5, 9]]]), 3, 30)
+    small = initial.initial_table(torch.cat([matrix, matrix[[5, 9]]]), 3, 'raw', 1.0, 0, 30)
     torch.testing.assert_close(small[31:], small[[5, 9]])
-    torch.testing.assert_close(small[:31], initial.components(matrix, 3, 30))
+    torch.testing.assert_close(small[:31], initial.initial_table(matrix, 3, 'raw', 1.0, 0, 30))
 
 
 def test_cold_items_are_scored_by_the_rows_they_would_have_begun_with(world, found, tmp_path):

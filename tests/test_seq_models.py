@@ -648,7 +648,7 @@ def test_random_tables():
 def test_scales():
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, H), 4 + torch.randn(N, H)])
-    made = {scale: initial.initial_table(matrix, scale, 0.4, 0, N) for scale in initial.SCALES}
+    made = {scale: initial.initial_table(matrix, H, scale, 0.4, 0, N) for scale in initial.SCALES}
     assert set(made) == {'raw', 'centred', 'whitened', 'permuted'}
     assert torch.equal(made['raw'], matrix)
     for name, table in made.items():
@@ -663,23 +663,28 @@ def test_scales():
         return sorted(map(tuple, (table * 1e4).round().tolist()))
     assert rows(made['permuted']) == rows(made['centred'])
     assert not torch.equal(made['permuted'], made['centred'])
-    other = initial.initial_table(matrix, 'permuted', 0.4, 1, N)
+    other = initial.initial_table(matrix, H, 'permuted', 0.4, 1, N)
     assert not torch.equal(made['permuted'], other), "the order is the seed's"
 
 
 def test_whitening_leaves_directions_without_variance_alone():
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, H), torch.randn(N, 3) @ torch.randn(3, H)])
-    table = initial.initial_table(matrix, 'whitened', 0.4, 0, N)[1:]
+    table = initial.initial_table(matrix, H, 'whitened', 0.4, 0, N)[1:]
     values = torch.linalg.svdvals(table)
     assert values[3:].max() < 1e-4 * values[0] and values[2] > 0.999 * values[0]
+
+
+def components(matrix, width, n):
+    """A table of another width, not scaled."""
+    return initial.initial_table(matrix, width, 'raw', 1.0, 0, n)
 
 
 def test_components_are_the_principal_ones():
     torch.manual_seed(0)
     matrix = torch.cat([torch.zeros(1, H), 4 + torch.randn(N, H)])
     full = matrix[1:] - matrix[1:].mean(0)
-    small = initial.components(matrix, 3, N)
+    small = components(matrix, 3, N)
     assert small.shape == (N + 1, 3) and not small[0].any()
     values = torch.linalg.svdvals(full)
     close(small[1:].norm(), values[:3].norm())
@@ -687,20 +692,21 @@ def test_components_are_the_principal_ones():
     # the covariance with the data gives the axes back: they are orthonormal directions of it
     axes = torch.linalg.lstsq(full, small[1:]).solution
     close(axes.T @ axes, torch.eye(3))
-    whole = initial.components(matrix, H, N)
-    close(torch.cdist(whole[1:], whole[1:]), torch.cdist(full, full), atol=1e-3)
+    flat = torch.cat([matrix[:1], 4 + torch.randn(N, 3) @ torch.randn(3, H)])
+    whole = components(flat, 3, N)
+    close(torch.cdist(whole[1:], whole[1:]), torch.cdist(flat[1:], flat[1:]), atol=1e-3)
 
 
 def test_components_by_hand_and_at_most_as_many_as_there_are():
     # items at 1, 2, 3 times (3, 4) from (10, 20): one direction holds everything
     matrix = torch.tensor([[0.0, 0.0], [13, 24], [16, 28], [19, 32]])
-    found = initial.components(matrix, 1, 3)[:, 0]
+    found = components(matrix, 1, 3)[:, 0]
     close(found.abs(), torch.tensor([0.0, 5, 0, 5]), atol=1e-4)
     assert found[1] * found[3] < 0
     with pytest.raises(UserError, match='--hidden 3: .* at most 2'):
-        initial.components(matrix, 3, 3)
+        components(matrix, 3, 3)
     with pytest.raises(UserError, match='--hidden 4: .* at most 3'):
-        initial.components(torch.randn(4, 9), 4, 3)
+        components(torch.randn(4, 9), 4, 3)
 
 
 def test_geometry_by_hand():
@@ -825,7 +831,7 @@ def test_the_width_is_that_of_every_variant(toy, capsys, monkeypatch):
     train_seq.main(train_seq.parse_args([*options, '--hidden', '4']))
     e = load_pt(folder / 'embeddings' / 'ft.pt', 'embeddings')['matrix']
     small = state_of(folder, 'sasrec-bce-ft-freeze-raw-4-lr0.01-seed0')[TABLE]
-    assert torch.equal(small, initial.components(e, 4, data.n_items))
+    assert torch.equal(small, components(e, 4, data.n_items))
     assert len(load_rows('toy')) == 4
     with pytest.raises(UserError, match='--hidden 17: .* at most 16'):
         train_seq.main(train_seq.parse_args([*options, '--hidden', '17']))

@@ -2,7 +2,6 @@
 
 Run: python -m pytest tests/test_text.py
 """
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,7 @@ from tokenizers import Tokenizer
 from common import text
 from common.backbone import load_words
 from common.files import UserError, load_pt, save_pt
-from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, mask_words, micro_batches,
+from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, mask_words,
                          pack, tokenize)
 from tests.toy import wordpiece
 
@@ -32,7 +31,7 @@ def spelled(words, ids):
 
 def test_a_tokenizer_goes_through_a_checkpoint(words, tmp_path):
     assert spelled(words, [words.cls, words.mask]) == ['[CLS]', '[MASK]']
-    save_pt(tmp_path / 'x.pt', 'toy', words=asdict(words))
+    save_pt(tmp_path / 'x.pt', 'toy', words=words._asdict())
     again = Words(**load_pt(tmp_path / 'x.pt', 'toy')['words'])
     assert again == words
     items = [[('title', 'red tea, xy'), ('brand', 'acme')]]
@@ -81,7 +80,7 @@ def test_attribute_is_name_then_value_cut_to_32_at_most_three(words):
     assert t.types[:6].tolist() == [NAME, VALUE, VALUE, NAME, NAME, VALUE]
     sizes = np.diff(t.offsets).tolist()
     assert sizes == [0, 6, 32, 6, 0], 'item 0 is padding; 32 an attribute; no fourth attribute'
-    assert t.n == 4
+    assert n_items(t) == 4
     assert (t.ids.dtype, t.types.dtype, t.starts.dtype) == (np.int32, np.int8, bool)
 
 
@@ -107,7 +106,7 @@ def test_pieces_change_nothing(words, monkeypatch):
     whole = tokenize(items, words)
     monkeypatch.setattr(text, 'AT_ONCE', 7)
     parts = tokenize(items, words)
-    assert parts.fingerprint == whole.fingerprint and parts.n == 25
+    assert parts.fingerprint == whole.fingerprint and n_items(parts) == 25
 
 
 def test_fingerprint_sees_every_array(words):
@@ -138,6 +137,10 @@ def dataset(folder, items=ITEMS, fingerprint='one'):
     return data
 
 
+def n_items(tokens):
+    return len(tokens.offsets) - 2
+
+
 def same_tokens(a, b):
     return all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a, b))
 
@@ -145,7 +148,7 @@ def same_tokens(a, b):
 def test_tokens_are_made_once_for_a_dataset_and_a_tokenizer(words, tmp_path):
     data, other = dataset(tmp_path / 'data'), Words(words.text + ' ', words.cls, words.mask)
     first, again = item_tokens(data, words), item_tokens(data, words)
-    assert data.read == 1 and first.n == 3
+    assert data.read == 1 and n_items(first) == 3
     assert same_tokens(first, again) and same_tokens(first, tokenize(ITEMS, words))
     assert first.fingerprint == again.fingerprint == tokenize(ITEMS, words).fingerprint
     [file] = (tmp_path / 'data').iterdir()
@@ -158,7 +161,7 @@ def test_tokens_are_made_once_for_a_dataset_and_a_tokenizer(words, tmp_path):
 def test_kept_tokens_of_other_texts_code_or_library_are_made_again(words, tmp_path, monkeypatch):
     item_tokens(dataset(tmp_path), words)
     changed = dataset(tmp_path, ITEMS[:2], 'two')
-    assert item_tokens(changed, words).n == 2 and changed.read == 1
+    assert n_items(item_tokens(changed, words)) == 2 and changed.read == 1
     for name, value in (('code_digest', 'other'), ('version', '0.0')):
         monkeypatch.setattr(text, name, lambda _: value)
         item_tokens(changed, words)
@@ -173,14 +176,14 @@ def test_damaged_or_unwritable_tokens_are_made_again_in_silence(words, tmp_path,
     [file] = (tmp_path / 'data').iterdir()
     cut, pickled = file.read_bytes()[:-60], {**np.load(file), 'ids': np.array([print], object)}
     file.write_bytes(cut)
-    assert item_tokens(data, words).n == 3 and data.read == 2
+    assert n_items(item_tokens(data, words)) == 3 and data.read == 2
     item_tokens(data, words)
     assert data.read == 2, 'the damaged file was replaced'
     np.savez(file, **pickled)
     assert item_tokens(data, words).ids.dtype == np.int32 and data.read == 3
     (tmp_path / 'blocked').write_text('a file where a folder should be')
     unwritable = dataset(tmp_path / 'blocked' / 'data')
-    assert item_tokens(unwritable, words).n == item_tokens(unwritable, words).n == 3
+    assert n_items(item_tokens(unwritable, words)) == n_items(item_tokens(unwritable, words)) == 3
     assert unwritable.read == 2 and capfd.readouterr() == ('', '')
 
 
@@ -234,17 +237,6 @@ def test_chosen_rows_are_those_of_the_whole():
     assert q.item_positions.tolist() == [0, 1, 0, 1, 1, 1, 2, 3, 3]
     assert q.starts.tolist() == [0, 1, 0, 1, 0, 1, 1, 1, 0]
     assert p.index(np.array([2, 1])).tolist() == [9, 7, 8]
-
-
-def test_micro_batches_hold_every_row_once_and_keep_the_limit():
-    lengths = np.random.default_rng(0).integers(1, 50, 200)
-    groups = micro_batches(lengths, 120)
-    assert sorted(np.concatenate(groups)) == list(range(200))
-    assert all(len(g) == 1 or len(g) * lengths[g].max() <= 120 for g in groups)
-    long = micro_batches(np.array([700, 20, 300, 40]), 1050)
-    assert [g.tolist() for g in long] == [[0, 2, 3], [1]], 'no rectangle: their own tokens count'
-    alone = micro_batches(np.array([700, 900]), 100)
-    assert [g.tolist() for g in alone] == [[1], [0]], 'one row at least'
 
 
 # ------------------------------------------------------------------------ masking

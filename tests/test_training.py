@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import finetune
 import pretrain
 import train_seq
-from common.backbone import load_recformer, start_model
+from common.backbone import start_model
 from common.data import prepare
 from common.files import load_json, load_npz
 from common.layers import Machine
@@ -139,7 +139,7 @@ def test_batches_of_a_thread_give_the_same_bits_also_when_killed(place, tmp_path
     torch.manual_seed(99)
     script.main(options(script, place, tmp_path / 'killed'))
     names = 'plain', 'ahead', 'killed'
-    a, b, c = (load_recformer(tmp_path / name).state_dict() for name in names)
+    a, b, c = (start_model(tmp_path / name).state_dict() for name in names)
     begun = start_model(None, str(place / 'plm')).state_dict()
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
     assert sum(not torch.equal(a[name], begun[name]) for name in a) > 30
@@ -390,7 +390,7 @@ def test_two_processes_end_with_the_weights_of_one(place, tmp_path):
         assert said[0].count('written to') == 1 and not said[1], 'the first alone prints'
         files = [sorted(file.name for file in folder.iterdir()) for folder in folders]
         assert files[0] == files[1] and 'row.json' in files[0]
-        a, b = (load_recformer(folder).state_dict() for folder in folders)
+        a, b = (start_model(folder).state_dict() for folder in folders)
         # against how far each tensor moved; Adam blows up the rounding of gradients near zero, such
         # as a key's bias, so: the median
         apart = [float((value - b[key]).norm() / (value - begun[key]).norm())
