@@ -26,6 +26,7 @@ class SASRecBlock(AttentionBlock):
 class SASRec(AttentionModel):
     """The state at each position scores the item after it. Sizes: paper's code."""
     block, heads, causal = SASRecBlock, 1, True
+    dropout = 0.5
 
     def make_head(self):
         self.norm = nn.LayerNorm(self.hidden, SASRecBlock.eps)

@@ -20,6 +20,8 @@ from common.backbone import (from_backbone, load_words, save_recformer, start_mo
                              weights_digest)
 from common.data import prepare
 from common.files import UserError
+from common.sasrec import SASRec
+from common.sequence import ItemTable
 from common.text import mask_words, pack, tokenize
 from tests.test_recformer import all_of, packed, published, square
 from tests.toy import WORDS, canonical, tiny_bert, tiny_longformer
@@ -358,7 +360,9 @@ def test_attention_of_a_model_whose_origin_moved(world, monkeypatch):
     save_recformer(world / 'runs' / 'one' / 'ft1-seed0' / 'model.pt', model)
     (world / 'plm').rename(world / 'moved')
     monkeypatch.setattr(evaluate, 'draw_attention', lambda *_: None)
-    line = ['attention', 'one', '--users', '2']
+    sasrec = SASRec(ItemTable(torch.rand(40, 8)), 10).eval()
+    monkeypatch.setattr(evaluate, 'load_seq', lambda *_: (sasrec, {}))
+    line = ['attention', 'one', '--users', '2', '--seq', 'it']
     with pytest.raises(UserError, match=f'--plm {world / "plm"}: no language model could be loaded'):
         evaluate.main(evaluate.parse_args(line))
     model_of('bert', num_hidden_layers=3, vocab_size=200).save_pretrained(world / 'other')
@@ -367,4 +371,4 @@ def test_attention_of_a_model_whose_origin_moved(world, monkeypatch):
     with pytest.raises(UserError, match='not what the checkpoint was tuned from'):
         evaluate.main(evaluate.parse_args([*line, '--plm', str(world / 'other')]))
     evaluate.main(evaluate.parse_args([*line, '--plm', str(world / 'moved')]))
-    assert 'vanilla' in (world / 'runs' / 'one' / 'figure1.md').read_text()
+    assert '| lf | 0 |' in (world / 'runs' / 'one' / 'figure1.md').read_text()

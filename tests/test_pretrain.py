@@ -15,7 +15,7 @@ import pretrain
 from common.backbone import from_backbone, start_model
 from common.data import prepare
 from common.files import UserError, load_json, load_pt
-from common.layers import Machine
+from common.layers import Dropout, Machine
 from common.recformer import KEPT, cosine_logits
 from common.text import mask_words, tokenize
 from tests.toy import canonical, tiny_bert
@@ -189,8 +189,8 @@ def test_encoding_in_parts_has_the_gradients_of_one_pass(place, sources, size, d
     """Gradient caching: the same states, gradients and dropout, and no pass larger than asked."""
     model = start_model(None, str(place / 'plm')).train()
     for module in model.modules():
-        if hasattr(module, 'dropout'):
-            module.dropout = dropout
+        if isinstance(module, Dropout):
+            module.p = dropout
     histories, targets, ids = sources.draw(np.arange(16), np.random.default_rng(0), model)
     seen, found = [], []
     model.on(Machine(micro_tokens=size))
