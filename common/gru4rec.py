@@ -15,6 +15,7 @@ from common.sequence import SequenceModel
 class GRU4Rec(SequenceModel):
     """The state after each item scores the item after it. Sizes: ours, as SASRec's."""
     losses = 'ce', 'bce', 'sampled'
+    dropout = 0.5
 
     def make(self):
         self.gru = nn.GRU(self.hidden, self.hidden)

@@ -52,10 +52,10 @@ class Batch:
 
     Global attention: `all` [B, L] are rows of the packed tokens, `real` [B, L] those that exist.
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are
-    rows of the packed tokens; `mask` [N, 1, Q, K] and `place` [T]: see `Attention.packed`. Every query
-    attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to each
-    side. Where all sequences are short a block is a whole sequence; else the keys are CLS and what
-    the block's windows reach.
+    rows of the packed tokens; `mask` [N, 1, Q, K] and `place` [T]: see `Attention.packed`. Every
+    query attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to
+    each side. Where all sequences are short a block is a whole sequence; else the keys are CLS and
+    what the block's windows reach.
     """
 
     def __init__(self, packed, window, machine):

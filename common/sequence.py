@@ -43,7 +43,6 @@ class SequenceModel(Model):
     """
     batch = 128
     betas = 0.9, 0.98
-    dropout = 0.5
     losses = 'bce', 'ce', 'sampled'
     least = 2
     draw = staticmethod(nn.init.xavier_normal_)  # paper's code
