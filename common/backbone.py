@@ -121,7 +121,7 @@ def from_backbone(path, layers=None):
     b = from_pretrained(AutoConfig, path)
     for name, allowed in ALLOWED.items():
         found = str(getattr(b, name, allowed))
-        if found not in allowed:
+        if found not in (allowed, *allowed.split()):
             raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
                             f'{allowed}')
     backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=b, dtype=torch.float32,

@@ -84,7 +84,7 @@ class Dataset:
         """Histories and targets of the evaluated users: ragged (items, offsets) and targets [E].
         'valid': training part -> validation item; 'test': training part and validation item -> test
         item."""
-        leave = 2 if which == 'valid' else 1
+        leave = {'valid': 2, 'test': 1}[which]
         targets = self.items[self.offsets[self.evaluated + 1] - leave]
         return *self.training(leave, self.evaluated), targets
 

@@ -119,9 +119,11 @@ class Run(NamedTuple):
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
-        # of today's code ('+': it was changed since); nothing where there is no git
-        git = f'git -C "{ROOT}" describe --always --exclude="*" --abbrev=12 --dirty=+ 2>/dev/null'
-        commit = subprocess.getoutput(git)
+        git = 'git describe --always --exclude=* --abbrev=12 --dirty=+'.split()
+        commit = ''  # of today's code ('+': it was changed since)
+        with suppress(OSError):  # no git on this machine
+            found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+            commit = found.stdout.strip()
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
                'commit': commit or 'unknown', 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),

@@ -219,12 +219,12 @@ def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
         assert weights_digest(again) == then != weights_digest(model)
 
 
-@pytest.mark.parametrize('name', REFUSED)
-def test_settings_that_cannot_be_computed_are_refused_by_name(tmp_path, name):
+@pytest.mark.parametrize('name, value', [*REFUSED.items(), ('model_type', 'xlm')])  # as xlm-roberta begins
+def test_settings_that_cannot_be_computed_are_refused_by_name(tmp_path, name, value):
     model_of('roberta').save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
-    (tmp_path / 'config.json').write_text(json.dumps({**config, name: REFUSED[name]}))
-    with pytest.raises(UserError, match=f'{tmp_path}: {name} is {REFUSED[name]} in its config.json; known here'):
+    (tmp_path / 'config.json').write_text(json.dumps({**config, name: value}))
+    with pytest.raises(UserError, match=f'{tmp_path}: {name} is {value} in its config.json; known here'):
         from_backbone(tmp_path)
 
 
