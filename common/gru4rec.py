@@ -27,7 +27,7 @@ class GRU4Rec(SequenceModel):
         numbers = torch.arange(len(x)).split(lengths.tolist())
         longest_first = sorted(numbers, key=len, reverse=True)
         packed = pack_sequence(longest_first)  # the rows' numbers step after step
-        order = packed.data.to(x.device)
+        order = self.machine.put(packed.data)
         x = self.drop(rows(x, order))
         # the norm of an item's row says nothing; its scale would saturate the gates
         y, _ = self.gru(PackedSequence(self.norm(x), packed.batch_sizes))

@@ -1,6 +1,5 @@
 """What the layers of all models share: where and how they compute, dropout, attention."""
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -9,9 +8,20 @@ from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
 
-# remade(function, *inputs): its intermediate results are made again for the gradient, with the same
-# random numbers of the devices that tensors among the inputs are on, instead of kept.
-remade = partial(checkpoint, use_reentrant=False)
+
+def remade(function, *inputs):
+    """function(*inputs), whose intermediate results are made again for the gradient instead of
+    kept, with the same random numbers of the devices that tensors among the inputs are on."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def remade_on_cpu(function, x, *more):
+    """As `remade`; a GPU keeps all: it would wait for the host, which has twice as much to say."""
+    if x.device.type != 'cpu':
+        return function(x, *more)
+    return remade(function, x, *more)
 
 
 @dataclass
@@ -73,11 +83,13 @@ def half(x):
 
 
 def rows(x, index):
-    """x[index] along the first axis, x itself where index is `...`. Embedding's backward is several
-    times faster on a CPU than that of indexing."""
+    """x[index] along the first axis, x itself where index is `...`. The fastest backward: several
+    times that of indexing on a CPU; on a GPU all others sort the index."""
     if index is ...:
         return x
-    return nn.functional.embedding(index, x)
+    if x.device.type == 'cpu':
+        return nn.functional.embedding(index, x)
+    return x.index_select(0, index.flatten()).unflatten(0, index.shape)
 
 
 class Dropout(nn.Dropout):

@@ -41,7 +41,7 @@ def add_plm_options(parser):
     option(parser, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
     option(parser, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
     option(parser, '--micro-tokens',
-           'tokens in one pass of the model: memory only (default: 2048, on CUDA 16384)', POSITIVE)
+           'in one pass: memory only (default: 2048; on CUDA one for each MiB of it)', POSITIVE)
 
 
 def add_training_options(parser, epochs, patience, batch=None):

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
 
 from common.arrays import parts, take
-from common.layers import Attention, Dropout, Model, additive, half, remade, rows, watched
+from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu,
+                           rows, watched)
 from common.progress import progress
 from common.text import pack
 
@@ -105,11 +106,11 @@ class WindowedAttention(Attention):
     more = 'query_global', 'key_global', 'value_global'
 
     def forward(self, x, batch, wanted):
-        """[T, H] -> [T, H], or of the rows `wanted` [R]: [R, H]. Its inside is made again for the
-        gradient. The rows of all CLS need no windowed attention."""
+        """[T, H] -> [T, H], or of the rows `wanted` [R]: [R, H]. The rows of all CLS need no
+        windowed attention."""
         if wanted is batch.cls:
             return self.cls(x, batch)
-        y = remade(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
+        y = remade_on_cpu(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
         return rows(y, wanted)
 
     def mix(self, x, batch, *three):
@@ -156,7 +157,7 @@ class Layer(nn.Module):
         y = self.attention.self(half(x), batch, wanted)
         y = self.attention.output.dense(y)
         x = self.attention.output.LayerNorm(self.drop(y) + rows(x, wanted))
-        y = remade(self.feed_forward, self.intermediate.dense(x))
+        y = remade_on_cpu(self.feed_forward, self.intermediate.dense(x))
         return self.output.LayerNorm(self.drop(y) + x)
 
     def feed_forward(self, y):

@@ -468,7 +468,7 @@ BAD_ITEMS = {
     '{"id": ["a"]}\n': f'line 1 {OBJECT}',
     '{"id": "a"}\n{"id": "a"}\n': 'two lines have the id a',
     '{"id": 1}\n{"id": "1"}\n': 'two lines have the id 1',
-    '{"id": "a", "title": ' + '[' * 600 + ']' * 600 + '}\n': 'line 1 is no',
+    '{"id": "b"}\n{"id": "a", "title": ' + '[' * 10 ** 5 + ']' * 10 ** 5 + '}\n': 'line 2 is no',
     '{"id": "a", "title": ' + '9' * 5000 + '}\n': NO_OBJECT,
 }
 

@@ -1,6 +1,6 @@
 """Time and memory against what published code does, and against what the machine can do.
 
-    python -m tests.tools.bench [--quick] [--only WORD] [--json FILE]
+    python -m tests.tools.bench [--quick] [--only WORD ...] [--json FILE] [--device cpu]
 
 Each row runs the baseline (tests/tools/published.py) and ours in a process of its own, alternating,
 and takes medians; memory is the peak of that process, everything counted. Work too long to repeat
@@ -10,6 +10,9 @@ is timed on a part and scaled up ('x N'). Random weights, made-up data of the re
 is measured in the same process. Useful is what the result needs: no padding, no sequence without
 a target, and of a last layer only the rows that a loss or a score asks for. Exit code 1 where a
 target is missed.
+
+On a machine with CUDA the rows are others, of a GPU's sizes; both sides compute on it, and MB are
+the most that torch held of its memory. `--device cpu` has the CPU's rows there.
 """
 import argparse
 import contextlib
@@ -90,7 +93,11 @@ def baseline():
 
 def runtime():
     """The Machine that scripts compute on here, made as they make it."""
-    return start(argparse.Namespace(device='cpu', deterministic=False, precision='auto'))
+    return start(argparse.Namespace(device='auto', deterministic=False, precision='auto'))
+
+
+def on_gpu():
+    return torch.cuda.is_available()
 
 
 # ------------------------------------------------------------------------ made-up data
@@ -230,6 +237,11 @@ class LanguageModel:
             self.published = baseline()
             self.model = self.published.longformer(config)
         self.model.train()
+        self.device = next(self.model.parameters()).device
+
+    def half(self):
+        """Half precision for published code, which has it on a GPU alone."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type != 'cpu')
 
 
 def pack_alone(ids, tokens, cls):
@@ -242,7 +254,7 @@ def encode(ours, shape, items, tokens):
 
     def published():
         s.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), s.half():
             for ids in np.array_split(np.arange(1, items + 1), -(-items // 32)):
                 s.published.cls(s.model, pack_alone(ids, s.tokens, CLS))
 
@@ -260,22 +272,25 @@ def finetune_step(ours, shape, users, tokens, most, items=8249):
     s = LanguageModel(ours, shape, 512, 512 * PER_ITEM)
     rows = histories(users, tokens / users / PER_ITEM, 512, most=most)
     packed = pack(*rows, s.tokens, CLS)
-    table, labels = torch.randn(items + 1, shape['hidden']), np.arange(1, users + 1)
+    table = torch.randn(items + 1, shape['hidden'], device=s.device)
+    labels = np.arange(1, users + 1)
 
     def run():
         if ours:
             finetune.add_gradients(s.model, table, packed, labels)
         else:
-            logits = s.published.cosine(s.published.cls(s.model, packed), table)
-            torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
+            with s.half():
+                logits = s.published.cosine(s.published.cls(s.model, packed), table)
+            label = torch.as_tensor(labels, device=s.device)
+            torch.nn.functional.cross_entropy(logits, label).backward()
         s.model.zero_grad(set_to_none=True)
     scores = 2 * users * items * shape['hidden']  # the table is fixed: one product back
     return Work(run, flops=3 * lm_flops(shape, packed.lengths) + 2 * scores)
 
 
-def pretrain_step(ours, shape, users, tokens):
+def pretrain_step(ours, shape, users, tokens, most=18):
     s = LanguageModel(ours, shape, 512, 512 * PER_ITEM)
-    rows = histories(users, tokens / users / PER_ITEM, 512, most=18)
+    rows = histories(users, tokens / users / PER_ITEM, 512, most=most)
     history, items = pack(*rows, s.tokens, CLS), np.arange(1, users + 1)
     target = pack_alone(items, s.tokens, CLS)
     rng = np.random.default_rng(0)
@@ -289,12 +304,15 @@ def pretrain_step(ours, shape, users, tokens):
             pretrain.masked_gradients(s.model, packed, *masked, 0.1)
 
     def published():
-        states = s.published.cls(s.model, history), s.published.cls(s.model, target)
-        logits = s.published.cosine(*states)
-        loss = torch.nn.functional.cross_entropy(logits, torch.arange(users))
+        with s.half():
+            states = s.published.cls(s.model, history), s.published.cls(s.model, target)
+            logits = s.published.cosine(*states)
+        label = torch.arange(users, device=s.device)
+        loss = torch.nn.functional.cross_entropy(logits, label)
         for packed in (history, target):
             ids, chosen = mask_words(packed, rng, MASK, shape['vocab_size'])
-            loss = loss + 0.1 * s.published.masked_loss(s.model, packed, ids, chosen)
+            with s.half():
+                loss = loss + 0.1 * s.published.masked_loss(s.model, packed, ids, chosen)
         loss.backward()
 
     def run():
@@ -404,17 +422,17 @@ class Sequences:
     def published_loss(self, items, offsets, loss):
         if loss == 'masked':
             targets = self.published.squares(items, offsets)
-            masked = (torch.rand(targets.shape) < 0.15) & (targets > 0)
+            masked = (torch.rand(targets.shape, device=targets.device) < 0.15) & (targets > 0)
             shown = targets.masked_fill(masked, self.items + 1)
             return self.model.loss(shown, targets * masked, None)
         bounds = list(zip(offsets[:-1], offsets[1:]))
         first = np.concatenate([items[a:b - 1] for a, b in bounds])
         rest = np.concatenate([items[a + 1:b] for a, b in bounds])
         ends = offsets - np.arange(len(offsets))
+        squares = self.published.squares(first, ends), self.published.squares(rest, ends)
         wrong = None
         if loss == 'bce':
-            wrong = torch.randint(1, self.items + 1, (len(bounds), 50))
-        squares = self.published.squares(first, ends), self.published.squares(rest, ends)
+            wrong = torch.randint_like(squares[0], 1, self.items + 1)
         return self.model.loss(*squares, wrong)
 
 
@@ -462,8 +480,8 @@ def evaluation(ours, kind, items=8249, hidden=768, users=21300):
     def published():
         rows = s.published.squares(*s.rows)
         for sampled in (True, False):  # two passes, as published
-            s.published.ranks(s.model, rows, torch.from_numpy(targets), torch.from_numpy(negatives),
-                              sampled)
+            s.published.ranks(s.model, rows, torch.as_tensor(targets, device=rows.device),
+                              torch.as_tensor(negatives, device=rows.device), sampled)
 
     def run():
         if ours:
@@ -528,6 +546,34 @@ def growth_rows():
 
 ROWS |= growth_rows()
 
+# A GPU's: the batches of the paper and of RecFormer, on its own datasets' sizes
+GPU_ROWS = {
+    'MiniLM size, encode 2,048 items':
+        Row(partial(encode, shape=MINILM, items=2048, tokens=78848), share=0.6),
+    'MiniLM size, fine-tune step, 128 users':
+        Row(partial(finetune_step, shape=MINILM, users=128, tokens=46000, most=26), share=0.6),
+    'MiniLM size, pre-train step, 64 users':
+        Row(partial(pretrain_step, shape=MINILM, users=64, tokens=28694, most=26), share=0.6),
+    'Longformer size, encode 1,024 items':
+        Row(partial(encode, shape=BASE, items=1024, tokens=39424), share=0.7),
+    'Longformer size, fine-tune step, 128 users':
+        Row(partial(finetune_step, shape=BASE, users=128, tokens=46000, most=26), share=0.7,
+            memory=1 / 3),
+    'Longformer size, pre-train step, 64 users':
+        Row(partial(pretrain_step, shape=BASE, users=64, tokens=28694, most=26), share=0.7,
+            memory=1 / 3, mb=15000),
+    'SASRec 768, BCE epoch': Row(partial(epoch, kind=SASRec, loss='bce', steps=16), share=0.75),
+    'SASRec 768, cross-entropy epoch':
+        Row(partial(epoch, kind=SASRec, loss='ce', steps=16), share=0.75),
+    'SASRec 768, cross-entropy epoch, 138,116 items':
+        Row(partial(epoch, kind=SASRec, loss='ce', items=138116, steps=4), share=0.75),
+    'SASRec 768, evaluation': Row(partial(evaluation, kind=SASRec)),
+    'BERT4Rec 768, epoch':
+        Row(partial(epoch, kind=BERT4Rec, loss='masked', steps=16), share=0.8),
+    'BERT4Rec 768, evaluation': Row(partial(evaluation, kind=BERT4Rec)),
+    'layout of attention, 16,384 tokens, one thread': Row(layout, ms=1.5, sent=1, alone=True),
+}
+
 
 # ------------------------------------------------------------------------ measuring
 
@@ -547,17 +593,21 @@ class Found(NamedTuple):
 
 
 def product_rate(autocast):
-    """FLOPs a second of a 2048 x 2048 x 2048 product in autocast's dtype: the best of several."""
+    """FLOPs a second of a large square product in autocast's dtype: the best of several."""
+    size, device = (8192, 'cuda') if on_gpu() else (2048, 'cpu')
     with autocast(), torch.no_grad():
-        x = torch.randn(2048, 2048)
+        x = torch.randn(size, size, device=device)
         x = x.to((x @ x).dtype)
         best = min(clock(lambda: x @ x) for _ in range(5))
-    return 2 * 2048 ** 3 / best
+    return 2 * size ** 3 / best
 
 
 def clock(run):
+    """Seconds that run() takes, with all that it asked of the device."""
     began = time.perf_counter()
     run()
+    if on_gpu():
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -609,6 +659,25 @@ def measure(name, repeats):
     return found
 
 
+def measure_on_gpu(name, repeats):
+    """{ours: Found} of a row, in this process: a GPU's memory can be counted anew."""
+    row, found = GPU_ROWS[name], {}
+    for ours in (True,) if row.alone else (False, True):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.set_default_device('cpu' if ours else 'cuda')
+        work = row.work(ours)
+        work.run()
+        seconds = median(clock(work.run) for _ in range(repeats)) * work.scale
+        mb, best = torch.cuda.max_memory_allocated() / 2 ** 20, None
+        torch.set_default_device('cpu')
+        if ours and work.flops:
+            best = work.flops * work.scale / product_rate(runtime().autocast)
+        found[ours] = Found(seconds, mb, best, work.scale, work.sent and work.sent / 1e6)
+        del work
+    return found
+
+
 def targets(row, ours, published):
     """[(a target of this row, whether it is met)]."""
     checks = []
@@ -650,11 +719,11 @@ def line(row):
     return f'| {" | ".join(cells)} |'
 
 
-def measured(name, repeats):
+def measured(name, row, repeats):
     """A row of the JSON."""
-    found = measure(name, repeats)
+    found = measure_on_gpu(name, repeats) if on_gpu() else measure(name, repeats)
     ours, published = found[True], found.get(False, Found(*[None] * 5))
-    checks = targets(ROWS[name], ours, published)
+    checks = targets(row, ours, published)
     target = ', '.join(text if met else f'{text} MISSED' for text, met in checks)
     return {'name': name, 'baseline_s': published.seconds, 'ours_s': ours.seconds,
             'ratio': published.seconds and published.seconds / ours.seconds,
@@ -667,15 +736,23 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='one repeat each: a look')
-    p.add_argument('--only', default='', metavar='WORD', help='rows whose name holds WORD')
-    p.add_argument('--json', metavar='FILE', help='write the rows')
+    p.add_argument('--only', default=[''], nargs='+', metavar='WORD',
+                   help='rows whose name holds one of these')
+    p.add_argument('--json', type=Path, metavar='FILE', help='write the rows')
+    p.add_argument('--device', default='auto', choices=['auto', 'cpu'], help='cpu: hide the GPUs')
     args = p.parse_args(argv)
-    names = [name for name in ROWS if args.only in name]
+    if args.device == 'cpu':
+        os.environ['CUDA_VISIBLE_DEVICES'] = ''  # of the rows' processes too
+    rows_here = GPU_ROWS if on_gpu() else ROWS
+    names = [name for name in rows_here if any(word in name for word in args.only)]
     if not names:
-        p.error(f'--only {args.only}: no row has it in its name')
+        p.error(f'--only {" ".join(args.only)}: no row has it in its name')
     machine = runtime()
     dtype = 'bfloat16' if machine.bfloat16 else 'float32'
-    print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, '
+    where = platform.processor() or platform.machine()
+    if on_gpu():
+        where = torch.cuda.get_device_name()
+    print(f'{where}, {torch.get_num_threads()} threads, '
           f'torch {torch.__version__}, {dtype} products at '
           f'{product_rate(machine.autocast) / 1e9:,.0f} GFLOP/s, float32 at '
           f'{product_rate(contextlib.nullcontext) / 1e9:,.0f}\n')
@@ -683,8 +760,9 @@ def main(argv=None):
     print('|---|' + '---:|' * 6 + '---|' * 2)
     rows = []
     for name in progress(names, desc='bench', unit='row'):
-        repeats = 1 if args.quick else 3 if ROWS[name].alone else 5
-        rows.append(measured(name, repeats))
+        row = rows_here[name]
+        repeats = 1 if args.quick else 3 if row.alone else 5
+        rows.append(measured(name, row, repeats))
         tqdm.write(line(rows[-1]), file=sys.stdout)
         sys.stdout.flush()
     if args.json:

@@ -28,9 +28,11 @@ def padded(packed, window, ids=None):
     """Packed sequences as input_ids, attention_mask, global_attention_mask [B, L], L a multiple of
     the window."""
     longest = -(-packed.lengths.max() // window) * window
-    valid = torch.from_numpy(np.arange(longest) < packed.lengths[:, None])
+    device = torch.get_default_device()
+    real = np.arange(longest) < packed.lengths[:, None]
+    valid = torch.as_tensor(real, device=device)
     tokens = torch.full(valid.shape, 1)
-    tokens[valid] = torch.from_numpy(packed.tokens if ids is None else ids)
+    tokens[valid] = torch.as_tensor(packed.tokens if ids is None else ids, device=device).long()
     everywhere = torch.zeros_like(tokens)
     everywhere[:, 0] = 1
     return {'input_ids': tokens, 'attention_mask': valid.long(),
@@ -49,7 +51,9 @@ def cosine(a, b):
 def masked_loss(model, packed, ids, chosen):
     """Logits at every position, a cross-entropy that ignores all but the chosen."""
     labels = torch.full((len(packed.tokens),), -100)
-    labels[torch.from_numpy(chosen)] = torch.from_numpy(packed.tokens[chosen])
+    device = labels.device
+    wanted = torch.as_tensor(packed.tokens[chosen], device=device).long()
+    labels[torch.as_tensor(chosen, device=device)] = wanted
     inputs = padded(packed, model.config.attention_window[0], ids)
     square = torch.full(inputs['input_ids'].shape, -100)
     square[inputs['attention_mask'].bool()] = labels
@@ -113,7 +117,7 @@ def squares(items, offsets):
     for row, (a, b) in enumerate(zip(offsets[:-1], offsets[1:])):
         kept = items[a:b][-PLACES:]
         out[row, PLACES - len(kept):] = kept
-    return torch.from_numpy(out)
+    return torch.as_tensor(out, device=torch.get_default_device())
 
 
 class SASRec(nn.Module):
