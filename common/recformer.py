@@ -258,7 +258,7 @@ class RecFormer(Model):
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)
         run = partial(remade, self)
-        if not label and len(groups) <= KEPT:
+        if not label and 0 < len(groups) <= KEPT:
             groups = [np.sort(np.concatenate(groups))]
             run = self
         for group in progress(groups, desc=label, disable=not label):

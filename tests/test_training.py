@@ -333,6 +333,7 @@ def computed(plm, out, world=1):
         histories, labels = finetune.prefixes(data, np.arange(users), np.random.default_rng(0))
         items = torch.nn.Embedding.from_pretrained(found['encoded'], freeze=False)
         packed = model.pack(*histories, sources.tokens)
+        found[f'states {users}'] = model.encode(packed).detach()
         loss = finetune.add_gradients(model, items.weight, packed, labels)
         tuned = torch.nn.ModuleDict({'model': model, 'table': items})
         machine.sum_gradients(tuned)

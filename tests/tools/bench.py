@@ -288,8 +288,11 @@ def finetune_step(ours, shape, users, tokens, most, items=8249):
     return Work(run, flops=3 * lm_flops(shape, packed.lengths) + 2 * scores)
 
 
-def pretrain_step(ours, shape, users, tokens, most=18):
+def pretrain_step(ours, shape, users, tokens, most=18, micro=None):
+    """most: items of the longest history; micro: the machine's micro_tokens."""
     s = LanguageModel(ours, shape, 512, 512 * PER_ITEM)
+    if micro:
+        s.model.machine.micro_tokens = micro
     rows = histories(users, tokens / users / PER_ITEM, 512, most=most)
     history, items = pack(*rows, s.tokens, CLS), np.arange(1, users + 1)
     target = pack_alone(items, s.tokens, CLS)
@@ -561,7 +564,10 @@ GPU_ROWS = {
             memory=1 / 3),
     'Longformer size, pre-train step, 64 users':
         Row(partial(pretrain_step, shape=BASE, users=64, tokens=28694, most=26), share=0.7,
-            memory=1 / 3, mb=15000),
+            memory=1 / 3),
+    'Longformer size, pre-train step, 64 users, passes of a card of 16 GB':
+        Row(partial(pretrain_step, shape=BASE, users=64, tokens=28694, most=26, micro=16384),
+            mb=15000, alone=True),
     'SASRec 768, BCE epoch': Row(partial(epoch, kind=SASRec, loss='bce', steps=16), share=0.75),
     'SASRec 768, cross-entropy epoch':
         Row(partial(epoch, kind=SASRec, loss='ce', steps=16), share=0.75),
