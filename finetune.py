@@ -106,8 +106,6 @@ def tune(args, data, model, tokens, run):
     users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
-    if machine.rank:  # the first goes on with the generator as it is
-        torch.manual_seed(args.seed + machine.rank)  # dropout
     with training:
         for epoch in training.epochs():
             tuned.train()
@@ -116,6 +114,9 @@ def tune(args, data, model, tokens, run):
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())
             for packed, label in prefetch(batches, machine):
+                if machine.rank:  # dropout; the first goes on with the generator as it is
+                    seed = [args.seed, 6, epoch, training.step, machine.rank]
+                    torch.manual_seed(np.random.default_rng(seed).integers(2 ** 62))
                 loss = add_gradients(model, table.weight, packed, label)
                 machine.sum_gradients(tuned)
                 training.update(loss=machine.sum(loss))

@@ -139,7 +139,7 @@ esac
 
 # ---------------------------------------------------------------- tables 5 and 1, figure 2
 if [[ $MORE == *--table5* ]]; then
-  train --model sasrec --loss bce --variants $(of id+text)
+  train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --variants $(of id+text)
   again finetune.py "$NAME" --stage 2 --trainable-items --seeds ${REC_SEEDS%% *} ${FT[@]+"${FT[@]}"}
 fi
 if [[ $MORE == *--table1* ]]; then

@@ -250,15 +250,16 @@ class RecFormer(Model):
         """CLS states: float32 [B, H] on the device. The machine's processes encode a share each,
         and a gradient flows into a process's own rows alone.
 
-        Gradient caching: a share of at most KEPT passes is one pass; of a larger one nothing is
-        kept, and each pass is made again for the gradient, with the dropout that it had: memory is
-        that of one pass. label: of a progress bar, where no gradient is asked for: passes stay as
+        Gradient caching: a share of at most KEPT passes (a CPU's) is one; of a larger one nothing
+        is kept, and each pass is made again for the gradient, with the dropout that it had: memory
+        is that of one pass. label: of a progress bar, where no gradient is asked for: passes stay as
         they are.
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)
         run = partial(remade, self)
-        if not label and 0 < len(groups) <= KEPT:
+        most = KEPT if self.machine.device.type == 'cpu' else 1  # a GPU's pass is large
+        if not label and 0 < len(groups) <= most:
             groups = [np.sort(np.concatenate(groups))]
             run = self
         for group in progress(groups, desc=label, disable=not label):

@@ -68,7 +68,7 @@ def faster_in_bfloat16(device):
     are twice as slow in it): the fastest of 100 in one thread, the types in turns, as other work
     may slow any of them."""
     if device.type != 'cpu':
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     kinds = [torch.ones(256, 256, dtype=kind) for kind in (torch.bfloat16, torch.float32)]
@@ -282,7 +282,7 @@ class Training(contextlib.AbstractContextManager):
         self.began -= saved['head']['seconds']
         cpu, gpus = self.rng
         torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(gpus)
+        torch.cuda.set_rng_state_all(gpus[:torch.cuda.device_count()])  # it may be fewer by now
         print(f'goes on from {self.path}: {self.where()}')
 
 

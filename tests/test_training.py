@@ -337,6 +337,10 @@ def computed(plm, out, world=1):
         loss = finetune.add_gradients(model, items.weight, packed, labels)
         tuned = torch.nn.ModuleDict({'model': model, 'table': items})
         machine.sum_gradients(tuned)
+        for p in tuned.parameters() if world > 1 else ():
+            first = p.grad.clone()
+            torch.distributed.broadcast(first, 0)
+            assert torch.equal(p.grad, first), 'the same bits in each process'
         found |= {f'FT {users} loss': machine.sum(loss), **gradients(tuned, f'FT {users}')}
     items, offsets, _ = data.split('test')
     found['histories'] = model.encode_histories(items, offsets, sources.tokens, 'users', 13)
