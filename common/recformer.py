@@ -250,10 +250,10 @@ class RecFormer(Model):
         """CLS states: float32 [B, H] on the device. The machine's processes encode a share each,
         and a gradient flows into a process's own rows alone.
 
-        Gradient caching: a share of at most KEPT passes (a CPU's) is one; of a larger one nothing
-        is kept, and each pass is made again for the gradient, with the dropout that it had: memory
-        is that of one pass. label: of a progress bar, where no gradient is asked for: passes stay as
-        they are.
+        Gradient caching: a share of at most KEPT passes (on a CPU) is one; of a larger one nothing
+        is kept, and each pass is made again for the gradient, with the dropout that it had:
+        memory is that of one pass. label: of a progress bar, where no gradient is asked for: passes
+        stay as they are.
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)

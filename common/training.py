@@ -67,7 +67,7 @@ def faster_in_bfloat16(device):
     """Whether matrix products are: on a GPU where it has the type. A CPU tries (some that have it
     are twice as slow in it): the fastest of 100 in one thread, the types in turns, as other work
     may slow any of them."""
-    if device.type != 'cpu':
+    if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
