@@ -17,7 +17,7 @@ import pretrain
 import train_seq
 from common.backbone import start_model
 from common.data import prepare
-from common.files import ROOT, load_npz
+from common.files import ROOT
 from common.layers import Machine
 from common.metrics import rank_counts
 from common.sequence import draw_training_negatives
