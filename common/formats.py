@@ -144,6 +144,8 @@ def canonical_from(folder, pair, named, filters, expected=None):
         for user, item, stamp, _ in read(pair[0], named, *filters):
             out.writerow([user, item, stamp])
             used.add(item)
+        if not used:
+            raise UserError(f'{pair[0]}: no interaction passes --min-user and --min-item')
         for key, pairs in items(pair[1], named):
             if key in seen:
                 repeats += 1

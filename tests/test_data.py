@@ -385,6 +385,15 @@ def test_amazon_files_are_read_once(root, monkeypatch):
     assert data.prepare('pantry', data.DEFAULT).fingerprint == made.fingerprint
 
 
+def test_amazon_files_of_which_nothing_passes_the_filters(root, monkeypatch):
+    amazon(root / 'raw', 'Prime_Pantry')
+    monkeypatch.setenv('ELEPHANT_ANY_VERSION', '1')
+    with pytest.raises(UserError, match='Prime_Pantry.csv: no interaction passes --min-user and --min-item'):
+        data.prepare('pantry', (1000, 1, 0))
+    assert not list((root / 'pantry').glob('*.gz*')), 'nothing half-written'
+    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+
+
 def test_a_change_within_the_same_size_is_noticed(root):
     folder = ten_users(root)
     data.prepare('toy', data.DEFAULT)

@@ -98,7 +98,7 @@ def column(size, tflops):
             f'FT1 on it, {EPOCHS_FT} epochs: M tokens': f'{EPOCHS_FT * ft_tokens / 1e6:,.0f}',
             f'{EPOCHS_FT} epochs: GPU-hours': f'{EPOCHS_FT * ft / hour:,.1f}',
             'SASRec, 50 epochs: GPU-hours': f'{id_model / hour:,.2f}',
-            'item table, gradient, Adam: GB': f'{4 * table / 1e9:,.1f}',
+            'item table, gradient, Adam, best weights: GB': f'{5 * table / 1e9:,.1f}',
             'preparation: GB of memory': f'{size.ratings * ROW_BYTES / 1e9:,.1f}',
             'preparation: minutes of a core': f'{size.ratings / ROWS_A_SECOND / 60:,.0f}',
             'prepared, with tokens: GB of disk': f'{disk / 1e9:,.1f}'}
