@@ -23,7 +23,7 @@ options
   --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones
   --table5       also texts beside trained IDs, and RecFormer with trainable items
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
-  --shares "1 9" its shares, in percent   (default: the paper's 0.01 to 50; small sources need 2 and more)
+  --shares "1 9" its shares, in percent, beside 100   (default: the paper's 0.01 to 50; small sources need 2 and more)
   --again        make everything again      --keep   use earlier results where only code has changed since
 Each budget other than the default, and each --plm, --source, --pretrained named here, has a place of its own below runs/.
 TEXT
@@ -154,9 +154,12 @@ if [[ $MORE == *--table1* ]]; then
   done
 fi
 if [[ $MORE == *--figure2* ]]; then
-  for share in $SHARES; do
-    part=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}-share$share
-    again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}" ${TOKENS[@]+"${TOKENS[@]}"}
+  for share in $SHARES 100; do
+    part=$PRETRAINED
+    if [ "$share" != 100 ]; then
+      part=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}-share$share
+      again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}" ${TOKENS[@]+"${TOKENS[@]}"}
+    fi
     export_ pt-share$share --checkpoint "$part"
     for scale in raw centred; do
       train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --init-scale $scale --variants pt-share$share-trainable

@@ -360,6 +360,12 @@ def test_every_command_of_every_budget_is_one_that_its_script_takes(tmp_path, na
              if '--tune-layers' in argv and '1' in argv[argv.index('--stage') + 1]]
     assert tuned == ['0,4,8', '1,5,9', '2,6,10', '3,7,11', '3', '7', '11'], 'paper table 1'
     pretrained = [argv for _, _, argv in recorded if argv[0] == 'pretrain.py']
+    exported = {Path(argv[argv.index('--out') + 1]).stem: argv for _, _, argv in recorded
+                if argv[0] == 'export_embeddings.py'}
+    pt, whole = exported['pt'], exported['pt-share100']
+    assert pt[pt.index('--checkpoint') + 1] == whole[whole.index('--checkpoint') + 1], 'figure 2'
+    shares = [name for name in exported if name.startswith('pt-share')]
+    assert len(pretrained) == len(shares), 'the whole one and all but the share of 100'
     assert all(('--leave-out' in argv) == (name == 'pantry') for argv in pretrained)
 
 
