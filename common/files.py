@@ -73,8 +73,8 @@ def unpacked(path):
         with opener(path, 'rb') as f:
             yield f
     except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: is damaged, or no UTF-8 text ({error}); get it again, or convert '
-                        'it') from None
+        raise UserError(
+            f'{path}: is damaged, or no UTF-8 text ({error}); get or convert it again') from None
 
 
 def content_sha256(path):
@@ -211,8 +211,8 @@ def lock(folder, wait=False):
         try:
             fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f'{folder} is in use by {path.read_text().strip()}: wait for it or '
-                            'stop it') from None
+            raise UserError(
+                f'{folder} is in use by {path.read_text().strip()}: wait, or stop it') from None
         path.write_text(f'process {os.getpid()} ({" ".join(sys.argv)})')
         yield
 

@@ -70,8 +70,7 @@ def download(url, path):
         chunks = iter(partial(answer.read, 2 ** 20), b'')
         f.writelines(progress(chunks, unit='MB', desc=path.name))
     if answer.length:
-        raise UserError(f'{url}: the download broke off; run the same command again to go on '
-                        f'from {path}')
+        raise UserError(f'{url}: the download broke off; the same command goes on from {path}')
 
 
 def raw_file(remote):

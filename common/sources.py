@@ -80,10 +80,13 @@ def table(path, most):
     """({column: its place in a row}, (line number, row) of each). A row is a list of cells, or of
     JSON an object, whose places are its names."""
     text, again = lines(path, most), lines(path, most)
+    # closed here: where a generator is only left, what happens while it cleans up (SIGTERM) is lost
     if '.json' in path.name:
         first = next((row for _, row in objects(text) if isinstance(row, dict)), {})
+        text.close()
         return dict(zip(first, first)), objects(again)
     head = next(text, '')
+    text.close()
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
     if re.search('[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
@@ -111,7 +114,8 @@ def column(path, names, role, named):
 def readable(path, rows, parse, what, most):
     """parse(row) of each of the numbered rows. What cannot be read is left out, counted and told;
     UserError where its share is above `most`."""
-    number, bad, first = 0, 0, ''
+    number = bad = 0
+    first = ''
     for number, row in progress(rows, unit='line', unit_scale=True, desc=path.name):
         try:
             yield parse(row)
@@ -219,7 +223,7 @@ def as_text(value):
     if isinstance(value, dict):
         raise TypeError
     if isinstance(value, list):
-        return ' '.join(map(as_text, value))[:LONGEST_TEXT]
+        value = ' '.join(map(as_text, value))
     if value is None or isinstance(value, float) and not math.isfinite(value):
         return ''
     # without lone surrogates, which can be neither tokenized nor written

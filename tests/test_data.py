@@ -508,7 +508,7 @@ def damaged_versions(text):
     return [(whole[:-20], 'damaged'), (b'not gzip', 'damaged'), (b'', 'has no column'),
             (whole[:30] + b'xx' + whole[32:], 'damaged'),
             (gzip.compress(HEADER.encode() + b'u,a,1\n' * 5 + b'\xff\xfe,a,1\n'),
-             "no UTF-8 text .*can't decode byte 0xff.*; get it again, or convert it")]
+             "no UTF-8 text .*can't decode byte 0xff.*; get or convert it again")]
 
 
 def test_damaged_files(root):

@@ -2,15 +2,18 @@
 
 Run: python -m pytest tests/test_formats.py
 """
+import contextlib
 import gzip
 import json
 import re
+import signal
 
 import pytest
 
-from common import data, formats, sources
+from common import data, files, formats, sources
 from common.files import UserError
 from tests.toy import canonical
+
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
@@ -294,3 +297,25 @@ def test_damaged_files(root):
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(UserError, match='items.csv.gz: is damaged'):
         converted(root, '--from', folder)
+
+
+@pytest.mark.parametrize('name, text', [('a.csv', 'user,item\nu,a\n'), ('a.jsonl', '{"id": "a"}\n{"id": "b"}\n')])
+def test_sigterm_while_a_file_is_closed_after_its_first_line(tmp_path, monkeypatch, name, text):
+    """Where it comes while a generator that nobody wants any more cleans up, Python would drop it."""
+    (tmp_path / name).write_text(text)
+
+    @contextlib.contextmanager
+    def closing(path):
+        with open(path, 'rb') as f:
+            try:
+                yield f
+            finally:
+                signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(sources, 'unpacked', closing)
+    before = signal.signal(signal.SIGTERM, files.stop)
+    try:
+        with pytest.raises(SystemExit) as left:
+            sources.table(tmp_path / name, 0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143

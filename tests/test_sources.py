@@ -148,7 +148,7 @@ def test_gzipped_ratings_odd_texts_and_large_thresholds(root):
 
 def test_download_goes_on_where_it_broke_off(root, server):
     offered(server)
-    with pytest.raises(UserError, match='broke off; run the same command again'):
+    with pytest.raises(UserError, match='broke off; the same command goes on from'):
         data.prepare('pantry', data.DEFAULT)
     assert not (root / 'raw' / 'Prime_Pantry.csv').exists()
     assert (root / 'raw' / 'part-Prime_Pantry.csv').stat().st_size
