@@ -6,9 +6,10 @@
     python export_embeddings.py mine --from-npy rows.npy --ids ids.txt --out .../own.pt
 
 The .pt file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros
-for padding; `cold`, the rows of `cold_items`, which nobody has; which dataset and model it is of;
-its mean row norm and the mean cosine of different items. train_seq.py refuses a file of another
-dataset or order. With --from-npy the rows are any encoder's: `--variants own-trainable`.
+for padding; `cold`, rows of the items that nobody has, and `cold_items`, a digest of their ids and
+texts; which dataset and model it is of; its mean row norm and the mean cosine of different items.
+train_seq.py refuses a file of another dataset or order. With --from-npy the rows are any encoder's:
+`--variants own-trainable`.
 
 An --out that ends in .npy or .safetensors is for other programs: one matrix without a padding row,
 the cold items last, and beside it <name>.ids.txt, an id for each row. It is always made anew.
@@ -95,7 +96,7 @@ def main(args):
     run = Run(args, out, identity, code_of('export_embeddings.py'))
 
     # ---------------------------------------------------- encode
-    with lock(out.parent, wait=True):
+    with lock(out.parent, wait=not machine.rank):
         known = out.exists() and out.suffix not in PLAIN
         if known and run.usable(load_pt(out, 'embeddings')['head'], out):
             print(f'{out} is up to date')
@@ -103,6 +104,8 @@ def main(args):
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
             model.on(machine)
             rows = torch.cat([model.encode_items(each)[1:].cpu() for each in (tokens, cold)])
+            if machine.rank:
+                return
         if not torch.isfinite(rows).all():
             raise UserError(f'{args.from_npy or args.checkpoint or args.plm}: gives embeddings '
                             'that are not finite; of a language model: try --precision float32')
@@ -122,7 +125,7 @@ def main(args):
             matrix = torch.nn.functional.pad(rows[:data.n_items], (0, 0, 1, 0))
             cold = rows[data.n_items:].clone()  # of a view all rows would be saved
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
-                    cold_items=ids[data.n_items:])
+                    cold_items=digest(ids[data.n_items:], data.cold_attributes))
         print(f'{data.n_items:,} items and {len(rows) - data.n_items:,} cold ones x '
               f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
               f'{head["cosine"]:.2f}, written to {out}')

@@ -103,7 +103,7 @@ def tune(args, data, model, tokens, run):
     # the same memory as model.items, which thus is what trains and what the best weights bring back
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table})
-    users = np.flatnonzero(data.lengths >= 4)  # two training items: a prefix and a label
+    users = data.users_with(2)  # a prefix and a label
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     with training:

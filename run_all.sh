@@ -87,14 +87,20 @@ esac
 case $NAME in drugstore|industrial|office) ;; *) WIDTH=() ;; esac
 PYTHON=${PYTHON:-python}
 RUN=$ELEPHANT_RUNS/$NAME
-again() { "$PYTHON" "$@" ${AGAIN[@]+"${AGAIN[@]}"}; }
+# A step runs in the background: where this shell alone is told to end, it ends the step first (Ctrl-C goes to both)
+step() { (trap - TERM INT; exec "$PYTHON" "$@") & wait $!; }
+trap 'kill ${!:-} 2>/dev/null && wait $! || true; exit 143' TERM
+trap 'wait ${!:-} || true; exit 130' INT
+again() { step "$@" ${AGAIN[@]+"${AGAIN[@]}"}; }
 
 # ---------------------------------------------------------------- 1. data
-for name in $NAME $SOURCE; do "$PYTHON" -m common.data "$name"; done
+# published weights need no source domains
+[[ -z $PRETRAINED || $MORE == *--figure2* ]] || SOURCE=
+for name in $NAME $SOURCE; do step -m common.data "$name"; done
 
 # ---------------------------------------------------------------- 2. language model: PT, FT1, FT2
 # one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too
-[ -z "$PAPER" ] || PT+=(--leave-out)
+[[ -z $PAPER && " $SOURCE " != *" $NAME "* ]] || PT+=(--leave-out)
 START=(--plm "$PLM" ${TOKENS[@]+"${TOKENS[@]}"})
 if [ -n "$PRETRAINED" ]; then
   START+=(--checkpoint "$PRETRAINED")
@@ -166,9 +172,9 @@ if [[ $MORE == *--figure2* ]]; then
     done
   done
   again evaluate.py untrained "$NAME"
-  "$PYTHON" evaluate.py curve "$NAME"
+  step evaluate.py curve "$NAME"
 fi
 
 # ---------------------------------------------------------------- 5. table
-"$PYTHON" evaluate.py table "$NAME"
-[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=$ELEPHANT_RUNS before other commands on them"
+step evaluate.py table "$NAME"
+[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=$ELEPHANT_RUNS before evaluate.py and the other scripts, not before run_all.sh"

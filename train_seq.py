@@ -14,7 +14,6 @@ Writes: runs/<dataset>/<model>-<loss>-<variant>-<scale>-<width>-lr<rate>-seed<se
 """
 import re
 
-import numpy as np
 import torch
 from numpy.random import default_rng
 
@@ -114,10 +113,7 @@ def fit(data, model, run, about):
     """Train `model`; returns what the row says of it."""
     args, seed = run.args, about['seed']
     items, offsets = data.training()
-    users = np.flatnonzero(data.lengths - 2 >= model.least)  # the last two items do not train
-    if not len(users):
-        raise UserError(f'{data.name}: {args.model} needs users with two training items '
-                        '(four interactions)')
+    users = data.users_with(model.least)
     batches = parts(len(users), args.batch)
     optimizer = torch.optim.Adam(model.parameters(), about['lr'], model.betas, fused=True)
     with Training(run, model, optimizer, len(batches)) as training:

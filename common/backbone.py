@@ -205,6 +205,8 @@ def start_model(checkpoint, plm=None, layers=None, seed=0):
         if seed is None:
             torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
         return model
+    if layers:
+        raise UserError(f'--layers {layers}: a checkpoint has its own')
     path = Path(checkpoint)
     if path.is_dir():
         path /= 'model.pt'

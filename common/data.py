@@ -72,7 +72,7 @@ class Dataset:
     dropped_users = member('dropped_users')
 
     def __post_init__(self):
-        self.n_items, self.n_users = len(self.item_ids), len(self.user_ids)
+        self.n_items = len(self.item_ids)
         self.lengths = np.diff(self.offsets)
 
     def each(self, name):
@@ -93,6 +93,13 @@ class Dataset:
         offsets)."""
         begin = self.offsets[:-1][users]
         return cut(self.items, begin, self.lengths[users] - leave)
+
+    def users_with(self, least):
+        """Numbers of the users with so many training items. UserError: there are none."""
+        users = np.flatnonzero(self.lengths - 2 >= least)
+        if not len(users):
+            raise UserError(f'{self.name}: no user has {least + 2} interactions')
+        return users
 
     def title(self, item):
         """The first attribute of an item that says something, else its id."""
@@ -278,8 +285,8 @@ def report(data):
     for what, count in data.counts.items():
         found, note = round(count, 1), ''
         if what in known:
-            differs = '' if found == known[what] else '   warning: differs'
-            note = f'   paper {known[what]:,}{differs}'
+            note = (f'   paper {known[what]:,}'
+                    f'{"" if found == known[what] else "   warning: differs"}')
         if found:
             print(f'{found:>12,}  {what}{note}')
 

@@ -97,8 +97,7 @@ def draw_bars(path, cells):
     if not cells:
         return
     names = [f'{cell.title}: {cell.label}' for cell in cells]
-    height = 1 + 0.18 * len(cells)
-    with picture(path, 11, height) as figure:
+    with picture(path, 11, 1 + 0.18 * len(cells)) as figure:
         axes = figure.subplots(1, len(RANKINGS), sharey=True)
         for axis, ranking in zip(axes, RANKINGS):
             means, spreads = zip(*(cell.value(ranking) for cell in cells))
@@ -121,8 +120,7 @@ def draw_lines(path, panels, below, log=False):
         return
     names = dict.fromkeys(itertools.chain(*panels.values()))
     rows = -(-len(panels) // 3)  # of three panels
-    height = 1 + 2.2 * rows + 0.1 * len(names)
-    with picture(path, 10, height) as figure:
+    with picture(path, 10, 1 + 2.2 * rows + 0.1 * len(names)) as figure:
         for number, (title, lines) in enumerate(panels.items(), 1):
             axis = figure.add_subplot(rows, 3, number, title=title)
             for name in names:

@@ -56,9 +56,10 @@ def command(main, *args):
 
 def stop(number, _):
     """SIGTERM, Ctrl-C: leave at once, as a shell would say it (143, 130); whatever is open cleans
-    up on its way out. Until `command` is entered Python ends the process, which a shell says in
-    the same way.
+    up on its way out, which the same signal again (run_all.sh's, and its group's) does not hinder.
+    Until `command` is entered Python ends the process, which a shell says in the same way.
     """
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
@@ -189,7 +190,7 @@ def load_pt(path, kind):
         if content['kind'] == kind:
             return content
     raise UserError(f'{path}: is no readable {kind} file: damaged, of another kind, or not made '
-                    'here; README.md says what makes it')
+                    'here; README.md says what makes it, --again makes it again')
 
 
 def follower():

@@ -144,7 +144,7 @@ def canonical_from(folder, pair, named, filters, expected=None):
             out.writerow([user, item, stamp])
             used.add(item)
         if not used:
-            raise UserError(f'{pair[0]}: no interaction passes --min-user and --min-item')
+            raise UserError(f'{pair[0]}: no rows, or none that passes --min-user and --min-item')
         for key, pairs in items(pair[1], named):
             if key in seen:
                 repeats += 1

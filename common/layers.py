@@ -61,7 +61,8 @@ class Machine:
         """Replace each gradient by its sum over the processes; one that has none adds zeros."""
         for p in model.parameters():
             if self.world > 1 and p.requires_grad:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
                 torch.distributed.all_reduce(p.grad)  # the same bits in each
 
 

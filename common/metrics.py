@@ -42,8 +42,7 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     """
     candidates = np.column_stack([targets, negatives])
     found = []
-    users_at_once = max(32, chunk // (n + 1))
-    for users in parts(len(targets), users_at_once):
+    for users in parts(len(targets), max(32, chunk // (n + 1))):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; '

@@ -12,10 +12,10 @@ MODELS = {'sasrec': SASRec, 'bert4rec': BERT4Rec, 'gru4rec': GRU4Rec}
 
 
 def load_seq(folder, data):
-    """(model in evaluation mode, what it is) of a run of train_seq.py. UserError: of other data."""
+    """The model, in evaluation mode, of a run of train_seq.py. UserError: of other data."""
     path = folder / 'model.pt'
     content = load_pt(path, 'seq')
-    files = changed_code(read_row(folder) or {'code': {}})
+    files = changed_code(read_row(folder))
     if files:
         print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})",
               file=sys.stderr)
@@ -25,4 +25,4 @@ def load_seq(folder, data):
     table = ItemTable(state['item_embedding.weight'], state.get('item_embedding.text'))
     model = MODELS[about['model']](table, about['max_items'])
     model.load_state_dict(state)
-    return model.eval(), about
+    return model.eval()

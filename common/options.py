@@ -18,7 +18,7 @@ def flag(parser, name, text):
     parser.add_argument(name, help=text, action='store_true')
 
 
-def number(least, most=1e99):
+def number(least, most=1e18):
     """An argparse type: a finite number of the type of `least`, from that to `most`."""
     kind = type(least)
 
@@ -28,7 +28,7 @@ def number(least, most=1e99):
             raise ValueError
         return value
     # argparse prints it
-    convert.__name__ = f'{kind.__name__} ({least:g} {f"to {most:g}" if most < 1e99 else "or more"})'
+    convert.__name__ = f'{kind.__name__} ({least:g} {f"to {most:g}" if most < 1e18 else "or more"})'
     return convert
 
 

@@ -7,7 +7,6 @@ import csv
 import json
 import sys
 import time
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
@@ -51,9 +50,10 @@ def began_with(folder, row, data, cold):
         return None
     path = folder / 'embeddings' / f'{row["init"]}.pt'
     found = read_embeddings(path, data, cold)
-    # of another model; other threads or another machine change a norm by rounding alone
-    if abs(found.head['norm'] - row['norm']) > 1e-3 * row['norm']:
-        raise UserError(f'{path}: was made again since {row["run"]} was trained; train it again')
+    # of another model; other threads or another machine round a little differently
+    for key in ('norm', 'cosine'):
+        if not np.isclose(found.head[key], row[key], 1e-3):
+            raise UserError(f'{path}: was made again since {row["run"]}, which must be, too')
     return found
 
 
@@ -70,7 +70,7 @@ def scorer_of(folder, row, data, wide, machine):
         def score(items, offsets):
             return scorer(weighted(items, offsets, row['decay'], wide.n_items))
         return score
-    model, _ = load_seq(folder / row['run'], data)
+    model = load_seq(folder / row['run'], data)
     if cold:
         if model.scorer()[0] is not model.item_embedding.weight:
             raise UserError(f'--cold: {row["run"]} scores items by rows that cold items lack')
@@ -94,8 +94,7 @@ def known_of(keys, known, reasons, source):
     where they were typed in, so that `source` is an option."""
     lost = [key for key in keys if key not in known]
     if lost:
-        text = (f'{source}: {lost[0] or "a blank line"}: '
-                f'{reasons.get(lost[0], "not in this dataset")}')
+        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
@@ -132,7 +131,7 @@ def asked(args, data, wide):
         source = names[0]
         names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
     reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
-    return known_of(names, everybody, reasons, source)
+    return known_of(list(filter(None, names)), everybody, reasons, source)
 
 
 # ------------------------------------------------------------------------ rows
@@ -140,12 +139,12 @@ def asked(args, data, wide):
 def ahead(function, things):
     """function(thing) of each thing, in order: threads, each on a core of its own, compute at most
     four of them while the caller uses the one before."""
-    waiting = deque()
+    waiting = []
     with ThreadPoolExecutor(torch.get_num_threads(), '', torch.set_num_threads, (1,)) as pool:
         for thing in things:
             waiting.append(pool.submit(function, thing))
             if len(waiting) == 4:
-                yield waiting.popleft().result()
+                yield waiting.pop(0).result()
         for last in waiting:
             yield last.result()
 
@@ -179,6 +178,9 @@ def best(args, score, histories, wide):
 def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
+    if row['model'] == 'recformer' or row['data'] != data.fingerprint:
+        raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
+                        "ID model or a ranking without training that was made on today's")
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)

@@ -194,9 +194,9 @@ def footer(rows):
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
-        files = sorted(set().union(*stale))
         text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
-                 f'({", ".join(files)}); the same commands make them again.\n')
+                 f'({", ".join(sorted(set().union(*stale)))}); the same commands make '
+                 'them again.\n')
     return text
 
 

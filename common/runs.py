@@ -63,7 +63,7 @@ def code_of(*files):
 
 def changed_code(row):
     """Files that define a run's numbers and are not today what they were when it was made."""
-    return [file for file, then in row['code'].items() if code_digest(file) != then]
+    return [file for file, then in row.get('code', {}).items() if code_digest(file) != then]
 
 
 def differences(old, new):
@@ -167,6 +167,6 @@ def read_ranks(dataset, run):
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
-        raise UserError(f'{run}: no such run in {runs_root() / dataset}')
+        raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere)')
     names = 'users', 'sampled', 'full', 'new'
     return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

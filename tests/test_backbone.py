@@ -215,6 +215,8 @@ def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
         save_recformer(tmp_path / 'model.pt', model)
         again = start_model(tmp_path / 'model.pt').eval()
         assert torch.equal(again(p), model(p)) and again.config == model.config
+        with pytest.raises(UserError, match='--layers 1: a checkpoint has its own'):
+            start_model(tmp_path / 'model.pt', layers=1)
         then, model.config.heads = weights_digest(model), 2
         assert weights_digest(again) == then != weights_digest(model)
 
@@ -361,7 +363,7 @@ def test_attention_of_a_model_whose_origin_moved(world, monkeypatch):
     (world / 'plm').rename(world / 'moved')
     monkeypatch.setattr(evaluate, 'draw_attention', lambda *_: None)
     sasrec = SASRec(ItemTable(torch.rand(40, 8)), 10).eval()
-    monkeypatch.setattr(evaluate, 'load_seq', lambda *_: (sasrec, {}))
+    monkeypatch.setattr(evaluate, 'load_seq', lambda *_: sasrec)
     line = ['attention', 'one', '--users', '2', '--seq', 'it']
     with pytest.raises(UserError, match=f'--plm {world / "plm"}: no language model could be loaded'):
         evaluate.main(evaluate.parse_args(line))

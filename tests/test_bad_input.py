@@ -101,9 +101,9 @@ def ready(tmp_path_factory):
     canonical(folder / 'data' / 'one')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
-        data.prepare('one', data.DEFAULT)
+        found = data.prepare('one', data.DEFAULT)
     tiny_bert(folder / 'plm')
-    row = {'run': 'm', 'model': 'sasrec', 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
+    row = {'run': 'm', 'model': 'sasrec', 'data': found.fingerprint, 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
     save_json(folder / 'runs' / 'one' / 'm' / 'row.json', row)
     ranks = {name: np.zeros((40, 2), np.int32) for name in ('sampled', 'full', 'new')}
     np.savez(folder / 'runs' / 'one' / 'm' / 'ranks.npz', users=np.arange(40), **ranks)

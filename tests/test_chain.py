@@ -369,6 +369,45 @@ def test_every_command_of_every_budget_is_one_that_its_script_takes(tmp_path, na
     assert all(('--leave-out' in argv) == (name == 'pantry') for argv in pretrained)
 
 
+def test_stage_pt_never_trains_on_what_its_target_is_tested_by(tmp_path):
+    for source in ('mine', 'other mine'):
+        recorded = record(tmp_path, 'mine', '--toy', '--source', source)
+        assert ['--leave-out' in argv for _, _, argv in recorded if argv[0] == 'pretrain.py'] == [True]
+
+
+def test_published_weights_need_no_source_domains(tmp_path):
+    (tmp_path / 'weights.pt').touch()
+    options = ['pantry', '--toy', '--pretrained', str(tmp_path / 'weights.pt')]
+    for more, prepared in (([], 1), (['--figure2'], 5)):
+        recorded = record(tmp_path, *options, *more)
+        assert len([argv for _, _, argv in recorded if argv[0] == '-m']) == prepared
+
+
+@pytest.mark.parametrize('group', [False, True])
+@pytest.mark.parametrize('how, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_chain_that_is_told_to_end_leaves_nothing_running(tmp_path, how, code, group):
+    """The shell alone is told so (but for Ctrl-C, which the terminal gives to both), or both."""
+    step = tmp_path / 'step'
+    step.write_text('#!/usr/bin/env bash\n'
+                    'trap "echo ended >> $HERE/said; exit 1" TERM INT\n'
+                    'echo $$ > $HERE/pid\n'
+                    'for ((i = 0; i < 600; i++)); do sleep 0.05; done\n')
+    step.chmod(0o755)
+    chain = subprocess.Popen(['bash', ROOT / 'run_all.sh', 'mine', '--toy'], start_new_session=True,
+                             stderr=subprocess.PIPE, text=True,
+                             env={**environment(tmp_path), 'PYTHON': str(step), 'HERE': str(tmp_path)})
+    until((tmp_path / 'pid').exists)
+    if group or how == signal.SIGINT:
+        os.killpg(chain.pid, how)
+    else:
+        chain.send_signal(how)
+    err = chain.communicate(timeout=20)[1]
+    assert chain.returncode == code and 'run_all' not in err  # where the shell itself complains
+    assert set((tmp_path / 'said').read_text().split()) == {'ended'}
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / 'pid').read_text()), 0)
+
+
 PLACES = [
     (['mine'], ''), (['mine', '--toy'], 'toy'), (['mine', '--full'], 'full'),
     (['mine', '--longer'], 'longer'), (['pantry'], ''), (['pantry', '--full'], ''),

@@ -77,8 +77,8 @@ def test_ten_users_by_hand(root):
     ten_users(root)
     d = data.prepare('toy', data.DEFAULT)
     assert d.item_ids == list('abcdefg') and d.n_items == 7
-    assert d.n_users == 9 and 'u7' not in d.user_ids
-    rows = [d.items[d.offsets[r]:d.offsets[r + 1]] for r in range(d.n_users)]
+    assert len(d.user_ids) == 9 and 'u7' not in d.user_ids
+    rows = [d.items[d.offsets[r]:d.offsets[r + 1]] for r in range(len(d.user_ids))]
     sequences = {u: letters(d, row) for u, row in zip(d.user_ids, rows)}
     assert sequences == {u: s for u, s in TEN.items() if u != 'u7'}
     assert [d.user_ids[u] for u in d.evaluated] == ['u0', 'u1', 'u2', 'u5', 'u6', 'u8', 'u9']
@@ -212,6 +212,15 @@ def test_users_who_are_not_of_the_sample_are_dropped_users(root):
     assert sorted(d.user_ids + d.dropped_users) == sorted(TEN) and len(d.user_ids) == 7
 
 
+def test_users_with_so_many_training_items(root):
+    canonical(root / 'toy', length=(3, 6))
+    d = data.prepare('toy', data.DEFAULT)
+    for least in (1, 2, 3):
+        assert d.users_with(least).tolist() == [u for u, n in enumerate(d.lengths) if n >= least + 2]
+    with pytest.raises(UserError, match='toy: no user has 6 interactions'):
+        d.users_with(4)
+
+
 def test_odd_ids_of_cold_items_and_dropped_users(root):
     """A line break, a control character, half a surrogate pair, which no file can hold."""
     ten_users(root)
@@ -255,7 +264,7 @@ def test_bom_crlf_gzip_and_odd_texts_are_read(root):
     odd += [{'id': i} for i in 'efg']
     (folder / 'items.jsonl').write_text('\n'.join(map(json.dumps, odd)))
     d = data.prepare('toy', data.DEFAULT)
-    assert letters(d, d.items[:4]) == 'abcd' and d.n_users == 9
+    assert letters(d, d.items[:4]) == 'abcd' and len(d.user_ids) == 9
     assert len(d.attributes[0][0][1]) == 2000 and d.attributes[1][1] == ['brand', '']
     assert d.attributes[2] == [['category', 'p q'], ['price', '3']]
     assert d.attributes[3] == [['na?me', 'half a ? pair']]
@@ -368,7 +377,7 @@ def test_what_is_up_to_date_needs_no_lock_writes_nothing_and_is_not_read(root, m
     with lock(folder):  # as of another process
         monkeypatch.setattr(data, 'lock', forbidden)
         for given in ([None, None, None], [4, None, None]):
-            assert data.prepare('toy', given).n_users == 9
+            assert len(data.prepare('toy', given).user_ids) == 9
         data.main(data.parse_args(['toy']))
         monkeypatch.setattr(data, 'lock', lock)
         monkeypatch.setattr(files, 'content_sha256', real)
@@ -388,10 +397,10 @@ def test_amazon_files_are_read_once(root, monkeypatch):
 def test_amazon_files_of_which_nothing_passes_the_filters(root, monkeypatch):
     amazon(root / 'raw', 'Prime_Pantry')
     monkeypatch.setenv('ELEPHANT_ANY_VERSION', '1')
-    with pytest.raises(UserError, match='Prime_Pantry.csv: no interaction passes --min-user and --min-item'):
+    with pytest.raises(UserError, match='Prime_Pantry.csv: no rows, or none that passes --min-user and --min-item'):
         data.prepare('pantry', (1000, 1, 0))
     assert not list((root / 'pantry').glob('*.gz*')), 'nothing half-written'
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60
 
 
 def test_a_change_within_the_same_size_is_noticed(root):
@@ -420,11 +429,11 @@ def test_changed_code_asks_for_preparation(root, monkeypatch, file):
 
 def test_other_filters_make_it_again(root):
     ten_users(root)
-    assert data.prepare('toy', data.DEFAULT).n_users == 9
-    assert data.prepare('toy', (3, 1, 0)).n_users == 10
-    assert data.load('toy').n_users == 10
+    assert len(data.prepare('toy', data.DEFAULT).user_ids) == 9
+    assert len(data.prepare('toy', (3, 1, 0)).user_ids) == 10
+    assert len(data.load('toy').user_ids) == 10
     d = data.prepare('toy', (4, 4, 0))
-    assert d.n_users == 7 and d.item_ids == list('abcd'), 'e, f, g have two rows; u3, u4 then three'
+    assert len(d.user_ids) == 7 and d.item_ids == list('abcd'), 'e, f, g have two rows; u3, u4 then three'
     assert data.load('toy').fingerprint == d.fingerprint
 
 
@@ -560,7 +569,7 @@ def test_missing_and_damaged_preparation(root):
         with pytest.raises(UserError, match='damaged'):
             data.load('toy')
     data.prepare('toy', data.DEFAULT)
-    assert data.load('toy').n_users == 9
+    assert len(data.load('toy').user_ids) == 9
 
 
 def test_any_damage_of_the_preparation_is_named(root):
@@ -630,15 +639,15 @@ def test_published_counts_of_every_dataset(name):
 def test_filters_that_were_given_once_are_remembered(root):
     canonical(root / 'toy')
     nothing = [None, None, None]
-    everybody = data.prepare('toy', nothing).n_users
+    everybody = len(data.prepare('toy', nothing).user_ids)
     fewer = data.prepare('toy', [6, None, None])
-    assert fewer.n_users < everybody and fewer.lengths.min() == 6
-    assert data.prepare('toy', nothing).n_users == fewer.n_users, 'run_all.sh names no filters'
+    assert len(fewer.user_ids) < everybody and fewer.lengths.min() == 6
+    assert len(data.prepare('toy', nothing).user_ids) == len(fewer.user_ids), 'run_all.sh names no filters'
     with open(root / 'toy' / 'interactions.csv', 'a') as f:
         f.write('u0,i1,9999\n')
     again = data.prepare('toy', nothing)
     assert again.lengths.min() == 6 and again.fingerprint != fewer.fingerprint
-    assert data.prepare('toy', [4, None, None]).n_users == everybody
+    assert len(data.prepare('toy', [4, None, None]).user_ids) == everybody
 
 
 def test_a_preparation_of_another_day_is_made_again(root, monkeypatch):
@@ -648,4 +657,4 @@ def test_a_preparation_of_another_day_is_made_again(root, monkeypatch):
     monkeypatch.setattr(data, 'identity_of', lambda *a: {'filters': [4, 1, 0], 'code': []})
     data.prepare('toy', data.DEFAULT)
     monkeypatch.setattr(data, 'identity_of', today)
-    assert data.prepare('toy', [None, None, None]).n_users == 9
+    assert len(data.prepare('toy', [None, None, None]).user_ids) == 9

@@ -16,9 +16,10 @@ import evaluate
 import export_embeddings
 import train_seq
 from common import data, initial
-from common.files import UserError, load_pt, save_pt
+from common.files import UserError, digest, load_pt, save_pt
 from common.models import load_seq
 from common.recommend import ahead, new_users
+from common.runs import read_row
 from tests.toy import canonical, tiny_bert
 
 LF = 'sasrec-bce-lf-trainable-centred-8-lr0.01-seed0'
@@ -89,7 +90,7 @@ def history(found, user):
 
 @torch.no_grad()
 def scores_by_hand(world, found, run, items):
-    model, _ = load_seq(world / run, found)
+    model = load_seq(world / run, found)
     states = model.states(np.array(items), np.array([0, len(items)]))
     table, bias = model.scorer()
     return (states @ table.T)[0].numpy() + (0 if bias is None else bias.numpy())
@@ -167,7 +168,7 @@ def test_users_named_or_in_a_file(world, tmp_path, capsys):
     typed = recommended(tmp_path / 'a.csv', LF, '--users', 'u7', 'u2')
     assert [(row['user'], row['item']) for row in typed] \
         == [(row['user'], row['item']) for row in wanted]
-    (tmp_path / 'users.txt').write_text('u7\nshort\nu2\nnobody\n')
+    (tmp_path / 'users.txt').write_text('u7\n\nshort\nu2\nnobody\n')
     capsys.readouterr()
     assert recommended(tmp_path / 'a.csv', LF, '--users', tmp_path / 'users.txt') == typed
     assert capsys.readouterr().err == (
@@ -258,7 +259,7 @@ def test_rankings_without_training(world, found, tmp_path, run):
 def rows_of(world, name='lf'):
     """(rows of the catalogue, of the cold items) of an embedding file."""
     content = load_pt(world / 'embeddings' / f'{name}.pt', 'embeddings')
-    assert content['cold_items'] == COLD and len(content['cold']) == 2
+    assert len(content['cold']) == 2
     return content['matrix'][1:], content['cold']
 
 
@@ -284,7 +285,7 @@ def test_cold_items_are_scored_by_the_rows_they_would_have_begun_with(world, fou
     matrix, cold = (x.double() for x in rows_of(world))
     values, axes = torch.linalg.eigh(torch.cov(matrix.T))
     small = (torch.cat([matrix, cold]) - matrix.mean(0)) @ axes[:, -8:]
-    model, about = load_seq(world / LF, found)
+    model, about = load_seq(world / LF, found), read_row(world / LF)
     torch.manual_seed(0)
     norm = model.draw(torch.empty(found.n_items + 1, 8))[1:].norm(dim=1).mean()
     factor = norm / small[:-2].norm(dim=1).mean()
@@ -329,18 +330,32 @@ def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatc
     before, content = path.read_bytes(), load_pt(path, 'embeddings')
     content.pop('kind')
     try:
-        save_pt(path, 'embeddings', **{**content, 'cold_items': ['x1']})
-        with pytest.raises(UserError, match="lf.pt: .* other cold items than today's, .*; export it"):
-            call('recommend', 'one', LF, '--cold')
+        for ids, texts in ((['x1'], found.cold_attributes[:1]), (COLD, [[['title', 'new']]] * 2)):
+            save_pt(path, 'embeddings', **{**content, 'cold_items': digest(ids, texts)})
+            with pytest.raises(UserError, match="lf.pt: .* other cold items than today's, .*; export"):
+                call('recommend', 'one', LF, '--cold')
         head = content['head']
-        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.0001 * head['norm']}})
-        call('recommend', 'one', LF, '--cold', '--users', 'u1')
-        save_pt(path, 'embeddings', **content | {'head': head | {'norm': 1.01 * head['norm']}})
-        with pytest.raises(UserError, match=f'lf.pt: was made again since {LF} was trained'):
-            call('recommend', 'one', LF, '--cold')
+        for key in ('norm', 'cosine'):
+            save_pt(path, 'embeddings', **content | {'head': head | {key: 1.0001 * head[key]}})
+            call('recommend', 'one', LF, '--cold', '--users', 'u1')
+            save_pt(path, 'embeddings', **content | {'head': head | {key: 1.01 * head[key]}})
+            with pytest.raises(UserError, match=f'lf.pt: was made again since {LF}'):
+                call('recommend', 'one', LF, '--cold')
         call('recommend', 'one', LF, '--users', 'u1')  # needs no embeddings
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize('run', ['popularity', LF])
+def test_a_run_of_other_data_recommends_nothing(world, run):
+    row = world / run / 'row.json'
+    before = row.read_text()
+    try:
+        row.write_text(json.dumps(json.loads(before) | {'data': 'older'}))
+        with pytest.raises(UserError, match=f'{run}: is RecFormer, or of another version of one'):
+            call('recommend', 'one', run, '--users', 'u1')
+    finally:
+        row.write_text(before)
 
 
 # ------------------------------------------------------------------------ neighbours
@@ -403,10 +418,11 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         place = [ids.index(key) for key in found.item_ids + COLD]
         expected = torch.from_numpy(matrix[place]).float()
         assert torch.equal(content['matrix'][1:], expected[:-2]) and not content['matrix'][0].any()
-        assert torch.equal(content['cold'], expected[-2:]) and content['cold_items'] == COLD
+        assert torch.equal(content['cold'], expected[-2:])
+        assert content['cold_items'] == digest(COLD, found.cold_attributes)
         assert content['head']['plm'] == 'rows.npy'
         train('own-freeze', scale='raw')
-        model, _ = load_seq(world / OWN, found)
+        model = load_seq(world / OWN, found)
         assert torch.equal(model.item_embedding.weight[1:], expected[:-2])
         assert recommended(tmp_path / 'a.csv', OWN, '--cold', '--users', 'u5')
         call('untrained', 'one')
@@ -427,7 +443,6 @@ def test_without_rows_of_the_cold_items(world, found, rows, tmp_path):
     np.save(tmp_path / 'rows.npy', matrix[2:])
     (tmp_path / 'ids.txt').write_text('\n'.join(ids[2:]))
     own(tmp_path, tmp_path / 'own.pt')
-    assert load_pt(tmp_path / 'own.pt', 'embeddings')['cold_items'] == []
     initial.read_embeddings(tmp_path / 'own.pt', found)
     with pytest.raises(UserError, match="other cold items than today's"):
         initial.read_embeddings(tmp_path / 'own.pt', found, cold=True)

@@ -106,7 +106,7 @@ def test_quirks_from_raw_files(root):
     data.prepare('pantry', data.DEFAULT)
     assert (source.stat().st_mtime_ns, made.stat().st_mtime_ns) == before, 'made once'
     amazon(root / 'raw', 'Prime_Pantry', users=70)
-    assert data.prepare('pantry', data.DEFAULT).n_users == 70, 'made again for another raw file'
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 70, 'made again for another raw file'
 
 
 def test_canonical_files_depend_on_the_raw_ones_alone(root):
@@ -196,10 +196,10 @@ def test_a_known_hash_is_that_of_the_content(root, monkeypatch):
     csv = root / 'raw' / 'Prime_Pantry.csv'
     monkeypatch.delenv('ELEPHANT_ANY_VERSION')
     monkeypatch.setitem(formats.AMAZON, 'pantry', ('Prime_Pantry', content_sha256(csv)))
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60
     (root / 'raw' / 'Prime_Pantry.csv.gz').write_bytes(gzip.compress(csv.read_bytes()))
     csv.unlink()
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'packed, it is the same'
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60, 'packed, it is the same'
 
 
 def test_download_stopped_after_its_last_byte_and_a_part_of_something_else(root, server, monkeypatch):
@@ -239,7 +239,7 @@ def test_damaged_raw_files(root):
     assert not (root / 'pantry' / 'items.jsonl.gz').exists()
     assert not (root / 'pantry' / 'prepared.npz').exists()
     csv.write_text(good_csv + 'only,three,columns\n')
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60, 'one bad line of hundreds'
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60, 'one bad line of hundreds'
 
 
 def test_malformed_metadata(root, capsys):
@@ -253,7 +253,7 @@ def test_malformed_metadata(root, capsys):
             data.prepare('pantry', data.DEFAULT)
     more = b''.join(b'{"asin": "X%d"}\n' % i for i in range(100 * len(bad)))
     meta.write_bytes(gzip.compress(good + more + b'\n'.join(bad)))
-    assert data.prepare('pantry', data.DEFAULT).n_users == 60
+    assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60
     said = capsys.readouterr().out
     assert 'json.gz: line 733 is no ' in said
     assert f'in all {len(bad)} of 739 lines cannot be read and are left out' in said

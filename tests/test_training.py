@@ -19,7 +19,7 @@ import pretrain
 import train_seq
 from common.backbone import start_model
 from common.data import prepare
-from common.files import load_json, load_npz
+from common.files import load_json, load_npz, load_pt
 from common.layers import Machine
 from common.recformer import RecFormer
 from common.sasrec import SASRec
@@ -408,6 +408,12 @@ def test_two_processes_end_with_the_weights_of_one(place, tmp_path):
         logs = [np.genfromtxt(folder / 'log.csv', delimiter=',', names=True) for folder in folders]
         for column in set(logs[0].dtype.names) & {'contrastive', 'mlm', 'loss'}:
             assert logs[0][column] == pytest.approx(logs[1][column], rel=1e-3), column
+        exports = [tmp_path / where / f'{name}.pt' for where in ('alone', 'shared')]
+        export = ['one', '--checkpoint', str(folders[0]), '--precision', 'float32', '--out']
+        script('export_embeddings', [*export, str(exports[0])])
+        together(tmp_path, 2, script, 'export_embeddings', [*export, str(exports[1])])
+        a, b = (load_pt(path, 'embeddings')['matrix'] for path in exports)
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
         if module == 'finetune':
             users = [load_npz(folder / 'ranks.npz', ['users'], '')['users'] for folder in folders]
             assert np.array_equal(*users)
