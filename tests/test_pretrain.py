@@ -81,7 +81,7 @@ def test_two_domains_share_no_item_and_split_points_come_from_the_second_half(da
 
 
 def test_what_is_drawn_is_the_history_newest_first_and_the_target(data, sources, model):
-    s, user = sources, data[0].n_users + 3
+    s, user = sources, len(data[0].user_ids) + 3
     for seed in range(10):
         histories, targets, ids = s.draw(np.array([user]), np.random.default_rng(seed), model)
         own = s.items[s.begin[user]:s.begin[user] + s.lengths[user]].tolist()
