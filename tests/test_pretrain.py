@@ -76,7 +76,7 @@ def test_two_domains_share_no_item_and_split_points_come_from_the_second_half(da
             seen[user].add(point)
             assert held[user] == point, 'a history is all that came before'
     assert all(seen[user] == set(range(s.lengths[user] // 2, s.lengths[user])) for user in users)
-    assert s.items[s.begin[one.n_users]:].min() > one.n_items
+    assert s.items[s.begin[len(one.user_ids)]:].min() > one.n_items
     assert s.items.max() == one.n_items + two.n_items == len(s.tokens.offsets) - 2
 
 
