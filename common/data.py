@@ -97,7 +97,7 @@ class Dataset:
     def users_with(self, least):
         """Numbers of the users with so many training items. UserError: there are none."""
         users = np.flatnonzero(self.lengths - 2 >= least)
-        if not len(users):
+        if not users.size:
             raise UserError(f'{self.name}: no user has {least + 2} interactions')
         return users
 
@@ -283,12 +283,11 @@ def report(data):
     """All counts but zeros, beside those of the paper's table 2 and code."""
     known = PAPER['table2'].get(data.name, {})
     for what, count in data.counts.items():
-        found, note = round(count, 1), ''
+        ours, note = round(count, 1), ''
         if what in known:
-            note = (f'   paper {known[what]:,}'
-                    f'{"" if found == known[what] else "   warning: differs"}')
-        if found:
-            print(f'{found:>12,}  {what}{note}')
+            note = f'   paper {known[what]:,}{"" if ours == known[what] else "   warning: differs"}'
+        if ours:
+            print(f'{ours:>12,}  {what}{note}')
 
 
 def parse_args(argv=None):

@@ -28,8 +28,8 @@ def read_embeddings(path, data, cold=False):
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
             and len(matrix) == data.n_items + 1 and torch.isfinite(matrix.sum())
             and not matrix[0].any()
-            and (not cold or content['cold_items'] == digest(data.cold_ids,
-                                                             data.cold_attributes)))
+            and (not cold or content.get('cold_items') == digest(data.cold_ids,
+                                                                 data.cold_attributes)))
     if not ours:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
                         "other cold items than today's, or not their rows of finite numbers with a "
