@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.arrays import offsets_of, row_numbers
+from common.arrays import offsets_of, parts, row_numbers
 from common.baselines import all_scorers, weighted
 from common.files import UserError, whole
 from common.initial import read_embeddings, starting_tables
@@ -94,7 +94,8 @@ def known_of(keys, known, reasons, source):
     where they were typed in, so that `source` is an option."""
     lost = [key for key in keys if key not in known]
     if lost:
-        text = f'{source}: {lost[0]}: {reasons.get(lost[0], "not in this dataset")}'
+        text = (f'{source}: {lost[0] or "a blank line"}: '
+                f'{reasons.get(lost[0], "not in this dataset")}')
         if source.startswith('--'):
             raise UserError(text)
         print(f'note: {text}; {len(lost):,} of {len(keys):,} are left out', file=sys.stderr)
@@ -131,7 +132,7 @@ def asked(args, data, wide):
         source = names[0]
         names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
     reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
-    return known_of(list(filter(None, names)), everybody, reasons, source)
+    return known_of(names, everybody, reasons, source)
 
 
 # ------------------------------------------------------------------------ rows
@@ -154,10 +155,10 @@ def best(args, score, histories, wide):
     names = list(histories)
     ids = ['', *wide.item_ids]
     titles = ['', *map(wide.title, range(1, len(ids)))]
-    parts = [names[i:i + AT_ONCE] for i in range(0, len(names), AT_ONCE)]
 
     def top(part):
-        own = [histories[name] for name in part]
+        chosen = [names[i] for i in part]
+        own = [histories[name] for name in chosen]
         lengths = list(map(len, own))
         items = np.concatenate(own)
         scores = score(items, offsets_of(lengths))
@@ -165,9 +166,10 @@ def best(args, score, histories, wide):
         if not args.with_history:
             scores[row_numbers(lengths), items] = -torch.inf
         values, found = scores.topk(min(args.k, len(ids)))
-        return part, values.double().round(decimals=6).tolist(), found.tolist()
+        return chosen, values.double().round(decimals=6).tolist(), found.tolist()
 
-    bar = progress(parts, desc=args.run, unit='user', unit_scale=AT_ONCE, disable=not args.out)
+    bar = progress(parts(len(names), AT_ONCE), desc=args.run, unit='user', unit_scale=AT_ONCE,
+                   disable=not args.out)
     for columns in ahead(top, bar):
         for name, *pairs in zip(*columns):
             for rank, (value, item) in enumerate(zip(*pairs), 1):
