@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from common.arrays import cut, take
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
-from common.files import UserError, command, digest, lock, runs_root
+from common.files import UserError, command, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, value_of
 from common.options import (COUNT, add_tuning_options, flag, option, option_identity,
                             options_parser)
@@ -44,6 +44,7 @@ def parse_args(argv=None):
     option(p, '--tune-layers', 'encoder layers that train: 3,7,11 (paper table 1); all: everything',
            str, 'all')
     flag(p, '--trainable-items', 'stage 2: the item table trains too (paper table 5)')
+    flag(p, '--freeze-words', 'the word embeddings stay as they are (published code: they train)')
     option(p, '--seeds', 'one after the other', COUNT, [0], nargs='+')
     args = p.parse_args(argv)
     wrong = args.trainable_items or not (args.checkpoint or args.plm)
@@ -155,13 +156,14 @@ def one_run(args, machine, data):
         model.config.max_tokens = args.max_tokens
     choose_layers(model, args.tune_layers)
     model.lm_head.requires_grad_(False)
+    if args.freeze_words:
+        model.word_table.requires_grad_(False)
     tokens = item_tokens(data, model.words)
     init = model.stage
     stage = f'ft{args.stage}' if args.stage else f'ft0-{init}'
     out = args.out or folder / f'{stage}{layers}{items}-seed{args.seed}'
     identity = {'options': option_identity(args), 'data': data.fingerprint,
-                'tokens': tokens.fingerprint, 'start': weights_digest(model),
-                'items': digest(model.items) if args.stage == 2 else None}
+                'tokens': tokens.fingerprint, 'start': weights_digest(model)}
     run = Run(args, out, identity, code_of('finetune.py'))
     with lock(out):
         if run.finished():
@@ -181,8 +183,8 @@ def one_run(args, machine, data):
         if args.stage:
             save_recformer(out / 'model.pt', model)
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
-                  items=args.trainable_items, scale='raw', hidden=model.config.hidden,
-                  plm=model.plm, config=vars(model.config), device=args.device, **found,
+                  scale='raw', hidden=model.config.hidden, plm=model.plm,
+                  config=vars(model.config), device=args.device, **found,
                   **result_of(data, ranks))
 
 

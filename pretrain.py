@@ -40,8 +40,8 @@ def parse_args(argv=None):
     add_tuning_options(p, epochs=32, batch=64)
     p.set_defaults(plm='longformer', max_tokens=1024)
     flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
-    option(p, '--share', 'percent of the source users (paper sec. 4.6)', number(1e-6, 100),
-           100.0)
+    option(p, '--share', 'percent of the source users, a batch at least (paper sec. 4.6)',
+           number(1e-6, 100), 100.0)
     option(p, '--valid-share', 'percent of users held out (ours)', number(1e-6, 50), 5.0)
     option(p, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
     option(p, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
@@ -59,7 +59,7 @@ class Sources:
     def __init__(self, args, words):
         leave = 2 * args.leave_out  # items
         domains = [load(name) for name in args.sources]
-        self.fingerprints = [[data.name, data.fingerprint] for data in domains]
+        self.fingerprints = [data.fingerprint for data in domains]
         self.tokens = joined([item_tokens(data, words) for data in domains])
         self.lengths = np.concatenate([data.lengths - leave for data in domains])
         self.begin = offsets_of(self.lengths)
@@ -165,8 +165,8 @@ def step_gradients(model, batches, args):
 
 @torch.no_grad()
 def held_out_accuracy(model, sources, args):
-    """Share of held-out users whose target scores highest in their group of --batch; the same draws
-    each time. The model is in evaluation mode from here on."""
+    """Share of held-out users whose target scores highest in their group, of about --batch; the
+    same draws each time. The model is in evaluation mode from here on."""
     model.eval()
     right = 0.0
     count = max(1, round(len(sources.valid) / args.batch))

@@ -87,3 +87,15 @@ class BERT4Rec(AttentionModel):
         places = np.flatnonzero(chosen[kept])
         x = self(self.look_up(shown[kept]), lengths[some], self.ids(places))
         return SoftmaxLoss.apply(x, *self.scorer(), self.ids(items[chosen]))
+
+
+class BERT4RecTied(BERT4Rec):
+    """Items are scored by the item table, as in BERT4Rec's own paper."""
+
+    def scorer(self):
+        """(item table [n + 1, H], bias [n + 1])."""
+        return self.item_embedding(), self.output.bias
+
+    def make_head(self):
+        super().make_head()
+        self.output.weight = self.item_embedding.weight

@@ -30,7 +30,7 @@ class Machine:
     `world` processes (training.join) draw the same numbers, and each computes its share."""
     device: torch.device = torch.device('cpu')
     bfloat16: bool = False
-    micro_tokens: int = 2048  # tokens in one pass of a language model: memory only
+    micro_tokens: int = 2048  # in one pass of a language model: memory, and dropout's draws
     rank: int = 0             # number of this process; the first alone prints and saves
     world: int = 1
 

@@ -1,14 +1,15 @@
 """The ID models by the names that --model takes: a new one is a file of its own and a line here."""
 import sys
 
-from common.bert4rec import BERT4Rec
+from common.bert4rec import BERT4Rec, BERT4RecTied
 from common.files import UserError, load_pt
 from common.gru4rec import GRU4Rec
 from common.runs import changed_code, read_row
 from common.sasrec import SASRec
 from common.sequence import ItemTable
 
-MODELS = {'sasrec': SASRec, 'bert4rec': BERT4Rec, 'gru4rec': GRU4Rec}
+MODELS = {'sasrec': SASRec, 'bert4rec': BERT4Rec, 'bert4rec-tied': BERT4RecTied,
+          'gru4rec': GRU4Rec}
 
 
 def load_seq(folder, data):

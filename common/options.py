@@ -41,7 +41,8 @@ def add_plm_options(parser):
     option(parser, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
     option(parser, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
     option(parser, '--micro-tokens',
-           'in one pass: memory only (default: 2048; on CUDA one for each MiB of it)', POSITIVE)
+           'in one pass: memory, and which dropout is drawn (default: 2048; on CUDA one for each '
+           'MiB)', POSITIVE)
 
 
 def add_training_options(parser, epochs, patience, batch=None):
@@ -83,7 +84,8 @@ def add_earlier_options(parser):
     flag(either, '--keep', 'use it as it is where only the code has changed since')
 
 
-# Options that change no number, and those whose meaning is known by content (data, weights).
+# Options that change no number (but with device and micro_tokens other dropout is drawn), and those
+# whose meaning is known by content (data, weights).
 NO_IDENTITY = set('dataset sources out checkpoint plm layers seeds lrs variants init_scale device '
                   'deterministic micro_tokens save_every again keep'.split())
 

@@ -7,7 +7,6 @@ import csv
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import chain
 from operator import itemgetter
@@ -72,7 +71,8 @@ def scorer_of(folder, row, data, wide, machine):
         return score
     model = load_seq(folder / row['run'], data)
     if cold:
-        if model.scorer()[0] is not model.item_embedding.weight:
+        table, bias = model.scorer()
+        if table is not model.item_embedding.weight or bias is not None:
             raise UserError(f'--cold: {row["run"]} scores items by rows that cold items lack')
         embeddings = began_with(folder, row, data, cold)
         began, _ = starting_tables(type(model), data.n_items, embeddings, row)
@@ -137,26 +137,15 @@ def asked(args, data, wide):
 
 # ------------------------------------------------------------------------ rows
 
-def ahead(function, things):
-    """function(thing) of each thing, in order: threads, each on a core of its own, compute at most
-    four of them while the caller uses the one before."""
-    waiting = []
-    with ThreadPoolExecutor(torch.get_num_threads(), '', torch.set_num_threads, (1,)) as pool:
-        for thing in things:
-            waiting.append(pool.submit(function, thing))
-            if len(waiting) == 4:
-                yield waiting.pop(0).result()
-        for last in waiting:
-            yield last.result()
-
-
 def best(args, score, histories, wide):
     """The rows of the columns above: of each user the k best items, best first."""
     names = list(histories)
     ids = ['', *wide.item_ids]
     titles = ['', *map(wide.title, range(1, len(ids)))]
 
-    def top(part):
+    bar = progress(parts(len(names), AT_ONCE), desc=args.run, unit='user', unit_scale=AT_ONCE,
+                   disable=not args.out)
+    for part in bar:
         chosen = [names[i] for i in part]
         own = [histories[name] for name in chosen]
         lengths = list(map(len, own))
@@ -166,12 +155,8 @@ def best(args, score, histories, wide):
         if not args.with_history:
             scores[row_numbers(lengths), items] = -torch.inf
         values, found = scores.topk(min(args.k, len(ids)))
-        return chosen, values.double().round(decimals=6).tolist(), found.tolist()
-
-    bar = progress(parts(len(names), AT_ONCE), desc=args.run, unit='user', unit_scale=AT_ONCE,
-                   disable=not args.out)
-    for columns in ahead(top, bar):
-        for name, *pairs in zip(*columns):
+        values = values.double().round(decimals=6)
+        for name, *pairs in zip(chosen, values.tolist(), found.tolist()):
             for rank, (value, item) in enumerate(zip(*pairs), 1):
                 if value > -torch.inf:  # else fewer than k are left
                     yield name, rank, ids[item], value, titles[item]

@@ -23,8 +23,10 @@ LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'sampled': 'sampled soft
 RANKINGS = {'sampled': '100 negatives', 'full': 'all items', 'new': 'new items'}
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 ALPHA = 0.05  # of the paired tests
+# Options that a row must share with random rows to be compared with them.
+SETTINGS = 'epochs', 'patience', 'batch', 'max_items', 'negatives'
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
-FREE = {'options.seed', 'options.lr', 'from', 'start', 'items'}
+FREE = {'options.seed', 'options.lr', 'from', 'start'}
 
 
 # ------------------------------------------------------------------------ cells
@@ -55,8 +57,9 @@ class Cell:
     """One variant of one model: its runs, one per seed, all with the chosen rate.
 
     first: the row of the lowest seed; title: model and loss; label: the run's name without these,
-    rate and seed; variant: without its embeddings too; kind: title and width; random: the Cell of
-    random rows of that kind, best: {ranking: the best Cell without training}; None: there is none.
+    rate and seed; variant: without its embeddings too; kind: title, width, SETTINGS; random: the
+    Cell of random rows of that kind, best: {ranking: the best Cell without training, by test};
+    None: there is none.
     """
     random = None
     best = dict.fromkeys(RANKINGS)
@@ -70,7 +73,9 @@ class Cell:
         self.mixed = len(seeds) < len(self.rows) or not found <= FREE
         self.init = self.first['init']
         self.title, self.label = names_of(self.first)
-        self.kind = self.title, -self.first.get('hidden', 0)
+        options = self.first['identity'].get('options', {})
+        settings = str([options.get(name) for name in SETTINGS])
+        self.kind = self.title, -self.first.get('hidden', 0), settings
         self.variant = self.label
         if self.init != 'random':
             self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
@@ -99,11 +104,12 @@ class Cell:
 
     def against(self, other, ranking):
         """How it stands to another Cell, and p of a test paired over users: '> 0.012', '<', or '='
-        where it sees no difference at 5 %; '-' where there is nothing to compare with."""
+        where it sees no difference at 5 %; '-' where there is nothing to compare with. Seeds are
+        averaged first: the test knows nothing of what another seed would change."""
         if other in (None, self) or self.mixed or other.mixed:
             return '-'
         difference, _, p = compare(self.users(ranking), other.users(ranking))
-        mark = '=' if p >= ALPHA else '>' if difference > 0 else '<'
+        mark = '=' if not p < ALPHA else '>' if difference > 0 else '<'
         return f'{mark} {p:.3f}'
 
     def compared(self, ranking):
@@ -184,11 +190,12 @@ def footer(rows):
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
             f'seeds ({several("seed")}). New items: all but the history.\n'
-            'In brackets: > better, = no difference at 5 %, < worse than the best ranking that '
-            'needs no training, and p (paired over users;\n0.000 is less than 0.0005); after that '
-            'the same against random rows of the same model and width. Targets tie with\n'
-            f'a candidate for at most {ties:.1%} of the users. '
-            "The last number of a name is the width; below the embeddings' own: their principal\n"
+            'In brackets: > better, = no difference at 5 %, < worse than the ranking without '
+            'training that is best on test, and p;\nafter that the same against random rows of '
+            'the same model, width and training. p is paired over users, each the mean of\n'
+            'its seeds: how far these lie apart is in ± alone; 0.000 is less than 0.0005. Targets '
+            f'tie with a candidate for at most {ties:.1%} of\nthe users. '
+            "The last number of a name is the width; below the embeddings' own: their principal "
             'components, of centred rows.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')

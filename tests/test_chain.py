@@ -322,7 +322,7 @@ def test_own_data_without_a_source(tmp_path, fast):
     assert f'written to {run / "results.md"}' in out and '| random-16 |' in out
     rows = rows_of(run)
     whole = [r for r in rows if r['model'] == 'recformer' and r['mode'] == 'ft2'
-             and r['tune_layers'] == 'all' and not r['items']]
+             and r['tune_layers'] == 'all' and not r['trainable_items']]
     assert [r['seed'] for r in whole] == [0, 1]
     mean = r'\d+\.\d'
     assert re.search(rf'\| ft2 \| {mean} ± {mean} ', out), 'its own seeds'

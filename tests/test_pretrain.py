@@ -347,9 +347,20 @@ def test_item_tables_of_the_two_stages(place, data):
     assert {name.split('.')[3] for name in moved - {positions}} == {'1'}
     told = {name: load_json(folder / name / 'row.json') for name in
             ('ft1-seed0', 'ft2-seed0', 'ft2-items-seed0', 'ft1-layers1-seed0')}
-    assert [(row['init'], row['mode'], row['items'], row['tune_layers']) for row in told.values()] \
+    assert [(row['init'], row['mode'], row['trainable_items'], row['tune_layers']) for row in told.values()] \
         == [('lf', 'ft1', False, 'all'), ('ft1', 'ft2', False, 'all'), ('ft1', 'ft2', True, 'all'),
             ('lf', 'ft1', False, '1')]
+
+
+def test_words_are_frozen_where_that_is_asked_for(place, data):
+    folder = tuned(place, '1', '--plm', place / 'plm')
+    begun = from_backbone(place / 'plm').word_table
+    assert not torch.equal(start_model(folder / 'ft1-seed0').word_table, begun)
+    tuned(place, '1', '--plm', place / 'plm', '--freeze-words', '--again')
+    frozen = start_model(folder / 'ft1-seed0')
+    assert torch.equal(frozen.word_table, begun)
+    weight = frozen.longformer.encoder.layer[0].output.dense.weight
+    assert not torch.equal(weight, from_backbone(place / 'plm').longformer.encoder.layer[0].output.dense.weight)
 
 
 def test_stage_two_needs_stage_ones_table_of_this_data(place, data, tmp_path):

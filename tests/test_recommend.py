@@ -3,7 +3,6 @@ Run: python -m pytest tests/test_recommend.py
 """
 import csv
 import json
-import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +17,7 @@ import train_seq
 from common import data, initial
 from common.files import UserError, digest, load_pt, save_pt
 from common.models import load_seq
-from common.recommend import ahead, new_users
+from common.recommend import new_users
 from common.runs import read_row
 from tests.toy import canonical, tiny_bert
 
@@ -26,6 +25,7 @@ LF = 'sasrec-bce-lf-trainable-centred-8-lr0.01-seed0'
 OWN = 'sasrec-bce-own-freeze-raw-8-lr0.01-seed0'
 RANDOM = 'sasrec-bce-random-8-lr0.01-seed0'
 BERT = 'bert4rec-masked-lf-trainable-centred-8-lr0.01-seed0'
+TIED = BERT.replace('rec-', 'rec-tied-')
 COLD = ['x1', 'x2']
 
 
@@ -52,6 +52,7 @@ def world(tmp_path_factory):
         export('--plm', plm, '--out', run / 'embeddings' / 'lf.pt')
         train('random', 'lf-trainable')
         train('lf-trainable', model='bert4rec')
+        train('lf-trainable', model='bert4rec-tied')
         call('untrained', 'one')
         yield run
 
@@ -144,20 +145,6 @@ def test_a_file_is_whole_or_absent(world, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='stopped'):
         recommended(tmp_path / 'recs.csv', LF)
     assert not list(tmp_path.iterdir())
-
-
-def test_threads_keep_the_order_and_are_only_a_little_ahead():
-    begun, first = [], threading.Event()
-
-    def slow(number):
-        begun.append(number)
-        if number == 0:
-            first.wait(5)
-        return number * number
-    found = ahead(slow, range(30))
-    first.set()
-    assert next(found) == 0 and max(begun) <= 4
-    assert [0, *found] == [number ** 2 for number in range(30)]
 
 
 # ------------------------------------------------------------------------ for whom
@@ -323,7 +310,8 @@ def test_cold_items_without_training(world, found, tmp_path):
 
 def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatch):
     for run, words in ((RANDOM, 'did not start from embeddings'), ('popularity', 'did not start'),
-                       (BERT, 'scores items by rows that cold items lack')):
+                       (BERT, 'scores items by rows that cold items lack'),
+                       (TIED, 'scores items by rows that cold items lack')):
         with pytest.raises(UserError, match=f'--cold: {run} .*{words}'):
             call('recommend', 'one', run, '--cold')
     path = world / 'embeddings' / 'lf.pt'

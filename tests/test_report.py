@@ -39,7 +39,7 @@ def made(model, init, mode, value=0.2, **more):
     else:
         about = {'loss': LOSS[model], 'mode': mode, 'scale': 'raw', 'hidden': 16, 'seed': 0,
                  'lr': 0.001, 'valid': 0.5}
-        about |= {'tune_layers': 'all', 'items': False} if model == 'recformer' else {}
+        about |= {'tune_layers': 'all', 'trainable_items': False} if model == 'recformer' else {}
     row = {'model': model, 'init': init, **about, 'plm': None if init == 'random' else 'p',
            'dataset': 'mine', 'data': 'd', 'users': USERS, 'seconds': 1, 'commit': 'c',
            'date': '2026-01-01', 'tie_share': {'sampled': 0.1, 'full': 0.02, 'new': 0.0},
@@ -59,7 +59,7 @@ def run_of(row):
     if row['model'] == 'recformer':
         layers = '' if row['tune_layers'] == 'all' else f'-layers{row["tune_layers"]}'
         stage = 'ft0-lf' if row['mode'] == 'lf' else row['mode']
-        return f'{stage}{layers}{"-items" if row["items"] else ""}-seed{row["seed"]}'
+        return f'{stage}{layers}{"-items" if row["trainable_items"] else ""}-seed{row["seed"]}'
     what = row['init']
     if what != 'random':
         what += f'-{row["mode"]}-{row["scale"]}'
@@ -141,7 +141,7 @@ def identity(seed, **more):
     """What made a run: its options and what it began with."""
     options = {'seed': seed, 'lr': .001, 'epochs': 60, 'batch': 128, 'max_items': 50}
     return {'options': options, 'data': 'd', 'embedding': 'e', 'from': f'freeze{seed}',
-            'start': f'pt{seed}', 'items': f'ft1 {seed}', 'config': {'layers': 6}, **more}
+            'start': f'pt{seed}', 'config': {'layers': 6}, **more}
 
 
 def test_runs_made_differently_are_not_averaged():
@@ -270,7 +270,7 @@ def table(runs):
     add(9, 'sasrec', 'lf', 'trainable', loss='ce')
     add(9, 'bert4rec', 'ft', 'id+text', hidden=8)
     add(9, 'gru4rec', 'ft', 'trainable')
-    add(3, 'recformer', 'ft1', 'ft2', items=True)
+    add(3, 'recformer', 'ft1', 'ft2', trainable_items=True)
     add(7, 'recformer', 'pt', 'ft1', tune_layers='1,5')
     add(0, 'recformer', 'lf', 'lf', valid=None)
     return load_rows('mine')
@@ -362,6 +362,24 @@ def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
     assert cells[0].random is cells[2].random is None
 
 
+def test_rows_that_were_trained_otherwise_are_not_compared_with_random_ones(runs):
+    random = saved(runs, 3, made('sasrec', 'random', 'random'))
+    for setting in report.SETTINGS:
+        other = made('sasrec', 'lf', 'trainable', run='a')
+        for compared in (True, False):
+            found = {cell.init: cell for cell in report.cells_of([random, other])}
+            assert (found['lf'].random is found['random']) == compared
+            other['identity']['options'][setting] = 7
+
+
+def test_one_user_says_nothing(runs, monkeypatch):
+    monkeypatch.setattr('tests.test_report.USERS', 1)
+    cells = report.cells_of([saved(runs, places, made('sasrec', init, 'trainable'))
+                             for init, places in (('random', [3]), ('lf', [0]))])
+    with np.errstate(all='ignore'):
+        assert [cell.against(cells[0], 'full') for cell in cells] == ['-', '= nan']
+
+
 @pytest.mark.parametrize('init', ['lf', 'pt-share0.5', 'k', 'knn', 'My_own', 'my-lr-1', 'random-1'])
 def test_any_embedding_has_its_rows_called_as_its_file(runs, init):
     """Embeddings may have any name, and rates any size: one row for seeds, none for rates."""
@@ -430,7 +448,7 @@ def test_table_3_has_the_papers_numbers_beside_ours():
     # none of these is a column of it
     rows += [made('sasrec', 'lf', 'trainable', .9, scale='centred'),
              made('sasrec', 'lf', 'freeze', .9, loss='ce'), made('sasrec', 'ft', 'id+text', .9),
-             made('recformer', 'ft1', 'ft2', .9, items=True),
+             made('recformer', 'ft1', 'ft2', .9, trainable_items=True),
              made('recformer', 'ft1', 'ft2', .9, tune_layers='11'),
              made('recformer', 'pt', 'ft1', .9)]
     assert list(of_paper('table3_sasrec', rows).values()) == [
@@ -451,7 +469,7 @@ def test_table_3_has_the_papers_numbers_beside_ours():
     bert = of_paper('table3_bert4rec', rows)
     assert bert['freeze LF'] == \
         '| freeze LF | 27.00 [24.49] | 27.00 [36.48] | 27.00 [16.76] | 27.00 [20.57] |'
-    assert bert['SAS'].startswith('| SAS | - [28.93] |') and '| 26.00 [31.37] |' in bert['REC']
+    assert bert['BERT'].startswith('| BERT | - [28.93] |') and '| 26.00 [31.37] |' in bert['REC']
 
 
 def test_table_1_has_the_papers_numbers_beside_ours():
@@ -479,7 +497,7 @@ def test_tables_4_and_5_have_the_papers_numbers_beside_ours():
             made('sasrec', 'ft', 'trainable', .2, loss='ce'),
             made('sasrec', 'ft', 'trainable', .9),
             made('sasrec', 'pt', 'id+text', .3),
-            made('recformer', 'ft1', 'ft2', .4, items=True)]
+            made('recformer', 'ft1', 'ft2', .4, trainable_items=True)]
     for row in rows:
         full = row['metrics']['full']
         full.update({name: value / 10 for name, value in full.items()})
@@ -547,7 +565,7 @@ def test_each_of_the_papers_columns_names_rows_that_can_be_made():
     stages = 'lf', 'pt', 'ft1', 'ft2'
     values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES, *stages},
               'scale': set(SCALES), 'loss': losses,
-              'init': {'lf', 'pt', 'ft'}, 'items': {True, False}}
+              'init': {'lf', 'pt', 'ft'}, 'trainable_items': {True, False}}
     tables = [table for table in report.PAPER.values() if 'ours' in table]
     assert len(tables) == 5
     for table in tables:

@@ -17,7 +17,7 @@ import common.runs
 import train_seq
 from common import bert4rec, initial, layers, sequence
 from common.arrays import take
-from common.bert4rec import BERT4Rec, BERT4RecBlock
+from common.bert4rec import BERT4Rec, BERT4RecBlock, BERT4RecTied
 from common.data import load, prepare
 from common.files import ROOT, UserError, command, load_pt, save_pt, stop
 from common.gru4rec import GRU4Rec
@@ -33,7 +33,8 @@ from tests.toy import canonical
 
 N, H = 20, 16
 KINDS = [SASRec, BERT4Rec, GRU4Rec]
-LOSSES = {'sasrec': 'bce', 'bert4rec': 'masked', 'gru4rec': 'ce'}  # default ones
+LOSSES = {'sasrec': 'bce', 'bert4rec': 'masked', 'bert4rec-tied': 'masked',
+          'gru4rec': 'ce'}  # default ones
 TABLE = 'item_embedding.weight'
 
 
@@ -633,6 +634,24 @@ def test_bert4recs_head_is_a_table_of_its_own_and_the_mask_trains():
     assert m.mask.grad.any(), 'the mask vector trains'
 
 
+@pytest.mark.parametrize('text', [None, torch.ones(N + 1, H)])
+def test_a_tied_head_is_the_item_table(text, monkeypatch):
+    """The gradient of the one table is the sum of what the two of an untied model get, both of
+    which begin as that table (with its text, where it has one)."""
+    tied, untied = shaken(model(BERT4RecTied, text)), model(BERT4Rec, text)
+    assert len(list(tied.parameters())) == len(list(untied.parameters())) - 1
+    untied.load_state_dict(tied.state_dict())
+    untied.output.weight.data = tied.item_embedding().detach().clone()
+    batch = ragged_of(list(range(1, 20)), list(range(2, 20)))
+    close(tied.all_states(*batch) @ tied.scorer()[0].T + tied.scorer()[1],
+          untied.all_states(*batch) @ untied.scorer()[0].T + untied.scorer()[1])
+    losses = [m.loss(*batch, np.random.default_rng(1)) for m in (tied, untied)]
+    close(*losses)
+    one, two = map(gradients, (tied, untied), losses)
+    close(one[TABLE], two[TABLE] + two['output.weight'])
+    assert two['output.weight'].any() and two[TABLE].any()
+
+
 def test_random_tables():
     """Row 0 is zeros; Xavier-normal for SASRec and GRU4Rec, N(0, 0.02) for BERT4Rec."""
     torch.manual_seed(0)
@@ -786,7 +805,8 @@ def test_every_mode_trains_exactly_what_it_names(toy, kind):
     frozen = state('ft-freeze')
     assert torch.equal(frozen[TABLE], e), 'freeze: the table is the embeddings to the bit'
     assert not torch.equal(state('ft-trainable')[TABLE], e)
-    assert moved(frozen, state('ft-further-emb')) == {TABLE}
+    table = {TABLE, 'output.weight'} if kind == 'bert4rec-tied' else {TABLE}
+    assert moved(frozen, state('ft-further-emb')) == table
     names = moved(frozen, state('ft-further-all'))
     # no gradient reaches the key bias, a constant in the softmax; the rest must move
     assert names >= {k for k in frozen if not k.endswith('key.bias') and 'position' not in k}
@@ -800,7 +820,8 @@ def test_every_mode_trains_exactly_what_it_names(toy, kind):
     assert (row['loss'], row['hidden'], row['lr'], row['plm']) == (LOSSES[kind], H, 0.01, 'p')
     assert row['dataset'] == 'toy' and row['data'] == data.fingerprint and row['norm'] == 2
     assert 1 <= row['best_epoch'] <= row['epochs'] == 2
-    assert row['parameters'] == sum(x.numel() for x in frozen.values())
+    assert row['parameters'] == sum(x.numel() for name, x in frozen.items()
+                                    if name == TABLE or name not in table)
 
 
 @pytest.mark.parametrize('kind', MODELS)
@@ -1143,8 +1164,12 @@ def tree(tmp_path, monkeypatch):
     common.runs.parsed.cache_clear()
 
 
+def file_of(kind):
+    return f'{MODELS[kind].__module__.replace(".", "/")}.py'
+
+
 def code_of_model(kind):
-    return code_of('train_seq.py', f'common/{kind}.py')
+    return code_of('train_seq.py', file_of(kind))
 
 
 def test_what_defines_a_models_numbers_is_in_its_digest(tree):
@@ -1152,7 +1177,7 @@ def test_what_defines_a_models_numbers_is_in_its_digest(tree):
     shared = {f'common/{name}.py' for name in
               ('arrays', 'data', 'initial', 'layers', 'metrics', 'sequence', 'training')}
     for kind in MODELS:
-        assert set(code_of_model(kind)) == shared | {'train_seq.py', f'common/{kind}.py'}
+        assert set(code_of_model(kind)) == shared | {'train_seq.py', file_of(kind)}
 
 
 @pytest.mark.parametrize('file, old, new, changed', [
@@ -1351,7 +1376,8 @@ def test_the_name_of_an_embedding_is_no_path(source):
 def test_each_model_has_its_own_defaults():
     found = {kind: arguments(model=kind) for kind in MODELS}
     assert {kind: (args.loss, args.batch) for kind, args in found.items()} == {
-        'sasrec': ('bce', 128), 'bert4rec': ('masked', 256), 'gru4rec': ('ce', 128)}
+        'sasrec': ('bce', 128), 'bert4rec': ('masked', 256), 'bert4rec-tied': ('masked', 256),
+        'gru4rec': ('ce', 128)}
     assert arguments('--loss', 'ce', '--batch', '3').loss == 'ce'
     assert SASRec.betas == GRU4Rec.betas == (0.9, 0.98) and BERT4Rec.betas == (0.9, 0.999)
 

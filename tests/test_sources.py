@@ -186,7 +186,7 @@ def test_wrong_hash_and_no_server(root, server, monkeypatch):
     unsafe = os.environ['ELEPHANT_AMAZON_URL'].replace('127.0.0.1', 'localhost')
     monkeypatch.setenv('ELEPHANT_AMAZON_URL', unsafe)
     path.unlink()
-    with pytest.raises(UserError, match='ELEPHANT_AMAZON_URL http://localhost:.*: only https'):
+    with pytest.raises(UserError, match='http://localhost:.*: downloads come over https only'):
         data.prepare('pantry', data.DEFAULT)
     assert not path.exists()
 
