@@ -18,7 +18,7 @@ options
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
   --rec-seeds "0 1"  seeds of stage-FT1 and FT2; the first one's embeddings are exported        (default: 0)
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
-  --longer       between the two: README's tables
+  --longer       between the two: all of the paper's rates, every kind of rows; a night or two on 2 cores
   --toy          a budget of seconds: shows that everything runs, says nothing about quality
   --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones
   --table5       also texts beside trained IDs, and RecFormer with trainable items
@@ -52,7 +52,7 @@ while [ $# -gt 0 ]; do
 done
 : "${NAME:=drugstore}"
 [[ $NAME =~ ^[A-Za-z0-9_-]+$ ]] || fail "dataset name '$NAME': letters, digits, - and _ only"
-[[ $SEEDS$REC_SEEDS$SHARES =~ ^[0-9.\ ]+$ ]] || fail "--seeds, --rec-seeds and --shares take numbers, such as '0 1'"
+[[ $SEEDS$REC_SEEDS =~ ^[0-9\ ]+$ && $SHARES =~ ^[0-9.\ ]+$ ]] || fail "--seeds, --rec-seeds and --shares take numbers, such as '0 1'"
 [ ! -d "$PLM" ] || PLM=$(realpath -- "$PLM")
 [ -z "${ELEPHANT_DATA:-}" ] || export ELEPHANT_DATA=$(realpath -m -- "$ELEPHANT_DATA")
 ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")

@@ -34,7 +34,8 @@ class Size(NamedTuple):
 
     @property
     def mean(self):
-        return self.interactions / self.users
+        """Items that a user trains with: all but the last two."""
+        return max(1, self.interactions / self.users - 2)
 
 
 def sizes():
@@ -78,7 +79,7 @@ def finetuning(size, shape):
 
 def sasrec(size, hidden, scored):
     """FLOPs of an epoch of SASRec whose loss scores so many items at a position."""
-    lengths = np.random.default_rng(0).geometric(1 / max(1, size.mean), 10_000) + 1
+    lengths = np.random.default_rng(0).geometric(1 / size.mean, 10_000)
     return size.users / len(lengths) * epoch_flops('ce', lengths, hidden, scored)
 
 
