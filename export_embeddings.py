@@ -115,7 +115,7 @@ def main(args):
                 'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
         ids = (data.item_ids + data.cold_ids)[:len(rows)]
         if out.suffix in PLAIN:
-            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids))
+            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)

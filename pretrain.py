@@ -58,7 +58,7 @@ class Sources:
 
     def __init__(self, args, words):
         leave = 2 * args.leave_out  # items
-        domains = [load(name) for name in args.sources]
+        domains = [load(name) for name in dict.fromkeys(args.sources)]
         self.fingerprints = [data.fingerprint for data in domains]
         self.tokens = joined([item_tokens(data, words) for data in domains])
         self.lengths = np.concatenate([data.lengths - leave for data in domains])
@@ -210,8 +210,8 @@ def main(args):
         raise UserError(f'{" ".join(args.sources)}: of {len(sources.train)} users that train and '
                         f'{len(sources.valid)} held out each process needs two of a --batch '
                         f'({args.batch}) and one')
-    name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
-    folder = args.out or runs_root() / 'pretrained' / name
+    name = f'pretrained/{Path(args.plm).name}-{"+".join(args.sources)}'
+    folder = args.out or runs_root() / name
     identity = {'options': option_identity(args),
                 'data': sources.fingerprints,
                 'tokens': sources.tokens.fingerprint,

@@ -158,8 +158,7 @@ def one_run(args, machine, data, embedding, about, start_from):
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         row = run.write(**found, **origin_of(embedding), **result_of(data, ranks),
-                        device=args.device,
-                        parameters=sum(p.numel() for p in model.parameters()))
+                        device=args.device)
     from common.baselines import popularity_value  # in here: it defines no number of the run
     bound = popularity_value(data)
     if found['valid'] <= bound:

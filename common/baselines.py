@@ -156,10 +156,8 @@ def untrained(data, embeddings):
     part = some_of(data)
     for name, (init, scorers) in all_scorers(data, embeddings).items():
         began = time.monotonic()
-        # popularity looks at no history
-        decays = DECAYS[:1] if name == 'popularity' else DECAYS
         valid = {(weight, decay): value_of(ranks_of(part, 'valid', scorers[weight], decay))
-                 for weight, decay in product(scorers, decays)}
+                 for weight, decay in product(scorers, DECAYS)}
         weight, decay = max(valid, key=valid.get)
         ranks = ranks_of(data, 'test', scorers[weight], decay)
         yield name, {'model': 'untrained',

@@ -191,9 +191,10 @@ def build(folder, filters, identity):
     items = np.cumsum(kept, dtype=np.int32)[item]  # item_ids are sorted
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
-        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user) with '
-                        f'items that have texts (rows with unknown items: {unknown:,}) and two '
-                        'last items that occur in training parts; there is nothing to evaluate')
+        raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user; '
+                        f'--min-item: {filters[1]}) with items that have texts (rows with unknown '
+                        f'items: {unknown:,}) and two last items that occur in training parts; '
+                        'there is nothing to evaluate')
     user_ids = np.array(user_ids, object)
     user_names = user_ids[users].tolist()
     catalogue = list(compress(texts, kept))

@@ -13,6 +13,7 @@ import sys
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -118,7 +119,7 @@ def whole(path):
     os.makedirs(path.parent, exist_ok=True)
     for left in path.parent.glob(f'.{path.name}.of-*.part'):  # by a process that was killed
         left.unlink(missing_ok=True)
-    part = path.with_name(f'.{path.name}.of-{os.getpid()}.part')
+    part = path.parent / f'.{path.name}.of-{os.getpid()}.part'
     try:
         yield part
         with open(part, 'rb+') as f:
@@ -180,17 +181,18 @@ def save_pt(path, kind, **content):
 
 
 def load_pt(path, kind):
-    """Read what save_pt wrote, to the CPU. UserError: missing, cut short, not ours, or of another
+    """Read what save_pt wrote, to the CPU. UserError: missing, damaged, not ours, or of another
     kind."""
     if not path.exists():
-        raise UserError(f'{path}: no such file; README.md says what makes it')
+        raise UserError(f'{path}: no such file; remove a row.json beside it, then make it again')
     # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
     with open(path, 'rb') as f, suppress(Exception):
         content = torch.load(f, map_location='cpu', weights_only=True)
-        if content['kind'] == kind:
+        # torch does not look at the checksums that it wrote
+        if content['kind'] == kind and not ZipFile(f).testzip():
             return content
     raise UserError(f'{path}: is no readable {kind} file: damaged, of another kind, or not made '
-                    'here; README.md says what makes it, --again makes it again')
+                    'here; remove it and a row.json beside it, then make it again (README.md)')
 
 
 def follower():

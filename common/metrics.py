@@ -81,9 +81,7 @@ def per_user(ranks, metric):
     g, t = ranks.T
     name, cutoff = metric.split('@')
     k = int(cutoff)
-    gain = np.ones(k)  # of a place
-    if name == 'NDCG':
-        gain = 1 / np.log2(np.arange(k) + 2)
+    gain = {'HR': np.ones(k), 'NDCG': 1 / np.log2(np.arange(k) + 2)}[name]  # of a place
     total = np.r_[0, np.cumsum(gain)]  # of the first r places
     end = g + t + 1
     first, last = np.minimum([g, end], k)

@@ -24,6 +24,9 @@ def load_seq(folder, data):
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')
     table = ItemTable(state['item_embedding.weight'], state.get('item_embedding.text'))
-    model = MODELS[about['model']](table, about['max_items'])
-    model.load_state_dict(state)
+    try:
+        model = MODELS[about['model']](table, about['max_items'])
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError):  # a model that is gone, other layers
+        raise UserError(f"{path}: is of another {about['model']} than today's") from None
     return model.eval()

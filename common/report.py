@@ -74,8 +74,8 @@ class Cell:
         self.init = self.first['init']
         self.title, self.label = names_of(self.first)
         options = self.first['identity'].get('options', {})
-        settings = str([options.get(name) for name in SETTINGS])
-        self.kind = self.title, -self.first.get('hidden', 0), settings
+        settings = list(map(options.get, SETTINGS))
+        self.kind = self.title, -self.first.get('hidden', 0), f'{settings}'
         self.variant = self.label
         if self.init != 'random':
             self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')

@@ -96,6 +96,8 @@ def table(path, most):
              if re.fullmatch(first, head.strip())]
     header = known[0] if known else next(rows, (0, []))[1]
     names = [re.sub(':(token|float)(_seq)?$', '', cell.strip()) for cell in header]
+    if len(set(names)) < len(names):
+        raise UserError(f'{path}: two of its columns have one name: {", ".join(names)[:200]}')
     return {name: place for place, name in enumerate(names)}, rows
 
 
@@ -107,8 +109,8 @@ def column(path, names, role, named):
         if name in there:
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
-                    f'{", ".join(names)[:100] or "nothing that can be read"}; --from takes '
-                    f'--columns {role}=NAME')
+                    f'{", ".join(names)[:100] or "nothing that can be read"}; with --from its '
+                    f'name may be told: --columns {role}=NAME')
 
 
 def readable(path, rows, parse, what, most):

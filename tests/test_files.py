@@ -65,7 +65,22 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         load_pt(tmp_path / 'y.pt', 'seq')
 
 
+def test_a_flipped_bit_anywhere_in_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / 'x.pt'
+    save_pt(path, 'seq', model=torch.ones(64))
+    good = path.read_bytes()
+    begin = good.index(torch.ones(64).numpy().tobytes())
+    for place in range(begin, begin + 256, 17):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1:])
+        with pytest.raises(UserError, match='x.pt: is no readable seq file: damaged.*remove it'):
+            load_pt(path, 'seq')
+    path.write_bytes(good)
+    assert torch.equal(load_pt(path, 'seq')['model'], torch.ones(64))
+
+
 def test_a_place_that_cannot_be_written_is_named_not_the_temporary_file(tmp_path):
+    with pytest.raises(OSError):
+        save_text(Path('.'), 'x')  # which has no name
     for bad in (tmp_path, Path('/proc/x.csv')):  # a folder; nobody can write there
         with pytest.raises(OSError) as said:
             save_text(bad, 'x')

@@ -140,7 +140,7 @@ def test_own_tables(root, mark, ending):
     goods = table(['', 'sku', 'name', 'price'], ['0', '"a, 1"', '"salt ""x"""', '3'], ['1', 'b', '', ''])
     folder = write(root / 'x', **{f'orders__{ending}': orders, f'goods__{ending}': goods})
     command = ['--from', folder / f'orders.{ending}', '--items', folder / f'goods.{ending}', '--columns']
-    with pytest.raises(UserError, match=f'orders.{ending}: has no column .timestamp, .*, but , who is it, sku, day; --from takes --columns time=NAME'):
+    with pytest.raises(UserError, match=f'orders.{ending}: has no column .timestamp, .*, but , who is it, sku, day; with --from .* --columns time=NAME'):
         converted(root, *command, 'user=who is it,item=sku')
     converted(root, *command, 'user=who is it,item=sku,time=day')
     known = sources.read_items(root / 'data' / 'toy' / 'items.jsonl.gz')
@@ -261,15 +261,16 @@ def test_names_of_the_papers_datasets_are_kept_for_them(root):
     ({}, 'holds not one pair of files of a known form .data/README.md., but none; name one: --from'),
     ({'u__item': '1|x'}, 'but none; name one'), ({'x__inter': 'a', 'y__item': 'b'}, 'but none; name one'),
     ({'u__data': '', 'u__item': '', 'a__inter': '', 'a__item': ''}, 'but a.inter, u.data; name one'),
-    ({'a__inter': 'user_id:token\titem_id:token\n1\t2\n', 'a__item': ''}, 'a.inter: has no column .timestamp, .*, but user_id, item_id; --from takes'),
-    ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'item,name,name\na,b,c\n'}, 'items.csv: line 2 is no record with the column item'),
-    ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'name,brand\n'}, 'has no column .item, .*id., but name, brand; --from takes --columns id='),
+    ({'a__inter': 'user_id:token\titem_id:token\n1\t2\n', 'a__item': ''}, 'a.inter: has no column .timestamp, .*, but user_id, item_id; with --from'),
+    ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'item,name,name\na,b,c\n'}, 'items.csv: two of its columns have one name: item, name, name$'),
+    ({'interactions__csv': 'user,item,time,,\na,b,1,,\n', 'items__csv': 'item\na'}, 'two of its columns have one name'),
+    ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'name,brand\n'}, 'has no column .item, .*id., but name, brand; with --from .* --columns id='),
     ({'interactions__csv': 'user,item,time\na,b,soon\n', 'items__csv': 'item\na'}, "line 2 is no record with .* a time .*'soon'.*1 of 2 lines"),
     ({'interactions__csv': 'user,item,time\n"a,b,1\n', 'items__csv': 'item\na'}, 'interactions.csv: line 2 is not CSV'),
     ({'interactions__csv': 'user,item,time\n"a"x,b,1\n', 'items__csv': 'item\na'}, 'interactions.csv: line 2 is not CSV'),
     ({'interactions__csv': 'user,item,time\na,b,c,1\n', 'items__csv': 'item\na'}, 'line 2 is no record with a user'),
-    ({'interactions__csv': '196,242,881250949\n', 'items__csv': 'item\na'}, 'has no column .user, .*but 196, 242, 881250949; --from'),
-], ids=range(12))
+    ({'interactions__csv': '196,242,881250949\n', 'items__csv': 'item\na'}, 'has no column .user, .*but 196, 242, 881250949; with --from'),
+], ids=range(13))
 def test_what_is_not_understood_is_said_in_one_line(root, files, message):
     with pytest.raises(UserError, match=message):
         converted(root, '--from', write(root / 'x', **files))

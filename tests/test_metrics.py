@@ -183,6 +183,9 @@ def test_tied_metrics_by_hand():
     r = np.array([[1, 2]])
     assert per_user(r, 'HR@3')[0] == pytest.approx(2 / 3)
     assert per_user(r, 'HR@1')[0] == 0 and per_user(r, 'HR@4')[0] == 1
+    for name in ('MRR@10', 'ndcg@10', 'Recall@10'):
+        with pytest.raises(KeyError):  # not HR under another name
+            per_user(r, name)
     assert per_user(r, 'NDCG@3')[0] == pytest.approx((1 / np.log2(3) + 1 / np.log2(4)) / 3)
     clear = per_user(np.array([[0, 0], [9, 0], [10, 0]]), 'NDCG@10')
     assert clear.tolist() == pytest.approx([1, 1 / np.log2(11), 0])

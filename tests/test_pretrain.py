@@ -106,6 +106,8 @@ def test_users_are_held_out_left_out_and_shared_out(sources, model):
     assert (few.valid == s.valid).all(), 'the held-out users do not depend on the share'
     least = pretrain.Sources(options('--share', '0.01'), model.words)
     assert len(least.train) == 4, 'a batch at least'
+    twice = pretrain.parse_args(['one', 'two', 'one', '--batch', '4'])
+    assert np.array_equal(pretrain.Sources(twice, model.words).items, s.items), 'each once'
     other = pretrain.Sources(options('--seed', '1'), model.words)
     assert set(other.valid) != set(s.valid)
 

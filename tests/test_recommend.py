@@ -376,7 +376,7 @@ def test_exports_for_other_programs(world, found, tmp_path):
         export('--plm', world.parent.parent / 'plm', '--out', out)
         rows = torch.from_numpy(np.load(out)) if out.suffix == '.npy' else load_file(out)['embeddings']
         assert torch.equal(rows, torch.cat([matrix, cold]))
-    assert (tmp_path / 'lf.ids.txt').read_text().splitlines() == found.item_ids + COLD
+    assert (tmp_path / 'lf.ids.txt').read_text() == '\n'.join([*found.item_ids, *COLD, ''])
     assert len(list(tmp_path.iterdir())) == 4, 'and a lock'
 
 

@@ -820,8 +820,18 @@ def test_every_mode_trains_exactly_what_it_names(toy, kind):
     assert (row['loss'], row['hidden'], row['lr'], row['plm']) == (LOSSES[kind], H, 0.01, 'p')
     assert row['dataset'] == 'toy' and row['data'] == data.fingerprint and row['norm'] == 2
     assert 1 <= row['best_epoch'] <= row['epochs'] == 2
-    assert row['parameters'] == sum(x.numel() for name, x in frozen.items()
-                                    if name == TABLE or name not in table)
+
+
+def test_a_run_of_another_model_than_todays_is_refused_in_one_line(toy, monkeypatch):
+    data, folder = toy
+    run()
+    with monkeypatch.context() as patch:
+        patch.setattr(SASRec, 'depth', 3)
+        with pytest.raises(UserError, match="model.pt: is of another sasrec than today's"):
+            load_seq(folder / name_of('sasrec'), data)
+    monkeypatch.delitem(MODELS, 'sasrec')
+    with pytest.raises(UserError, match="model.pt: is of another sasrec than today's"):
+        load_seq(folder / name_of('sasrec'), data)
 
 
 @pytest.mark.parametrize('kind', MODELS)
