@@ -18,7 +18,7 @@ options
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
   --rec-seeds "0 1"  seeds of stage-FT1 and FT2; the first one's embeddings are exported        (default: 0)
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
-  --longer       between the two: all of the paper's rates, every kind of rows; a night or two on 2 cores
+  --longer       between the two: all of the paper's rates, every kind of rows; many hours on 2 cores
   --toy          the smallest budget, of minutes: shows that everything runs, says nothing about quality
   --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones
   --table5       also texts beside trained IDs, and RecFormer with trainable items

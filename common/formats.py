@@ -58,12 +58,18 @@ def find_pair(path):
 
 # ------------------------------------------------------------------------ getting the Amazon files
 
+def safe(url):
+    """The address. UserError: what comes from it could be another's."""
+    if not url.startswith(('https://', 'http://127.0.0.1:')):
+        raise UserError(f'{url}: downloads come over https only')
+    return url
+
+
 def download(url, path):
     """Fetch `url` to `path`, going on where an earlier download broke off."""
     with open(path, 'ab') as f:
-        answer = urlopen(Request(url, headers={'Range': f'bytes={f.tell()}-'}), timeout=30)
-        if not answer.url.startswith(('https://', 'http://127.0.0.1:')):
-            raise UserError(f'{answer.url}: downloads come over https only')
+        answer = urlopen(Request(safe(url), headers={'Range': f'bytes={f.tell()}-'}), timeout=30)
+        safe(answer.url)  # it may have been sent elsewhere
         if answer.status == 200:  # the server sends everything again
             f.truncate(0)
         chunks = iter(partial(answer.read, 2 ** 20), b'')

@@ -24,7 +24,7 @@ RANKINGS = {'sampled': '100 negatives', 'full': 'all items', 'new': 'new items'}
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 ALPHA = 0.05  # of the paired tests
 # Options that a row must share with random rows to be compared with them.
-SETTINGS = 'epochs', 'patience', 'batch', 'max_items', 'negatives'
+SETTINGS = 'epochs patience batch max_items negatives'.split()
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
 FREE = {'options.seed', 'options.lr', 'from', 'start'}
 
@@ -74,8 +74,8 @@ class Cell:
         self.init = self.first['init']
         self.title, self.label = names_of(self.first)
         options = self.first['identity'].get('options', {})
-        settings = list(map(options.get, SETTINGS))
-        self.kind = self.title, -self.first.get('hidden', 0), f'{settings}'
+        settings = f'{[options.get(name) for name in SETTINGS]}'
+        self.kind = self.title, -self.first.get('hidden', 0), settings
         self.variant = self.label
         if self.init != 'random':
             self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
