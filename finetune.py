@@ -184,8 +184,7 @@ def one_run(args, machine, data):
             save_recformer(out / 'model.pt', model)
         run.write(model='recformer', loss='ce', init=init, mode=model.stage,
                   scale='raw', hidden=model.config.hidden, plm=model.plm,
-                  config=vars(model.config), device=args.device, **found,
-                  **result_of(data, ranks))
+                  config=vars(model.config), **found, **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ main

@@ -227,8 +227,7 @@ def main(args):
             return
         model.stage = 'pt'
         save_recformer(folder / 'model.pt', model)
-        run.write(stage='pt', plm=args.plm, config=vars(model.config), device=args.device,
-                  **found)
+        run.write(stage='pt', plm=args.plm, config=vars(model.config), **found)
 
 
 if __name__ == '__main__':

@@ -157,8 +157,7 @@ def one_run(args, machine, data, embedding, about, start_from):
         ranks = model.ranks(data, 'test')
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
-        row = run.write(**found, **origin_of(embedding), **result_of(data, ranks),
-                        device=args.device)
+        row = run.write(**found, **origin_of(embedding), **result_of(data, ranks))
     from common.baselines import popularity_value  # in here: it defines no number of the run
     bound = popularity_value(data)
     if found['valid'] <= bound:

@@ -26,17 +26,16 @@ def read_embeddings(path, data, cold=False):
     head = content['head']
     known = digest(matrix)
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
-            and len(matrix) == data.n_items + 1 and torch.isfinite(matrix.sum())
-            and not matrix[0].any()
+            and len(matrix) == data.n_items + 1
             and (not cold or content.get('cold_items') == digest(data.cold_ids,
                                                                  data.cold_attributes)))
     if not ours:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
-                        "other cold items than today's, or not their rows of finite numbers with a "
-                        f'zero row 0; export it again for {data.name}')
+                        f"other cold items than today's; export it again for {data.name}")
     rows = matrix[1:]
-    if (rows - rows.mean(0)).norm() <= 1e-5 * rows.norm():  # nothing but rounding
-        raise UserError(f'{path}: all items have the same row; their texts tell nothing apart')
+    if not (rows - rows.mean(0)).norm() > 1e-5 * rows.norm():  # nothing but rounding, or NaN
+        raise UserError(f'{path}: all items have the same row, or not all numbers are finite; '
+                        'their texts tell nothing apart')
     if cold:
         matrix = torch.cat([matrix, content['cold'].float()])
     return Embeddings(matrix, known, head)

@@ -168,6 +168,8 @@ def recommend(args, data, folder):
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
         raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
                         "ID model or a ranking without training that was made on today's")
+    if args.out and args.out.suffix not in ('.csv', '.jsonl'):
+        raise UserError(f'--out {args.out}: must end in .csv or .jsonl')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)

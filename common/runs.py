@@ -125,7 +125,8 @@ class Run(NamedTuple):
             found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
             commit = found.stdout.strip()
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
-               'commit': commit or 'unknown', 'torch': version('torch'),
+               'commit': commit or 'unknown',
+               'device': getattr(self.args, 'device', 'cpu'), 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}
         if ranks:

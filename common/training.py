@@ -65,14 +65,14 @@ def start(args):
 
 def faster_in_bfloat16(device):
     """Whether matrix products are: on a GPU where it has the type. A CPU tries (some that have it
-    are twice as slow in it): the fastest of 100 in one thread, the types in turns, as other work
-    may slow any of them."""
+    are twice as slow in it, others forty times): the fastest of 15 in one thread, the types in
+    turns, as other work may slow any of them."""
     if device.type == 'cuda':
         return torch.cuda.get_device_capability(device) >= (8, 0)  # older ones emulate it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     kinds = [torch.ones(256, 256, dtype=kind) for kind in (torch.bfloat16, torch.float32)]
-    seconds = [[timeit.timeit(partial(x.mm, x), number=1) for x in kinds] for _ in range(100)]
+    seconds = [[timeit.timeit(partial(x.mm, x), number=1) for x in kinds] for _ in range(15)]
     torch.set_num_threads(threads)
     half, single = np.min(seconds, 0)
     return half < 0.8 * single

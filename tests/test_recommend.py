@@ -129,6 +129,13 @@ def test_json_lines_say_what_csv_says(world, tmp_path):
     assert as_text == rows and len(rows) == 40 * 10
 
 
+@pytest.mark.parametrize('name', ['recs.csv.gz', 'recs.json', 'recs.parquet', 'recs'])
+def test_a_form_that_is_not_written_is_refused_at_once(world, tmp_path, name):
+    with pytest.raises(UserError, match='--out .*recs.*: must end in .csv or .jsonl'):
+        call('recommend', 'one', LF, '--precision', 'float32', '--out', tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_with_history_and_no_more_than_there_are(world, found, tmp_path):
     rows = recommended(tmp_path / 'a.csv', LF, '--users', 'u3', '--k', '1000')
     own = {found.item_ids[item - 1] for item in history(found, 'u3')}
@@ -320,7 +327,7 @@ def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatc
     try:
         for ids, texts in ((['x1'], found.cold_attributes[:1]), (COLD, [[['title', 'new']]] * 2)):
             save_pt(path, 'embeddings', **{**content, 'cold_items': digest(ids, texts)})
-            with pytest.raises(UserError, match="lf.pt: .* other cold items than today's, .*; export"):
+            with pytest.raises(UserError, match="lf.pt: .* other cold items than today's; export"):
                 call('recommend', 'one', LF, '--cold')
         head = content['head']
         for key in ('norm', 'cosine'):
