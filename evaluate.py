@@ -2,7 +2,8 @@
 
     python evaluate.py untrained drugstore              # popularity, nearest neighbours: a run each
     python evaluate.py table drugstore                  # prints and writes results.md, two pictures
-    python evaluate.py compare drugstore RUN_A RUN_B    # names of folders in runs/drugstore/
+    python evaluate.py compare drugstore RUN_A RUN_B    # folders in runs/drugstore/; without rate
+                                                        # and seed: means over the seeds
     python evaluate.py recommend drugstore RUN --k 20 --out recs.csv       # all users
     python evaluate.py recommend drugstore RUN --items 27334 30012         # after these
     python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
@@ -25,14 +26,15 @@ from common.data import load
 from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
-from common.metrics import compare, per_user
+from common.metrics import compare
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
 from common.progress import progress
 from common.recommend import recommend, with_cold
-from common.report import RANKINGS, SHOWN, cells_of, markdown, render
-from common.runs import Run, code_of, load_rows, read_ranks
+from common.report import (RANKINGS, RATE_AND_SEED, SHOWN, Cell, cells_of, markdown,
+                           render)
+from common.runs import Run, code_of, load_rows
 from common.text import item_tokens
 from common.training import start
 
@@ -59,8 +61,7 @@ def write_untrained(args, data, folder):
     if run.finished():
         return
     for name, row in untrained(data, embeddings):
-        origin = origin_of(embeddings.get(row['init']))
-        run._replace(folder=folder / name).write(**row, **origin)
+        run._replace(folder=folder / name).write(**row, **origin_of(embeddings.get(row['init'])))
 
 
 def show_neighbours(args, data, folder):
@@ -91,21 +92,34 @@ def finish(path, text):
     print(f'{text}\nwritten to {path}')
 
 
-def current_cells(data):
-    """The Cells of those runs that are of this version of the data."""
+def current_rows(data):
+    """The rows of those runs that are of this version of the data."""
     rows = load_rows(data.name)
     current = [row for row in rows if row['data'] == data.fingerprint]
     if len(current) < len(rows):
         print(f'{len(rows) - len(current)} runs of another version of the data are left out')
-    return cells_of(current)
+    return current
+
+
+def cell_called(name, rows, folder):
+    """The Cell of a run; of a name without rate and seed that of all its runs. UserError: there is
+    none, or they differ in more."""
+    ending = f'{re.escape(name)}({RATE_AND_SEED})?'
+    found = [row for row in rows if re.fullmatch(ending, row['run'])]
+    if not found or Cell(found).mixed:
+        raise UserError(f'{name}: no such run in {folder} (ELEPHANT_RUNS: elsewhere), or of '
+                        'another version of the data, or several that differ in more than rate '
+                        'and seed')
+    return Cell(found)
 
 
 def show_tables(args, data, folder):
     """Print results.md, made of whatever rows there are; draw bars and learning curves."""
-    cells = current_cells(data)
-    if not cells:
+    rows = current_rows(data)
+    if not rows:
         raise UserError(f'{folder}: no results yet; bash run_all.sh {data.name} makes them')
-    save_json(folder / 'results.json', load_rows(data.name))
+    cells = cells_of(rows)
+    save_json(folder / 'results.json', rows)
     finish(folder / 'results.md', render(data, cells))
     draw_bars(folder / 'results.png', cells)
     draw_lines(folder / 'curves.png', learning(cells),
@@ -113,16 +127,15 @@ def show_tables(args, data, folder):
 
 
 def show_comparison(args, data, folder):
-    """Paired difference of two runs, for every metric."""
-    (row, a), (other, b) = (read_ranks(data.name, run) for run in args.runs)
-    if row['data'] != other['data']:  # and so the users
-        raise UserError(f'{args.runs[0]} and {args.runs[1]} were evaluated on different users; '
-                        'run both again on the same data')
-    print(f'{args.runs[0]} minus {args.runs[1]}, {len(a["users"]):,} users, percent')
+    """Paired difference of two runs, or of two lines of the tables (means over their seeds), for
+    every metric."""
+    rows = current_rows(data)
+    cells = [cell_called(name, rows, folder) for name in args.runs]
+    print(f'{args.runs[0]} minus {args.runs[1]}, {rows[0]["users"]:,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
-    for ranking, metrics in row['metrics'].items():
+    for ranking, metrics in rows[0]['metrics'].items():
         for metric in metrics:
-            values = [per_user(ranks[ranking], metric) for ranks in (a, b)]
+            values = [cell.by_user(ranking, metric).mean(0) for cell in cells]
             difference, (low, high), p = compare(*values)
             print(f'{ranking:8}{metric:16}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
@@ -170,7 +183,7 @@ def show_curve(args, data, folder):
     """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
     pt-share<percent of the source users> or pt-step<number>, beside LF (0) and random rows."""
     lines = {}  # {method: {number: Cell}}
-    for cell in current_cells(data):
+    for cell in cells_of(current_rows(data)):
         name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
         if name and not cell.mixed:
             for shown in filter(None, (cell.random, cell)):

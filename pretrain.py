@@ -210,8 +210,7 @@ def main(args):
         raise UserError(f'{" ".join(args.sources)}: of {len(sources.train)} users that train and '
                         f'{len(sources.valid)} held out each process needs two of a --batch '
                         f'({args.batch}) and one')
-    name = f'{Path(args.plm).name}-{"+".join(args.sources)}'
-    folder = args.out or runs_root() / f'pretrained/{name}'
+    folder = args.out or runs_root() / f'pretrained/{Path(args.plm).name}-{"+".join(args.sources)}'
     identity = {'options': option_identity(args),
                 'data': sources.fingerprints,
                 'tokens': sources.tokens.fingerprint,

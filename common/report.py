@@ -8,7 +8,6 @@ import functools
 import itertools
 import re
 from operator import attrgetter
-from statistics import mean, stdev
 
 import numpy as np
 
@@ -25,6 +24,7 @@ SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 ALPHA = 0.05  # of the paired tests
 # Options that a row must share with random rows to be compared with them.
 SETTINGS = 'epochs patience batch max_items negatives'.split()
+RATE_AND_SEED = r'(-lr[\d.e-]+)?-seed\d+'  # end the name of a run
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
 FREE = {'options.seed', 'options.lr', 'from', 'start'}
 
@@ -35,7 +35,7 @@ def names_of(row):
     """A row's model and loss, and what its run is called besides, without rate and seed:
     ('SASRec, cross-entropy', 'lf-trainable-centred-128')."""
     model, loss = row['model'], row.get('loss')
-    label = re.sub(r'(-lr[\d.e-]+)?-seed\d+$', '', row['run'])
+    label = re.sub(f'{RATE_AND_SEED}$', '', row['run'])
     if model in TITLES:
         return TITLES[model], label
     name = getattr(MODELS.get(model), '__name__', model)  # a run may be of a model that is gone
@@ -45,12 +45,6 @@ def names_of(row):
 def suitability(row):
     """Of the rows of a variant the one with the largest has the rate that its cell shows."""
     return -row.get('seed', 0), row['valid'] or 0
-
-
-def of_users(row, ranking, metric):
-    """A metric such as 'HR@20' of every user of a run: [E]."""
-    _, ranks = read_ranks(row['dataset'], row['run'])
-    return per_user(ranks[ranking], metric)
 
 
 class Cell:
@@ -80,17 +74,16 @@ class Cell:
         if self.init != 'random':
             self.variant = self.label.removeprefix(f'{self.init}-').removesuffix(f'-{self.init}')
 
-    @functools.cache
-    def users(self, ranking):
-        """SHOWN of every user, mean over the seeds: [E]."""
-        return np.mean([of_users(row, ranking, SHOWN) for row in self.rows], 0)
+    @functools.lru_cache
+    def by_user(self, ranking, metric=SHOWN):
+        """A metric such as 'HR@20' of every user, by seed: [seeds, E]."""
+        found = [read_ranks(row['dataset'], row['run']) for row in self.rows]
+        return np.array([per_user(ranks[ranking], metric) for _, ranks in found])
 
     def value(self, ranking, metric=SHOWN):
         """(mean, standard deviation) over the seeds in percent; one seed has no deviation: 0."""
-        values = [100 * (row['metrics'][ranking].get(metric)
-                         or of_users(row, ranking, metric).mean())  # a cut-off younger than the row
-                  for row in self.rows]
-        return mean(values), stdev(values) if len(values) > 1 else 0.0
+        values = 100 * self.by_user(ranking, metric).mean(1)
+        return values.mean(), values.std(ddof=len(values) > 1)
 
     def text(self, ranking, metric=SHOWN, digits=1):
         """'mean ± sd' over the seeds in percent, 'mixed' where they may not be averaged."""
@@ -108,7 +101,8 @@ class Cell:
         averaged first: the test knows nothing of what another seed would change."""
         if other in (None, self) or self.mixed or other.mixed:
             return '-'
-        difference, _, p = compare(self.users(ranking), other.users(ranking))
+        both = (cell.by_user(ranking).mean(0) for cell in (self, other))
+        difference, _, p = compare(*both)
         mark = '=' if not p < ALPHA else '>' if difference > 0 else '<'
         return f'{mark} {p:.3f}'
 

@@ -103,7 +103,9 @@ def ready(tmp_path_factory):
         patch.setenv('ELEPHANT_DATA', str(folder / 'data'))
         found = data.prepare('one', data.DEFAULT)
     tiny_bert(folder / 'plm')
-    row = {'run': 'm', 'model': 'sasrec', 'data': found.fingerprint, 'identity': {}, 'code': {}, 'seconds': 0, 'metrics': {}}
+    row = {'run': 'm', 'dataset': 'one', 'model': 'sasrec', 'init': 'random', 'valid': 0.5, 'users': 40,
+           'data': found.fingerprint, 'identity': {}, 'code': {}, 'seconds': 0,
+           'metrics': {'sampled': {'HR@5': 0.5}}}
     save_json(folder / 'runs' / 'one' / 'm' / 'row.json', row)
     ranks = {name: np.zeros((40, 2), np.int32) for name in ('sampled', 'full', 'new')}
     np.savez(folder / 'runs' / 'one' / 'm' / 'ranks.npz', users=np.arange(40), **ranks)

@@ -22,7 +22,7 @@ from common.runs import load_rows
 from common.sasrec import SASRec
 from common.sequence import ItemTable, Layout
 from common.text import Packed, tokenize
-from tests.toy import canonical, tiny_bert
+from tests.toy import canonical, metrics_for_ranks, tiny_bert
 
 PNG = b'\x89PNG'
 
@@ -216,6 +216,7 @@ def made_up(folder, init, mode, scale, value, loss='bce', hidden=16, lr=0.001, s
     row = {'run': run, 'dataset': 'one', 'model': 'sasrec', 'loss': loss, 'init': init,
            'mode': mode, 'scale': scale, 'hidden': hidden, 'lr': lr, 'seed': seed, 'valid': .5,
            'seconds': 1, 'data': data.load('one').fingerprint, 'metrics': metrics, 'code': {},
+           'users': 40,
            'cosine': None if init == 'random' else value / 2,
            'identity': {'options': {'lr': lr, 'seed': seed}}, **more}
     save_json(folder / f'{run}{more.get("data", "")}' / 'row.json', row)
@@ -228,6 +229,7 @@ def made_up(folder, init, mode, scale, value, loss='bce', hidden=16, lr=0.001, s
 def folder(world, tmp_path, monkeypatch):
     """A folder of made-up runs: random, twice, and LF."""
     monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path))
+    metrics_for_ranks(monkeypatch)
     folder = tmp_path / 'one'
     for seed, value in enumerate((.10, .12)):
         made_up(folder, 'random', 'random', 'raw', value, seed=seed, epochs=3)

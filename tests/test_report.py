@@ -16,7 +16,7 @@ from common.initial import SCALES
 from common.metrics import CUTOFFS, compare, summarise
 from common.models import MODELS
 from common.runs import code_digest, load_rows
-from tests.toy import canonical
+from tests.toy import canonical, metrics_for_ranks
 
 USERS = 40
 RANKS = 'sampled', 'full', 'new'
@@ -27,6 +27,7 @@ LOSS = {'sasrec': 'bce', 'bert4rec': 'masked', 'gru4rec': 'ce', 'recformer': 'ce
 def runs(tmp_path, monkeypatch):
     """Every test has a folder of runs of its own."""
     monkeypatch.setenv('ELEPHANT_RUNS', str(tmp_path / 'runs'))
+    metrics_for_ranks(monkeypatch)
     return tmp_path / 'runs'
 
 
@@ -191,7 +192,7 @@ def test_marks_are_paired_tests_against_the_best_ranking_without_training(runs):
                          (np.where(np.arange(USERS) < 12, 0, some), '>')):
         row = saved(runs, places, made('sasrec', 'lf', 'trainable', run='a'))
         cell = report.Cell([row])
-        p = compare(cell.users('sampled'), best.users('sampled'))[2]
+        p = compare(cell.by_user('sampled').mean(0), best.by_user('sampled').mean(0))[2]
         assert cell.against(best, 'sampled') == f'{mark} {p:.3f}'
         mean = 100 * row['metrics']['sampled']['NDCG@10']
         assert beside(best, cell).compared('sampled') == f'{mean:.1f} ({mark} {p:.3f}; -)'
@@ -231,7 +232,7 @@ def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
     half = np.where(np.arange(USERS) % 2, 0, 2)
     rows = [saved(runs, places, made('sasrec', 'lf', 'trainable', seed=seed, run=f's{seed}'))
             for seed, places in enumerate((half, 2 - half))]
-    assert report.Cell(rows).users('full') == pytest.approx(np.full(USERS, (1 + 1 / 2) / 2))
+    assert report.Cell(rows).by_user('full').mean(0) == pytest.approx(np.full(USERS, (1 + 1 / 2) / 2))
 
 
 def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
@@ -278,7 +279,7 @@ def table(runs):
 
 def p_of(cell, other, ranking='sampled'):
     """p of two cells, from a test made here."""
-    return f'{compare(cell.users(ranking), other.users(ranking))[2]:.3f}'
+    return f'{compare(cell.by_user(ranking).mean(0), other.by_user(ranking).mean(0))[2]:.3f}'
 
 
 def cells_by_name(table):
@@ -414,11 +415,10 @@ def test_runs_of_other_code_than_todays_are_counted(table):
     assert 'other code' not in rendered(MINE, table)
 
 
-def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs, monkeypatch):
+def test_a_cut_off_that_no_row_has_comes_from_the_ranks(runs):
     row = saved(runs, 15, made('sasrec', 'random', 'random', run='r'))
     assert report.Cell([row]).text('full', 'HR@20') == '100.0'
-    monkeypatch.setattr(report, 'SHOWN', 'HR@20')
-    assert report.Cell([row]).users('full').tolist() == [1] * USERS
+    assert report.Cell([row]).by_user('full', 'HR@20').tolist() == [[1] * USERS]
 
 
 def test_without_rankings_to_compare_with_there_are_no_marks(runs):
@@ -642,11 +642,11 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     """Of 40 users 10 are found by both, 20 by a alone, 10 by neither: HR@5 differs by 1/2."""
     group = np.repeat([0, 1, 2, 3], 10)
     a, b = np.array([2, 0, 1, 99])[group], np.array([2, 60, 70, 99])[group]
-    for run, places, more in (('a', a, {}), ('b', b, {}), ('data', a, {'data': 'other'})):
-        saved(runs, places, made('sasrec', 'random', 'random', run=run, **more))
+    for run, places, of in (('a', a, mine.fingerprint), ('b', b, mine.fingerprint), ('data', a, 'x')):
+        saved(runs, places, made('sasrec', 'random', 'random', run=run, data=of))
     call('compare', 'mine', 'a', 'b')
     out = capsys.readouterr().out
-    assert 'a minus b, 40 users, percent' in out and len(out.splitlines()) == 2 + 4 + 6 + 6
+    assert 'a minus b, 40 users, percent' in out and len(out.splitlines()) == 3 + 4 + 6 + 6
     error = np.std(np.repeat([0, 1, 1, 0], 10), ddof=1) / np.sqrt(USERS)
     low, high = 50 - 196 * error, 50 + 196 * error
     assert line(out, 'sampled HR@5').split() == ['sampled', 'HR@5', '+50.00', '[', f'{low:+.2f},',
@@ -655,9 +655,9 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     call('compare', 'mine', 'b', 'a')
     assert '-50.00' in line(capsys.readouterr().out, 'new     HR@50')
     call('compare', 'mine', 'a', 'a')
-    same = capsys.readouterr().out.splitlines()[2:]
+    same = capsys.readouterr().out.splitlines()[3:]
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
-    for other, words in (('data', 'different users'),
+    for other, words in (('data', 'data: no such run in .*, or of another version of the data'),
                          ('nosuch', 'nosuch: no such run'),
                          ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):
@@ -665,3 +665,25 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')
     with pytest.raises(UserError, match='b/ranks.npz: missing or damaged'):
         call('compare', 'mine', 'a', 'b')
+
+
+def test_lines_of_the_tables_are_compared_by_the_means_over_their_seeds(runs, mine, capsys):
+    """Of a name without rate and seed: the runs of the best rate, each user the mean of these."""
+    known = {'data': mine.fingerprint}
+    lf = [np.array([0, 99]), np.array([0, 0])]
+    for seed, places in enumerate(lf):
+        saved(runs, np.repeat(places, 20), made('sasrec', 'lf', 'trainable', seed=seed, **known))
+    worse = made('sasrec', 'lf', 'trainable', seed=0, lr=0.01, valid=0.1, **known)
+    saved(runs, 99, worse)
+    saved(runs, np.repeat([99, 0], 20), made('sasrec', 'random', 'random', **known))
+    call('compare', 'mine', 'sasrec-bce-lf-trainable-raw-16', 'sasrec-bce-random-16')
+    out = capsys.readouterr().out
+    # the first 20 users: 1 - 0; the others: 1/2 - 1
+    assert line(out, 'new     HR@5').split()[2] == '+25.00'
+    call('compare', 'mine', 'sasrec-bce-lf-trainable-raw-16-lr0.001-seed0', 'sasrec-bce-random-16')
+    assert line(capsys.readouterr().out, 'new     HR@5').split()[2] == '+0.00'
+    saved(runs, 0, made('sasrec', 'lf', 'trainable', seed=2, code={'train_seq.py': 'y'},
+                        **known))
+    for name in ('sasrec-bce-lf-trainable-raw-16', 'sasrec-bce-lf-trainable-raw', 'sasrec-bce-.*'):
+        with pytest.raises(UserError, match='no such run .*, or several that differ in more than'):
+            call('compare', 'mine', name, 'sasrec-bce-random-16')
