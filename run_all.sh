@@ -138,6 +138,7 @@ done
 train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --variants $(of freeze) ft-further-all ft-further-emb
 train --model bert4rec ${WIDTH[@]+"${WIDTH[@]}"} --variants random $(of trainable)
 train --model gru4rec ${WIDTH[@]+"${WIDTH[@]}"} --init-scale centred --variants random $(of trainable)
+[ $BUDGET != longer ] || train --model bert4rec --hidden 128 --variants random $(of trainable)  # README's row
 case $BUDGET in longer|full)
   train --model bert4rec --variants $(of freeze) ft-further-all ft-further-emb
   train --model bert4rec --init-scale centred --variants $(of trainable) ;;
