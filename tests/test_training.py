@@ -370,7 +370,11 @@ def test_processes_compute_what_one_does(place, tmp_path, world):
     for key in shared:
         expected = one.get(key, torch.zeros(()))  # what takes no part has a gradient of zeros
         most = 1e-6 * max(1, expected.abs().max())
-        assert (shared[key] - expected).abs().max() <= most, key
+        apart = (shared[key] - expected).abs()
+        if key.startswith('ranks'):  # where rounding parts two equal scores
+            most = 1
+            assert apart.mean() < 0.05, key
+        assert apart.max() <= most, key
 
 
 def script(name, command):
