@@ -23,7 +23,7 @@ import torch
 from common.backbone import start_model
 from common.baselines import directions, untrained
 from common.data import load
-from common.figures import (MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers)
+from common.figures import MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.initial import origin_of, read_embeddings
 from common.metrics import compare
@@ -32,8 +32,7 @@ from common.options import (POSITIVE, add_earlier_options, add_machine_options, 
                             options_parser)
 from common.progress import progress
 from common.recommend import recommend, with_cold
-from common.report import (RANKINGS, RATE_AND_SEED, SHOWN, Cell, cells_of, markdown,
-                           render)
+from common.report import RANKINGS, RATE_AND_SEED, SHOWN, Cell, cells_of, markdown, render
 from common.runs import Run, code_of, load_rows
 from common.text import item_tokens
 from common.training import start

@@ -23,8 +23,7 @@ from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
 from common.metrics import product_scorer, rank_counts, result_of, value_of
-from common.options import (COUNT, add_tuning_options, flag, option, option_identity,
-                            options_parser)
+from common.options import COUNT, add_tuning_options, flag, option, option_identity, options_parser
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens

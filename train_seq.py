@@ -19,8 +19,7 @@ from numpy.random import default_rng
 
 from common.arrays import parts, take
 from common.data import load
-from common.files import (Diverged, UserError, command, digest, load_pt, lock, runs_root,
-                          save_pt)
+from common.files import Diverged, UserError, command, digest, load_pt, lock, runs_root, save_pt
 from common.initial import SCALES, origin_of, read_embeddings, starting_tables
 from common.metrics import result_of, value_of
 from common.models import MODELS

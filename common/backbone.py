@@ -10,8 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file
 
-from common.files import (UserError, content_sha256, data_root, digest, load_pt, lock,
-                          save_pt)
+from common.files import UserError, content_sha256, data_root, digest, load_pt, lock, save_pt
 from common.recformer import Config, RecFormer
 from common.text import Words
 

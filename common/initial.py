@@ -26,11 +26,12 @@ def read_embeddings(path, data, cold=False):
     head = content['head']
     known = digest(matrix)
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
+            and len(matrix) == data.n_items + 1
             and (not cold or content.get('cold_items') == digest(data.cold_ids,
                                                                  data.cold_attributes)))
     if not ours:
-        raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items or '
-                        f"other cold items than today's; export it again for {data.name}")
+        raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items, '
+                        f"rows or other cold items than today's; export it again for {data.name}")
     rows = matrix[1:]
     if not (rows - rows.mean(0)).norm() > 1e-5 * rows.norm():  # nothing but rounding, or NaN
         raise UserError(f'{path}: all items have the same row, or not all numbers are finite; '

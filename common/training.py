@@ -23,8 +23,7 @@ import torch
 from torch import distributed
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from common.files import (STOPPING, Diverged, UserError, follower, load_pt, save_pt,
-                          save_text)
+from common.files import STOPPING, Diverged, UserError, follower, load_pt, save_pt, save_text
 from common.layers import Machine
 from common.progress import progress
 

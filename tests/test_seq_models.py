@@ -1410,6 +1410,7 @@ def test_what_cannot_train_is_refused(toy, monkeypatch):
     (lambda c: c['head']['identity'].update(data='x'), 'another version'),
     (lambda c: c['matrix'].__setitem__((3, 2), float('nan')), 'finite'),
     (lambda c: c['matrix'].__setitem__((3, 2), float('inf')), 'finite'),
+    (lambda c: c.update(matrix=c['matrix'][:-1]), 'rows'),
     (lambda c: c['matrix'][1:].fill_(0.3), 'all items have the same row'),
     (lambda c: c['matrix'][1:].copy_(c['matrix'][1].clone()), 'all items have the same row'),
     (lambda c: c['matrix'].zero_(), 'all items have the same row')])

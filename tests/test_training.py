@@ -317,6 +317,7 @@ def together(folder, world, work, *args):
 def computed(plm, out, world=1):
     """Gradients of a step of each stage, and encodings, as this process ends with them; the first
     one saves them."""
+    torch.set_num_threads(1)  # with more, rounding may part two equal scores: a tie less
     machine = join(Machine(micro_tokens=30))
     model = start_model(None, plm).on(machine).train()
     for p in model.longformer.embeddings.parameters():
@@ -363,18 +364,16 @@ def gradients(model, name):
 @pytest.mark.parametrize('world', [2, 4])
 def test_processes_compute_what_one_does(place, tmp_path, world):
     """Nobody twice, nobody left out: encodings, losses and gradients of each stage."""
+    threads = torch.get_num_threads()
     computed(str(place / 'plm'), tmp_path / 'one')
+    torch.set_num_threads(threads)
     together(tmp_path, world, computed, str(place / 'plm'), tmp_path / 'shared', world)
     one, shared = (torch.load(tmp_path / name) for name in ('one', 'shared'))
     assert len(one) > 100 and one.keys() <= shared.keys()
     for key in shared:
         expected = one.get(key, torch.zeros(()))  # what takes no part has a gradient of zeros
         most = 1e-6 * max(1, expected.abs().max())
-        apart = (shared[key] - expected).abs()
-        if key.startswith('ranks'):  # where rounding parts two equal scores
-            most = 1
-            assert apart.mean() < 0.05, key
-        assert apart.max() <= most, key
+        assert (shared[key] - expected).abs().max() <= most, key
 
 
 def script(name, command):
