@@ -1,14 +1,13 @@
-"""Recommendations of a run: by which scores, for whom, and the k best of each as rows of a file.
+"""Recommendations of a run: by which scores, for whom, and the k best of each as lines of a file.
 
 B = users, n = items (ids 1..n, 0 padding); cold items, where they count, are n + 1 ..., in their
 order. Histories are ragged (items, offsets), oldest first.
 """
-import csv
 import json
+import re
 import sys
 import time
 from dataclasses import replace
-from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from common.sequence import ItemTable
 from common.sources import interactions
 from common.training import start
 
-COLUMNS = 'user', 'rank', 'item', 'score', 'title'
 AT_ONCE = 512  # users; a matter of speed and memory only
 
 
@@ -135,31 +133,44 @@ def asked(args, data, wide):
     return known_of(names, everybody, reasons, source)
 
 
-# ------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------ lines
 
-def best(args, score, histories, wide):
-    """The rows of the columns above: of each user the k best items, best first."""
-    names = list(histories)
-    ids = ['', *wide.item_ids]
-    titles = ['', *map(wide.title, range(1, len(ids)))]
+def quoted(text):
+    """As a field of a CSV file."""
+    if re.search('[",\r\n]', text):
+        return '"%s"' % text.replace('"', '""')
+    return text
 
-    bar = progress(parts(len(names), AT_ONCE), desc=args.run, unit='user', unit_scale=AT_ONCE,
-                   disable=not args.out)
-    for part in bar:
-        chosen = [names[i] for i in part]
-        own = [histories[name] for name in chosen]
+
+# How user, item and title are written, and a line: by the ending of --out; None: printed.
+FORMS = {None: (str, '%-12s %3d  %-16s %8.3f  %.80s\n'),
+         '.csv': (quoted, '%s,%d,%s,%.6f,%s\n'),
+         '.jsonl': (json.JSONEncoder(ensure_ascii=False).encode,
+                    '{"user": %s, "rank": %d, "item": %s, "score": %.6f, "title": %s}\n')}
+
+
+def best(args, score, histories, wide, kind):
+    """Lines of a kind of FORMS: of each user the k best items, best first."""
+    written, form = FORMS[kind]
+    users = list(histories.items())
+    ids = list(map(written, wide.item_ids))
+    titles = [written(wide.title(item)) for item in range(1, len(ids) + 1)]
+
+    if kind == '.csv':
+        yield 'user,rank,item,score,title\n'
+    for part in progress(parts(len(users), AT_ONCE), desc=args.run, unit='user',
+                         unit_scale=AT_ONCE, disable=not args.out):
+        names, own = zip(*(users[i] for i in part))
         lengths = list(map(len, own))
         items = np.concatenate(own)
         scores = score(items, offsets_of(lengths))
-        scores[:, 0] = -torch.inf
         if not args.with_history:
             scores[row_numbers(lengths), items] = -torch.inf
-        values, found = scores.topk(min(args.k, len(ids)))
-        values = values.double().round(decimals=6)
-        for name, *pairs in zip(chosen, values.tolist(), found.tolist()):
-            for rank, (value, item) in enumerate(zip(*pairs), 1):
+        values, found = scores[:, 1:].topk(min(args.k, len(ids)))  # without padding's
+        for name, *pairs in zip(map(written, names), values.tolist(), found.tolist()):
+            for rank, (value, place) in enumerate(zip(*pairs), 1):
                 if value > -torch.inf:  # else fewer than k are left
-                    yield name, rank, ids[item], value, titles[item]
+                    yield form % (name, rank, ids[place], value, titles[place])
 
 
 def recommend(args, data, folder):
@@ -168,24 +179,20 @@ def recommend(args, data, folder):
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
         raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
                         "ID model or a ranking without training that was made on today's")
-    if args.out and args.out.suffix not in ('.csv', '.jsonl'):
+    kind = args.out and args.out.suffix
+    if kind not in FORMS:
         raise UserError(f'--out {args.out}: must end in .csv or .jsonl')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)
     if not histories:
         raise UserError('none of those users or items is known: nobody to recommend to')
-    rows, began = best(args, score, histories, wide), time.monotonic()
+    lines, began = best(args, score, histories, wide, kind), time.monotonic()
     if not args.out:
-        for line in rows:
-            print('{:12} {:3}  {:16} {:8.3f}  {:.80}'.format(*line))
+        sys.stdout.writelines(lines)
         return
     with whole(args.out) as part, open(part, 'w', encoding='utf-8', newline='') as f:
-        if args.out.suffix == '.jsonl':
-            encode = json.JSONEncoder(ensure_ascii=False).encode
-            f.writelines(f'{encode(dict(zip(COLUMNS, line)))}\n' for line in rows)
-        else:
-            csv.writer(f, lineterminator='\n').writerows(chain([COLUMNS], rows))
-    seconds, users = time.monotonic() - began, len(histories)
-    print(f'{users:,} users in {seconds:.1f} s ({users / seconds:,.0f} a second), {args.k} items '
-          f'for each at most, written to {args.out}')
+        f.writelines(lines)
+    seconds = time.monotonic() - began
+    print(f'{len(histories):,} users in {seconds:.1f} s ({len(histories) / seconds:,.0f} a second)'
+          f', {args.k} items for each at most, written to {args.out}')
