@@ -100,16 +100,16 @@ def current_rows(data):
     return current
 
 
-def cell_called(name, rows, folder):
+def cell_called(name, rows):
     """The Cell of a run; of a name without rate and seed that of all its runs. UserError: there is
     none, or they differ in more."""
     ending = f'{re.escape(name)}({RATE_AND_SEED})?'
     found = [row for row in rows if re.fullmatch(ending, row['run'])]
-    if not found or Cell(found).mixed:
-        raise UserError(f'{name}: no such run in {folder} (ELEPHANT_RUNS: elsewhere), or of '
+    if not found or (cell := Cell(found)).mixed:
+        raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere), or of '
                         'another version of the data, or several that differ in more than rate '
                         'and seed')
-    return Cell(found)
+    return cell
 
 
 def show_tables(args, data, folder):
@@ -129,7 +129,7 @@ def show_comparison(args, data, folder):
     """Paired difference of two runs, or of two lines of the tables (means over their seeds), for
     every metric."""
     rows = current_rows(data)
-    cells = [cell_called(name, rows, folder) for name in args.runs]
+    cells = [cell_called(name, rows) for name in args.runs]
     print(f'{args.runs[0]} minus {args.runs[1]}, {rows[0]["users"]:,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
     for ranking, metrics in rows[0]['metrics'].items():

@@ -27,12 +27,13 @@ from common.backbone import start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, digest, load_pt, lock, save_pt, save_text, whole
 from common.initial import geometry
-from common.options import add_machine_options, add_plm_options, option, options_parser
+from common.options import (add_earlier_options, add_machine_options, add_plm_options, option,
+                            options_parser)
 from common.runs import Run, code_of
 from common.text import item_tokens, tokenize
 from common.training import start
 
-PLAIN = '.npy', '.safetensors'  # endings of files for other programs
+ENDINGS = '.pt', '.npy', '.safetensors'  # of --out: ours, then those for other programs
 
 
 def parse_args(argv=None):
@@ -47,9 +48,12 @@ def parse_args(argv=None):
     option(p, '--ids', "the rows' items: a text file, an id of items.jsonl a line", Path)
     add_plm_options(p)
     add_machine_options(p)
+    add_earlier_options(p)
     args = p.parse_args(argv)
-    if not (args.ids if args.from_npy else args.checkpoint or args.plm):
-        p.error('name a --checkpoint, or a --plm, or --from-npy and --ids')
+    given = args.ids if args.from_npy else args.checkpoint or args.plm
+    if not given or args.out.suffix not in ENDINGS:
+        p.error('name a --checkpoint, or a --plm, or --from-npy and --ids, and an --out that ends '
+                f'in {", ".join(ENDINGS)}')
     return args
 
 
@@ -97,8 +101,8 @@ def main(args):
 
     # ---------------------------------------------------- encode
     with lock(out.parent, wait=not machine.rank):
-        known = out.exists() and out.suffix not in PLAIN
-        if known and run.usable(load_pt(out, 'embeddings')['head'], out):
+        ours = out.suffix == '.pt'
+        if ours and out.exists() and run.usable(load_pt(out, 'embeddings')['head'], out):
             print(f'{out} is up to date')
             return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
@@ -114,7 +118,7 @@ def main(args):
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
         ids = (data.item_ids + data.cold_ids)[:len(rows)]
-        if out.suffix in PLAIN:
+        if not ours:
             save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':

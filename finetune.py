@@ -143,7 +143,7 @@ def one_run(args, machine, data):
     """Load, tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
     folder = runs_root() / data.name
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
-    items = '-items' if args.trainable_items else ''
+    items = '-items' * args.trainable_items
     checkpoint = args.checkpoint
     if args.stage == 2:
         checkpoint = checkpoint or folder / f'ft1{layers}-seed{args.seed}'
@@ -181,9 +181,8 @@ def one_run(args, machine, data):
             return
         if args.stage:
             save_recformer(out / 'model.pt', model)
-        run.write(model='recformer', loss='ce', init=init, mode=model.stage,
-                  scale='raw', hidden=model.config.hidden, plm=model.plm,
-                  config=vars(model.config), **found, **result_of(data, ranks))
+        run.write(model='recformer', init=init, mode=model.stage, hidden=model.config.hidden,
+                  plm=model.plm, config=vars(model.config), **found, **result_of(data, ranks))
 
 
 # ------------------------------------------------------------------------ main

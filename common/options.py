@@ -46,12 +46,13 @@ def add_plm_options(parser):
 
 
 def add_training_options(parser, epochs, patience, batch=None):
-    """--epochs ... --save-every: how long a training goes on; and add_machine_options."""
+    """--epochs ... --save-every: how long a training goes on; and the two that follow."""
     option(parser, '--epochs', 'at most', POSITIVE, epochs)
     option(parser, '--patience', 'epochs without a better validation', POSITIVE, patience)
     option(parser, '--batch', 'users (an ID model, if not said: its own)', number(2), batch)
     option(parser, '--save-every', 'minutes between checkpoints inside an epoch (ours)', WEIGHT, 10)
     add_machine_options(parser)
+    add_earlier_options(parser)
 
 
 def add_tuning_options(parser, epochs, batch):
@@ -67,14 +68,13 @@ def add_tuning_options(parser, epochs, batch):
 
 
 def add_machine_options(parser):
-    """--device, --precision, --deterministic, and what to do with an earlier result."""
+    """--device, --precision, --deterministic."""
     option(parser, '--device', 'auto (CUDA where there is one), cpu, cuda:1, ...', str, 'auto')
     option(parser, '--precision',
            'of matrix products; weights stay float32. auto: bfloat16 where it is faster',
            str, 'auto', choices=['auto', 'bfloat16', 'float32'])
     flag(parser, '--deterministic',
          'CUDA: only kernels that give the same bits on every run (slower; a CPU always does)')
-    add_earlier_options(parser)
 
 
 def add_earlier_options(parser):

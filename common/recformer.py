@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
 
 from common.arrays import parts, take
-from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu,
-                           rows, watched)
+from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu, rows,
+                           watched)
 from common.progress import progress
 from common.text import pack
 
@@ -138,7 +138,7 @@ class WindowedAttention(Attention):
 def output(inside, c):
     """The last linear map of a branch, and the norm of its sum with what went in."""
     return ModuleDict({'dense': Linear(inside, c.hidden),
-                          'LayerNorm': LayerNorm(c.hidden, c.layer_norm_eps)})
+                       'LayerNorm': LayerNorm(c.hidden, c.layer_norm_eps)})
 
 
 class Layer(nn.Module):
@@ -147,7 +147,7 @@ class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.attention = ModuleDict({'self': WindowedAttention(c.hidden, c.heads),
-                                        'output': output(c.hidden, c)})
+                                     'output': output(c.hidden, c)})
         self.output = output(c.intermediate, c)
         self.intermediate = ModuleDict({'dense': Linear(c.hidden, c.intermediate)})
         self.drop = Dropout(c.dropout)
@@ -185,9 +185,9 @@ class RecFormer(Model):
             'item_position_embeddings': Embedding(c.max_items + 1, width),  # 0 is CLS
             'LayerNorm': LayerNorm(width, c.layer_norm_eps)})
         self.longformer = ModuleDict({'embeddings': embeddings,
-                                         'encoder': ModuleDict({'layer': layers})})
+                                      'encoder': ModuleDict({'layer': layers})})
         self.lm_head = ModuleDict({'dense': Linear(width, width),
-                                      'layer_norm': LayerNorm(width, c.layer_norm_eps)})
+                                   'layer_norm': LayerNorm(width, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.drop = Dropout(c.dropout)
 

@@ -32,7 +32,7 @@ OPTIONS = [  # script, a command line that is right, options above 0, options fr
      '--warmup --weight-decay --mlm-weight --seed --save-every'),
     ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--layers --max-tokens --epochs --patience '
      '--batch --lr --micro-tokens', '--warmup --weight-decay --seeds --save-every'),
-    ('export_embeddings', ['one', '--out', 'x', '--plm', 'p'], '--layers --micro-tokens', ''),
+    ('export_embeddings', ['one', '--out', 'x.pt', '--plm', 'p'], '--layers --micro-tokens', ''),
     ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
      '--patience', '--seeds --save-every'),
     ('evaluate', RECOMMEND, '--k', ''),
@@ -52,6 +52,8 @@ CHOICES = [
     ('pretrain', '--max-tokens', '1025'), ('train_seq', '--max-items', '10000000'),
     ('train_seq', '--hidden', '10000000'), ('pretrain', '--batch', '1'),
     ('finetune', '--batch', '1'), ('pretrain', '--nosuch', '1'),
+    ('export_embeddings', '--out', 'lf'), ('export_embeddings', '--out', 'lf.csv'),
+    ('export_embeddings', '--out', 'lf.pt.gz'), ('evaluate', '--again', ''),
     ('pretrain', '--max_steps', '1'), ('pretrain', '--max', '1'),
     ('evaluate', '--precision', 'float16'), ('evaluate', '--nosuch', '1'),
 ]
@@ -156,7 +158,7 @@ PLACES = {
     'ID model of recommend': ('runs/one/m/model.pt', RECOMMEND_M),
     'ranks': ('runs/one/m/ranks.npz', ['evaluate', 'compare', 'one', 'm', 'm']),
     'checkpoint of attention': ('x.pt', ['evaluate', 'attention', 'one', '--seq', 'm',
-                                           '--checkpoint', 'x.pt']),
+                                         '--checkpoint', 'x.pt']),
     'language model': ('plm/pytorch_model.bin', PT),
     'prepared data': ('data/one/prepared.npz', [*SASREC, '--hidden', '8']),
     'prepared data of a source': ('data/one/prepared.npz', PT),
@@ -267,7 +269,7 @@ NAMES = ['../one', 'a/b', '$(touch x)', '`touch x`', '/etc', 'one;ls', 'One two'
 SCRIPTS = {'common.data': ['NAME'], 'train_seq': ['NAME', '--model', 'sasrec'],
            'finetune': ['NAME', '--stage', '1', '--plm', 'plm'],
            'pretrain': ['NAME', '--plm', 'plm'],
-           'export_embeddings': ['NAME', '--out', 'x', '--plm', 'plm'],
+           'export_embeddings': ['NAME', '--out', 'x.pt', '--plm', 'plm'],
            **{f'evaluate {action}': [action, 'NAME', *rest] for action, rest in {
                'untrained': [], 'table': [], 'compare': ['a', 'b'],
                'recommend': ['a', '--users', 'u1'], 'attention': ['--seq', 'a'], 'curve': []}.items()}}

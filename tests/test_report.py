@@ -237,7 +237,7 @@ def test_marks_take_the_mean_of_each_user_over_the_seeds(runs):
 
 def test_a_mixed_cell_has_no_marks_and_gives_none(runs):
     random = [saved(runs, near(8), made('sasrec', 'random', 'random', run=f'r{seed}', seed=seed,
-                                  code={'train_seq.py': str(seed)})) for seed in (0, 1)]
+                                      code={'train_seq.py': str(seed)})) for seed in (0, 1)]
     row = saved(runs, 0, made('sasrec', 'lf', 'trainable', run='a'))
     best = report.Cell([saved(runs, near(5), made('untrained', None, '', run='popularity'))])
     random = report.Cell(random)

@@ -11,7 +11,7 @@ import pytest
 
 from common import runs
 from common.files import ROOT, UserError
-from common.options import add_machine_options, option_identity
+from common.options import add_earlier_options, option_identity
 
 
 # ------------------------------------------------------------------------ code
@@ -240,7 +240,7 @@ def test_what_took_long_is_never_replaced_silently(capsys):
 
 def test_again_and_keep_exclude_each_other(capsys):
     parser = argparse.ArgumentParser()
-    add_machine_options(parser)
+    add_earlier_options(parser)
     assert not parser.parse_args([]).again and not parser.parse_args([]).keep
     args = parser.parse_args(['--keep'])
     assert args.keep and not {'again', 'keep'} & option_identity(args).keys()
