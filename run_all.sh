@@ -167,7 +167,7 @@ if [[ $MORE == *--figure2* ]]; then
       part=$ELEPHANT_RUNS/pretrained/${PLM##*/}-${SOURCE// /+}-share$share
       again pretrain.py $SOURCE --plm "$PLM" --share $share --out "$part" "${PT[@]}" ${TOKENS[@]+"${TOKENS[@]}"}
     fi
-    export_ pt-share$share --checkpoint "$part"
+    export_ pt-share$share --checkpoint "$part" --plm "$PLM"
     for scale in raw centred; do
       train --model sasrec --loss bce ${WIDTH[@]+"${WIDTH[@]}"} --init-scale $scale --variants pt-share$share-trainable
     done
