@@ -56,7 +56,8 @@ def write_untrained(args, data, folder):
     identity = {'data': data.fingerprint,
                 'embeddings': {name: found.digest for name, found in embeddings.items()}}
     # popularity is the last that is written
-    run = Run(args, folder / 'popularity', identity, code_of('common/baselines.py'))
+    code = code_of('common/baselines.py', 'common/data.py')
+    run = Run(args, folder / 'popularity', identity, code)
     if run.finished():
         return
     for name, row in untrained(data, embeddings):
@@ -146,7 +147,8 @@ def show_comparison(args, data, folder):
 def show_attention(args, data, folder):
     """Figure 1: what CLS attends to, before and after tuning, beside SASRec: as numbers over many
     users, and as maps of one of them."""
-    tuned, machine = start_model(args.checkpoint or folder / 'ft1-seed0'), start(args)
+    tuned = start_model(args.checkpoint or folder / 'ft1-seed0', args.plm)
+    machine = start(args)
     vanilla = start_model(None, args.plm or tuned.plm, tuned.config.layers, seed=None)
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
@@ -184,8 +186,10 @@ def show_curve(args, data, folder):
     lines = {}  # {method: {number: Cell}}
     for cell in cells_of(current_rows(data)):
         name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
-        if name and not cell.mixed:
+        if name:
             for shown in filter(None, (cell.random, cell)):
+                if shown.mixed:
+                    continue
                 method = f'{shown.title}, {shown.variant}'
                 lines.setdefault(method, {})[float(name[1] or 0)] = shown
     moment = MOMENTS[args.of]

@@ -117,8 +117,7 @@ def contrastive(model, histories, targets, ids):
     """
     states = model.encode(histories)
     aims = model.encode(targets)
-    with model.machine.autocast():
-        logits = cosine_logits(states, aims)
+    logits = cosine_logits(states, aims)
     same = model.machine.put(ids[:, None] == ids)
     logits = logits.masked_fill(same.fill_diagonal_(False), -torch.inf)
     label = torch.arange(len(ids), device=logits.device)

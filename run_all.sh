@@ -9,7 +9,7 @@ usage() {
 bash run_all.sh [NAME] [options]        NAME: a dataset (default drugstore)
   drugstore    embedded (CC0); source for stage-PT: grocery. No GPU, no download but the language model
   pantry instruments arts movies sports   the paper's targets (CUDA); sources: books clothing sports movies
-  industrial office                       Amazon extracts under data/raw/, each the other's source
+  industrial office                       whole Amazon categories (downloaded into data/raw/), each the other's source
   anything else                           data/NAME/interactions.csv and items.jsonl; name --source, or stage-PT is left out
 options
   --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
@@ -37,7 +37,8 @@ while [ $# -gt 0 ]; do
     --plm|--source|--pretrained|--seeds|--rec-seeds|--shares) [ $# -ge 2 ] || fail "$1 needs a value (bash run_all.sh --help)" ;;&
     --help|-h) usage; exit 0 ;;
     --plm) PLM=${2%/}; PLM_PLACE=/${PLM##*/}; shift 2 ;;
-    --source) SOURCE=$2; SOURCE_PLACE=/from-${2// /+}; shift 2 ;;
+    --source) [ -n "$2" ] || fail "--source '': name prepared datasets (own data without --source has no stage-PT)"
+              SOURCE=$2; SOURCE_PLACE=/from-${2// /+}; shift 2 ;;
     --pretrained) PRETRAINED=$(realpath -e -- "$2" 2>/dev/null) || fail "--pretrained $2: no such file or folder"
                   SOURCE_PLACE=/pretrained-$(basename -- "$2"); shift 2 ;;
     --seeds) SEEDS=$2; shift 2 ;;
@@ -58,6 +59,11 @@ done
 ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")
 cd "$(dirname "$0")"
 
+PYTHON=${PYTHON:-python}
+# the value of a key, and of one below it, in a row.json
+of_row() { "$PYTHON" -c 'import functools, json, sys; print(functools.reduce(dict.get, sys.argv[2:], json.load(open(sys.argv[1]))))' "$@"; }
+# a checkpoint of ours says what it began as
+[ -n "$PLM" ] || [ ! -f "$PRETRAINED/row.json" ] || PLM=$(of_row "$PRETRAINED/row.json" plm)
 PAPER= DEFAULT=small
 case $NAME in
   drugstore) : "${SOURCE:=grocery}" ;;
@@ -85,7 +91,6 @@ case $BUDGET in
 esac
 # own data may have fewer items than that, and its own width
 case $NAME in drugstore|industrial|office) ;; *) WIDTH=() ;; esac
-PYTHON=${PYTHON:-python}
 RUN=$ELEPHANT_RUNS/$NAME
 # A step runs in the background: where this shell alone is told to end, it ends the step first (Ctrl-C goes to both)
 step() { (trap - TERM INT; exec "$PYTHON" "$@") & wait $!; }
@@ -151,7 +156,7 @@ if [[ $MORE == *--table5* ]]; then
 fi
 if [[ $MORE == *--table1* ]]; then
   again finetune.py "$NAME" --stage 0 --plm "$PLM" ${TOKENS[@]+"${TOKENS[@]}"}
-  depth=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["config"]["layers"])' "$RUN/ft1-seed${REC_SEEDS%% *}/row.json")
+  depth=$(of_row "$RUN/ft1-seed${REC_SEEDS%% *}/row.json" config layers)
   third=$((depth / 3)) sets=
   [ $third -gt 0 ] || fail "--table1 tunes thirds of the depth: $PLM has $depth layers, three are needed"
   for ((i = 0; i < third; i++)); do sets+=" $i,$((i + third)),$((i + 2 * third))"; done

@@ -190,8 +190,9 @@ def main(args):
                 except Diverged as error:
                     print(f'{args.model} {source} {mode}, rate {lr:g}, seed {seed}: {error}')
             if not rows:
-                raise UserError(f'{args.model} {source} {mode}: training diverged with every rate '
-                                'of --lrs; add lower ones')
+                raise UserError(f'{args.model} {source} {mode}, seed {seed}: training diverged '
+                                f'with all of the rates {rates}; leave them out of --lrs, or '
+                                'add lower ones')
             row = max(rows, key=lambda row: row['valid'])
             best[source, mode, seed] = row['run']
             rates = [row['lr']]  # the first seed chooses for the others

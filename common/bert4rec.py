@@ -1,5 +1,5 @@
 """BERT4Rec without padding. Sun et al., "BERT4Rec" (2019), in the variant that the paper's code
-trains. Letters as in common/sequence.py. The mask vector is a parameter of its own, always trained.
+trains. Letters as in common/sequence.py. The mask vector is a parameter of its own.
 """
 from functools import partial
 

@@ -32,6 +32,7 @@ def numbers(packed, weights, sasrec):
     on the items' first tokens over that on an average token (1 = no preference); sasrec:
     correlation with its weights [blocks, items] over the items, means over heads and blocks.
     """
+    sasrec = sasrec[:, :packed.item_positions.max()]  # of what CLS sees, older items cut off
     first = first_tokens(packed)[1:]
     weights = weights[:, :, 1:]  # without that on CLS itself
     layers = weights.mean(1)  # [layers, L - 1]

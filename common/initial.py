@@ -22,7 +22,7 @@ def read_embeddings(path, data, cold=False):
     """The Embeddings in an export for exactly this dataset, `cold`: with the rows of its cold
     items; UserError where anything is off."""
     content = load_pt(path, 'embeddings')
-    matrix = content['matrix'].float()
+    matrix = content['matrix']
     head = content['head']
     known = digest(matrix)
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
@@ -37,7 +37,7 @@ def read_embeddings(path, data, cold=False):
         raise UserError(f'{path}: all items have the same row, or not all numbers are finite; '
                         'their texts tell nothing apart')
     if cold:
-        matrix = torch.cat([matrix, content['cold'].float()])
+        matrix = torch.cat([matrix, content['cold']])
     return Embeddings(matrix, known, head)
 
 

@@ -3,6 +3,8 @@ import sys
 
 from tqdm import tqdm
 
+from common.files import follower
+
 
 class Lines:
     """What tqdm writes to where there is no terminal: each state a line of its own."""
@@ -20,6 +22,8 @@ LOG = dict(file=Lines, position=0, mininterval=30, maxinterval=1e9, delay=30,
 
 def progress(things=None, **options):
     """tqdm over `things` (or by hand, with total=); gone from the terminal once it is done."""
+    if follower():
+        options['disable'] = True
     if not sys.stderr.isatty():
         options |= LOG
     return tqdm(things, leave=False, dynamic_ncols=True, **options)

@@ -293,6 +293,5 @@ class RecFormer(Model):
 
 def cosine_logits(states, table):
     """RecFormer's score: cosine / 0.05 of states [B, H] with table rows [n, H]: float32 [B, n]."""
-    table = table.float()
     scale = (TEMPERATURE * table.norm(dim=-1)).clamp_min(1e-12)
     return F.linear(F.normalize(states.float(), dim=-1), table) / scale

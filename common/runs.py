@@ -113,8 +113,9 @@ class Run(NamedTuple):
         if row and self.usable(row, self.folder):
             print(f'{self.folder} is up to date ({result_line(row)})')
             return row
-        # the files beside it will not be those that it tells of; another process may be faster
-        (self.folder / 'row.json').unlink(missing_ok=True)
+        if row:  # the files beside it will not be those that it tells of, nor a checkpoint
+            for name in ('row.json', 'model.pt'):
+                (self.folder / name).unlink(missing_ok=True)  # another process may be faster
 
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the

@@ -89,7 +89,7 @@ def join(machine):
     machine.rank, machine.world = distributed.get_rank(), distributed.get_world_size()
     if machine.rank:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
+        sys.stdout = open(os.devnull, 'w')  # but its errors are said
     return machine
 
 
@@ -278,6 +278,7 @@ class Training(contextlib.AbstractContextManager):
         for name, state in saved['states'].items():
             getattr(self, name).load_state_dict(state)
         vars(self).update(saved['stand'])
+        self.run.code.update(saved['head']['code'])  # with --keep: that of the first steps
         self.began -= saved['head']['seconds']
         cpu, gpus = self.rng
         torch.set_rng_state(cpu)

@@ -425,7 +425,7 @@ def test_new_embeddings_and_new_code_make_them_again(world, capsys, monkeypatch)
     assert 'kept, though made by other code' in capsys.readouterr().out
     write()
     out = capsys.readouterr().out
-    assert 'other code (common/arrays.py, common/baselines.py, common/metrics.py)' in out
+    assert 'other code (common/arrays.py, common/baselines.py, common/data.py, common/metrics.py)' in out
     assert out.count('written to') == 6
 
 

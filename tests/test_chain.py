@@ -381,6 +381,18 @@ def test_published_weights_need_no_source_domains(tmp_path):
     for more, prepared in (([], 1), (['--figure2'], 5)):
         recorded = record(tmp_path, *options, *more)
         assert len([argv for _, _, argv in recorded if argv[0] == '-m']) == prepared
+        exported = [argv for _, _, argv in recorded if argv[0] == 'export_embeddings.py']
+        published = [argv for argv in exported if str(tmp_path / 'weights.pt') in argv]
+        assert published and all('--plm' in argv for argv in published), 'such weights name no backbone'
+
+
+def test_a_checkpoint_of_ours_says_what_lf_is_made_of(tmp_path):
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'row.json').touch()
+    for more, plm in (([], '12'), (['--plm', 'other'], 'other')):  # what the stand-in says of a row
+        recorded = record(tmp_path, 'drugstore', '--toy', '--pretrained', str(tmp_path / 'mine'), *more)
+        lf = next(argv for _, _, argv in recorded if any(word.endswith('lf.pt') for word in argv))
+        assert lf[lf.index('--plm') + 1] == plm
 
 
 @pytest.mark.parametrize('group', [False, True])
@@ -685,7 +697,7 @@ WRONG = [
     (['pretrain.py', 'nosuch', '--plm', 'PLM', '--out', 'X'], 'run python -m common.data nosuch'),
     (['pretrain.py', 'mine', '--plm', '/nosuch/model', '--out', 'X'], '--plm /nosuch/model: no language model'),
     (['export_embeddings.py', 'mine', '--out', 'X'], '--checkpoint'),
-    (['export_embeddings.py', 'mine', '--out', 'X', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
+    (['export_embeddings.py', 'mine', '--out', 'X.pt', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
     (['evaluate.py', 'table', 'mine'], 'no results yet'),
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),

@@ -59,6 +59,9 @@ def test_resemblance_to_sasrec_by_hand():
     expected = np.corrcoef([.1, .2, .6], [.2, .3, .5])[0, 1]
     found = numbers(packed([0, 1, 2, 2, 3]), weights, sasrec)
     assert found[:, MEASURES.index('sasrec')].tolist() == pytest.approx([expected] * 3)
+    older = torch.cat([sasrec, torch.ones(2, 2)], 1)  # of items that CLS did not see
+    found = numbers(packed([0, 1, 2, 2, 3]), weights, older)
+    assert found[:, 3].tolist() == pytest.approx([expected] * 3)
     more = torch.cat([weights, torch.ones(3, 2, 1)], 2)
     found = numbers(packed([0, 1, 2, 2, 3, 4]), more, sasrec)
     assert found[:, 3].tolist() == pytest.approx([expected] * 3)

@@ -201,7 +201,7 @@ def test_a_history_typed_in_is_that_of_the_user_who_has_it(world, found, capsys)
 
 def test_histories_of_new_users(world, tmp_path, capsys):
     """By their time, whatever the form."""
-    text = 'user,item,timestamp\nzoe,i2,30\nann,i9,5\nzoe,i1,4.5\nzoe,gone,31\nbob,gone,1\n'
+    text = 'user,item,timestamp\nzoe,i2,30\nann,i9,5\nzoe,i2,30\nzoe,i1,4.5\nzoe,gone,31\nbob,gone,1\n'
     (tmp_path / 'h.csv').write_text(text)
     keys = text.split()[0].split(',')
     (tmp_path / 'h.jsonl').write_text(''.join(json.dumps(dict(zip(keys, line.split(',')))) + '\n'
@@ -337,13 +337,15 @@ def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatc
             save_pt(path, 'embeddings', **{**content, 'cold_items': digest(ids, texts)})
             with pytest.raises(UserError, match="lf.pt: .* other cold items than today's; export"):
                 call('recommend', 'one', LF, '--cold')
-        head = content['head']
-        for key in ('norm', 'cosine'):
-            save_pt(path, 'embeddings', **content | {'head': head | {key: 1.0001 * head[key]}})
-            call('recommend', 'one', LF, '--cold', '--users', 'u1')
-            save_pt(path, 'embeddings', **content | {'head': head | {key: 1.01 * head[key]}})
-            with pytest.raises(UserError, match=f'lf.pt: was made again since {LF}'):
-                call('recommend', 'one', LF, '--cold')
+        content['cold'] = content['cold'] * 2  # of other cold items
+        save_pt(path, 'embeddings', **content)
+        for run in (LF, 'text-knn-lf'):
+            call('recommend', 'one', run, '--cold', '--users', 'u1')
+        content['matrix'][3] *= 1.000001
+        save_pt(path, 'embeddings', **content)
+        for run in (LF, 'text-knn-lf'):
+            with pytest.raises(UserError, match=f'lf.pt: was made again since {run}'):
+                call('recommend', 'one', run, '--cold')
         call('recommend', 'one', LF, '--users', 'u1')  # needs no embeddings
     finally:
         path.write_bytes(before)

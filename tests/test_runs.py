@@ -310,8 +310,13 @@ def test_a_run_that_is_made_again_is_not_taken_for_finished(root):
     for identity, code, word in ((OTHER_OPTIONS, CODE, ''), (IDENTITY, OTHER_CODE, ''),
                                  (IDENTITY, CODE, '--again')):
         made(folder)
+        (folder / 'model.pt').touch()
         assert run_of(identity, code, args_of(word), folder).finished() is None
         assert run_of(IDENTITY, CODE, args_of(), folder).finished() is None, 'it was not made since'
+        assert not (folder / 'model.pt').exists(), 'nothing starts from it'
+    (folder / 'model.pt').touch()  # without a row it may be anybody's
+    assert run_of(IDENTITY, CODE, args_of(), folder).finished() is None
+    assert (folder / 'model.pt').exists()
 
 
 def test_identities_survive_the_file(root):

@@ -24,7 +24,7 @@ from common.gru4rec import GRU4Rec
 from common.layers import Machine
 from common.metrics import product_scorer, rank_counts
 from common.models import MODELS, load_seq
-from common.runs import code_of, load_rows, read_ranks, read_row
+from common.runs import changed_code, code_of, load_rows, read_ranks, read_row
 from common.sasrec import SASRec
 from common.sequence import (ItemTable, Layout, SelfAttention, SoftmaxLoss,
                              draw_training_negatives)
@@ -981,7 +981,7 @@ def test_a_rate_that_diverges_is_left_out(toy, capsys):
     run('--lrs', '1e18', '0.01')
     assert 'rate 1e+18, seed 0: ' in capsys.readouterr().out
     assert [row['lr'] for row in load_rows('toy')] == [0.01]
-    with pytest.raises(UserError, match='diverged with every rate'):
+    with pytest.raises(UserError, match=r'seed 1: training diverged with all of the rates \[1e\+18\]'):
         run('--lrs', '1e18', '--seeds', '1')
 
 
@@ -1116,6 +1116,19 @@ def test_what_took_long_is_given_up_only_when_that_is_said(toy, capsys, monkeypa
     assert read_row(place) == row and not calls
     run('--again', epochs=epochs)
     assert calls and read_row(place)['epochs'] == epochs
+
+
+def test_a_half_trained_run_that_is_kept_says_what_its_first_steps_were_made_by(toy, monkeypatch):
+    _, folder = toy
+    place = folder / name_of('sasrec')
+    with killed(monkeypatch, [2], signal.SIGINT):
+        run(epochs=2)
+    content = load_pt(place / 'resume.pt', 'resume')
+    content['head']['code']['common/sequence.py'] = 'older'
+    content.pop('kind')
+    save_pt(place / 'resume.pt', 'resume', **content)
+    run('--keep', epochs=2)
+    assert changed_code(read_row(place)) == ['common/sequence.py']
 
 
 def test_a_half_trained_run_of_other_code_is_not_gone_on_with(toy, capsys, monkeypatch):

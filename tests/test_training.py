@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from common.backbone import start_model
 from common.data import prepare
 from common.files import load_json, load_npz, load_pt
 from common.layers import Machine
+from common.progress import progress
 from common.recformer import RecFormer
 from common.sasrec import SASRec
 from common.training import Training, join, prefetch
@@ -289,7 +291,8 @@ def process(environment, said, work, args):
     """One of torchrun's processes: its environment, then the work; what it prints is in a file."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with open(said, 'w') as file, contextlib.redirect_stdout(file):
+    with (open(said, 'w') as file, contextlib.redirect_stdout(file),
+          contextlib.redirect_stderr(file)):
         work(*args)
 
 
@@ -374,6 +377,19 @@ def test_processes_compute_what_one_does(place, tmp_path, world):
         expected = one.get(key, torch.zeros(()))  # what takes no part has a gradient of zeros
         most = 1e-6 * max(1, expected.abs().max())
         assert (shared[key] - expected).abs().max() <= most, key
+
+
+def says():
+    """What a script says in its ways, and a bar that is drawn at once."""
+    machine = join(Machine())
+    print(f'result of {machine.rank}', flush=True)
+    print(f'error of {machine.rank}', file=sys.stderr)
+    list(progress(range(3), desc=f'bar of {machine.rank}', delay=0, mininterval=0))
+
+
+def test_of_a_follower_errors_alone_are_seen(tmp_path):
+    first, follower = together(tmp_path, 2, says)
+    assert 'result of 0' in first and 'error of 0' in first and follower == 'error of 1\n'
 
 
 def script(name, command):
