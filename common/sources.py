@@ -66,10 +66,10 @@ def csv_rows(path, text, mark):
 
 
 def objects(text):
-    """(line number, value) of each line of JSON that is not blank; None where it is not JSON."""
+    """(line number, object) of each line of JSON that is not blank; None where it is no object."""
     for number, line in enumerate(text, 1):
         try:
-            found = json.loads(line)
+            found = {**json.loads(line)}
         except UNREADABLE:
             found = None
         if not line.isspace():
@@ -82,7 +82,7 @@ def table(path, most):
     text, again = lines(path, most), lines(path, most)
     # closed here: where a generator is only left, what happens while it cleans up (SIGTERM) is lost
     if '.json' in path.name:
-        first = next((row for _, row in objects(text) if isinstance(row, dict)), {})
+        first = next((row for _, row in objects(text) if row), {})
         text.close()
         return dict(zip(first, first)), objects(again)
     head = next(text, '')

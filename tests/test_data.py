@@ -477,6 +477,7 @@ BAD_ITEMS = {
     '7\n': NO_OBJECT,
     '[]\n{"id": "a"}\n': f'line 1 {OBJECT}',
     '{"id": "a"}\n7\n': f'line 2 {OBJECT}',
+    '{"id": "a", "title": "x"}\n["b", "y"]\n': f'line 2 {OBJECT}',
     '{"title": "x"}\n': 'has no column .id., but title',
     '{"id": "a"}\n{"title": "x"}\n': f'line 2 {OBJECT}',
     '{"id": ""}\n': f'line 1 {OBJECT}',
