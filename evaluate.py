@@ -56,8 +56,8 @@ def write_untrained(args, data, folder):
     identity = {'data': data.fingerprint,
                 'embeddings': {name: found.digest for name, found in embeddings.items()}}
     # popularity is the last that is written
-    code = code_of('common/baselines.py', 'common/data.py')
-    run = Run(args, folder / 'popularity', identity, code)
+    run = Run(args, folder / 'popularity', identity,
+              code_of('common/baselines.py', 'common/data.py'))
     if run.finished():
         return
     for name, row in untrained(data, embeddings):
@@ -186,12 +186,11 @@ def show_curve(args, data, folder):
     lines = {}  # {method: {number: Cell}}
     for cell in cells_of(current_rows(data)):
         name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
-        if name:
-            for shown in filter(None, (cell.random, cell)):
-                if shown.mixed:
-                    continue
-                method = f'{shown.title}, {shown.variant}'
-                lines.setdefault(method, {})[float(name[1] or 0)] = shown
+        if name and not cell.mixed:
+            for shown in (cell.random, cell):
+                if shown and not shown.mixed:
+                    method = f'{shown.title}, {shown.variant}'
+                    lines.setdefault(method, {})[float(name[1] or 0)] = shown
     moment = MOMENTS[args.of]
     panels, body = {}, []
     for method, points in lines.items():

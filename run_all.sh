@@ -60,8 +60,8 @@ ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")
 cd "$(dirname "$0")"
 
 PYTHON=${PYTHON:-python}
-# the value of a key, and of one below it, in a row.json
-of_row() { "$PYTHON" -c 'import functools, json, sys; print(functools.reduce(dict.get, sys.argv[2:], json.load(open(sys.argv[1]))))' "$@"; }
+# the value of a key, or of one below it, in a row.json
+of_row() { "$PYTHON" -c 'import functools, json, sys; print(functools.reduce(dict.get, sys.argv[2:], json.load(open(sys.argv[1]))))' "$@" 2>/dev/null || fail "$1: no row of ours; remove it"; }
 # a checkpoint of ours says what it began as
 [ -n "$PLM" ] || [ ! -f "$PRETRAINED/row.json" ] || PLM=$(of_row "$PRETRAINED/row.json" plm)
 PAPER= DEFAULT=small

@@ -46,7 +46,8 @@ def add_plm_options(parser):
 
 
 def add_training_options(parser, epochs, patience, batch=None):
-    """--epochs ... --save-every: how long a training goes on; and the two that follow."""
+    """--epochs ... --save-every: how long a training goes on; and the options of the two functions
+    that it ends with."""
     option(parser, '--epochs', 'at most', POSITIVE, epochs)
     option(parser, '--patience', 'epochs without a better validation', POSITIVE, patience)
     option(parser, '--batch', 'users (an ID model, if not said: its own)', number(2), batch)

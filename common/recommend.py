@@ -47,7 +47,8 @@ def began_with(folder, row, data, cold):
         return None
     path = folder / 'embeddings' / f'{row["init"]}.pt'
     found = read_embeddings(path, data, cold)
-    # to the last bit: principal components may turn round where a row rounds differently
+    # to the last bit: principal components may turn round where a row rounds differently. (The
+    # identity of an ID model has one digest, that of a ranking without training those of all.)
     if found.digest not in str(row['identity']):
         raise UserError(f'{path}: was made again since {row["run"]}, which must be, too')
     return found

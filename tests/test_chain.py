@@ -395,6 +395,13 @@ def test_a_checkpoint_of_ours_says_what_lf_is_made_of(tmp_path):
         assert lf[lf.index('--plm') + 1] == plm
 
 
+def test_a_checkpoint_whose_row_is_broken_is_named(tmp_path):
+    (tmp_path / 'row.json').write_text('{broken')
+    code, out, err = call(tmp_path, 'bash', ROOT / 'run_all.sh', 'drugstore', '--toy', '--pretrained',
+                          str(tmp_path))
+    assert code == 2 and not out and err == f'error: {tmp_path}/row.json: no row of ours; remove it\n'
+
+
 @pytest.mark.parametrize('group', [False, True])
 @pytest.mark.parametrize('how, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_chain_that_is_told_to_end_leaves_nothing_running(tmp_path, how, code, group):
