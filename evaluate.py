@@ -165,7 +165,8 @@ def show_attention(args, data, folder):
     likes = list(map(sasrec.attention_weights, histories))
     tokens = item_tokens(data, tuned.words)
     packed = [tuned.pack(items, [0, len(items)], tokens) for items in histories]
-    maps, body = {}, []
+    maps = {}
+    body = []
     for model in (vanilla, tuned):
         model.on(machine).eval()
         weights = [model.cls_attention(one)[:, 0].cpu() for one in progress(packed)]
@@ -192,7 +193,8 @@ def show_curve(args, data, folder):
                     method = f'{shown.title}, {shown.variant}'
                     lines.setdefault(method, {})[float(name[1] or 0)] = shown
     moment = MOMENTS[args.of]
-    panels, body = {}, []
+    panels = {}
+    body = []
     for method, points in lines.items():
         if not any(points):  # of LF alone
             continue
@@ -221,7 +223,7 @@ ACTIONS = {
     'recommend': recommend,
     'neighbours': show_neighbours,
     'attention': show_attention,
-    'curve': show_curve,
+    'curve': show_curve
 }
 
 

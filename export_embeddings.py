@@ -82,13 +82,16 @@ def read_rows(path, ids, data):
 
 
 def main(args):
-    machine, data, out = start(args), load(args.dataset), args.out
+    machine = start(args)
+    data = load(args.dataset)
+    out = args.out
     began = time.monotonic()
 
     # ---------------------------------------------------- rows, or a model
     if args.from_npy:
         rows = read_rows(args.from_npy, args.ids, data)
-        plm, identity = args.from_npy.name, {'rows': digest(rows)}
+        plm = args.from_npy.name
+        identity = {'rows': digest(rows)}
     else:
         model = start_model(args.checkpoint, args.plm, args.layers, seed=None)
         plm = model.plm
@@ -115,8 +118,9 @@ def main(args):
                             'that are not finite; of a language model: try --precision float32')
 
         # ------------------------------------------------ save, in the format that the name ends in
+        items, cold = rows.tensor_split([data.n_items])
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
-                'dataset': data.name, 'plm': plm, **geometry(rows[:data.n_items])}
+                'dataset': data.name, 'plm': plm, **geometry(items)}
         ids = (data.item_ids + data.cold_ids)[:len(rows)]
         if not ours:
             save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
@@ -126,11 +130,11 @@ def main(args):
                 else:
                     f.write(safetensors.torch.save({'embeddings': rows}))
         else:
-            matrix = torch.nn.functional.pad(rows[:data.n_items], (0, 0, 1, 0))
-            cold = rows[data.n_items:].clone()  # of a view all rows would be saved
+            matrix = torch.nn.functional.pad(items, (0, 0, 1, 0))
+            cold = cold.clone()  # of a view all rows would be saved
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
                     cold_items=digest(ids[data.n_items:], data.cold_attributes))
-        print(f'{data.n_items:,} items and {len(rows) - data.n_items:,} cold ones x '
+        print(f'{len(items):,} items and {len(cold):,} cold ones x '
               f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
               f'{head["cosine"]:.2f}, written to {out}')
 

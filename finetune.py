@@ -153,10 +153,9 @@ def one_run(args, machine, data):
                         f'on this version of {data.name}; run --stage 1 first')
     if args.max_tokens:
         model.config.max_tokens = args.max_tokens
+    model.word_table.requires_grad_(not args.freeze_words)
     choose_layers(model, args.tune_layers)
     model.lm_head.requires_grad_(False)
-    if args.freeze_words:
-        model.word_table.requires_grad_(False)
     tokens = item_tokens(data, model.words)
     init = model.stage
     stage = f'ft{args.stage}' if args.stage else f'ft0-{init}'
@@ -168,14 +167,13 @@ def one_run(args, machine, data):
         if run.finished():
             return
         model.on(machine)
-        if args.stage == 2:
-            model.items = model.items.to(machine.device)
-        else:
+        if args.stage < 2:
             model.items = model.encode_items(tokens)
         found = {'valid': None, 'epochs': 0, 'seconds': 0}
         if args.stage:
             found = tune(args, data, model, tokens, run)
-            model.stage, model.data = stage, data.fingerprint
+            model.stage = stage
+            model.data = data.fingerprint
         ranks = ranks_of(model, tokens, data, 'test')
         if machine.rank:
             return
@@ -188,7 +186,8 @@ def one_run(args, machine, data):
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    machine, data = start(args), load(args.dataset)
+    machine = start(args)
+    data = load(args.dataset)
     for args.seed in args.seeds:  # from here on an option as any other: a run's identity has it
         one_run(args, machine, data)
 

@@ -29,7 +29,7 @@ from common.runs import Run, code_of
 from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
-MODES = 'freeze', 'trainable', 'further-all', 'further-emb', 'id+text'
+MODES = 'freeze trainable further-all further-emb id+text'.split()
 
 
 # ------------------------------------------------------------------------ options
@@ -70,7 +70,8 @@ def parse_args(argv=None):
     option(p, '--seeds', 'of weights, dropout, order and negatives', COUNT, [0], nargs='+')
     args = p.parse_args(argv)
     kind = MODELS[args.model]
-    args.loss, args.batch = args.loss or kind.losses[0], args.batch or kind.batch
+    args.loss = args.loss or kind.losses[0]
+    args.batch = args.batch or kind.batch
     if args.loss not in kind.losses:
         p.error(f'--loss {args.loss}: {args.model} knows {", ".join(kind.losses)} only')
     if args.loss == 'sampled':
@@ -102,15 +103,15 @@ def build(data, embedding, about, begun=None):
     model = kind(table, about['max_items'])
     if begun:
         model.load_state_dict(begun)
-    if about['mode'] == 'further-emb':
-        model.requires_grad_(False)
+    model.requires_grad_(about['mode'] != 'further-emb')
     table.weight.requires_grad_(about['mode'] != 'freeze')
     return model
 
 
 def fit(data, model, run, about):
     """Train `model`; returns what the row says of it."""
-    args, seed = run.args, about['seed']
+    args = run.args
+    seed = about['seed']
     items, offsets = data.training()
     users = data.users_with(model.least)
     batches = parts(len(users), args.batch)
@@ -123,7 +124,8 @@ def fit(data, model, run, about):
             if args.loss == 'bce':
                 negatives = draw_training_negatives(items, offsets, data.n_items, rng)
             for step in training.steps():
-                batch, drawn = order[batches[step]], args.negatives
+                batch = order[batches[step]]
+                drawn = args.negatives
                 if args.loss == 'bce':
                     drawn, _ = take(negatives, offsets, batch)
                 rng = default_rng([seed, 8, epoch, step])
@@ -167,7 +169,8 @@ def one_run(args, machine, data, embedding, about, start_from):
 # ------------------------------------------------------------------------ main
 
 def main(args):
-    data, machine = load(args.dataset), start(args)
+    data = load(args.dataset)
+    machine = start(args)
     folder = runs_root() / data.name
     embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
                   for source in dict(args.variants) if source != 'random'}
@@ -175,7 +178,8 @@ def main(args):
     widths.setdefault('random', next(iter(widths.values()), 768))
     best = {}  # (source, mode, seed) -> name of the run of its best rate
     for source, mode in with_freeze(args.variants):
-        embedding, rates = embeddings.get(source), args.lrs
+        embedding = embeddings.get(source)
+        rates = args.lrs
         for seed in args.seeds:
             start_from = None
             if mode.startswith('further'):

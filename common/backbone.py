@@ -39,6 +39,7 @@ OPTIONAL = 'longformer.embeddings.word_embeddings', 'lm_head'
 # the word table), heads of other tasks.
 DROPPED = ('longformer.embeddings.position_ids', 'longformer.embeddings.token_type_ids',
            'longformer.pooler.', 'item_embedding.weight', 'lm_head.decoder.', 'cls.')
+CARRIED = 'stage plm data items'.split()  # by our checkpoints: attributes of RecFormer
 
 
 # ------------------------------------------------------------------------ language models
@@ -138,7 +139,7 @@ def from_backbone(path, layers=None):
     c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
                positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
     given = renamed(backbone.state_dict(),
-                    {f'{backbone.base_model_prefix}.': 'longformer.', **BERT_HEAD})
+                    {f'{backbone.base_model_prefix}.': 'longformer.'} | BERT_HEAD)
     given = renamed(given, GLOBAL) | given
     table = 'longformer.embeddings.position_embeddings.weight'
     reserved, usable = given[table].tensor_split([offset])
@@ -185,8 +186,7 @@ def save_recformer(path, model):
     """Write a checkpoint that needs no other file: weights, shape, tokenizer; and the item table
     [n + 1, H] that was tuned with them."""
     save_pt(path, 'recformer', config=vars(model.config), words=model.words._asdict(),
-            stage=model.stage, plm=model.plm, data=model.data, model=model.state_dict(),
-            items=model.items)
+            model=model.state_dict(), **{name: getattr(model, name) for name in CARRIED})
 
 
 def start_model(checkpoint, plm=None, layers=None, seed=0):
@@ -200,7 +200,8 @@ def start_model(checkpoint, plm=None, layers=None, seed=0):
     if not checkpoint:
         path = fetch_plm(plm)
         model = from_backbone(path, layers)
-        model.words, model.plm = load_words(path, model.config), plm
+        model.words = load_words(path, model.config)
+        model.plm = plm
         if seed is None:
             torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
         return model
@@ -227,8 +228,8 @@ def start_model(checkpoint, plm=None, layers=None, seed=0):
     model = RecFormer(Config(**content['config']))
     load_named(model, content['model'], path)
     model.words = Words(**content['words'])
-    for key in ('stage', 'plm', 'data', 'items'):
-        setattr(model, key, content[key])
+    for name in CARRIED:
+        setattr(model, name, content[name])
     return model
 
 
@@ -242,4 +243,3 @@ def published(path):
         state = renamed(raw, PUBLISHED)
         if len(state) == len(raw) and 'longformer.encoder.layer.0.output.dense.weight' in state:
             return state
-    return None

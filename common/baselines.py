@@ -73,7 +73,7 @@ def row_sums(matrix):
     return add_up
 
 
-def directions(matrix, end=None):
+def directions(matrix, end):
     """Rows [n + 1, H] less their mean (of those before `end`: not of cold items), of length 1; row
     0 zeros."""
     centred = matrix - matrix[1:end].mean(0)

@@ -29,8 +29,9 @@ from common.sources import read_interactions, read_items
 # not said, ours is a seeded sample of that size.
 FILTERS = PAPER['filters']
 DEFAULT = 4, 1, 0
-NEGATIVES, NEGATIVE_SEED = 100, 98765  # paper sec. 4.2, authors' code
-ARRAYS = 'items', 'offsets', 'evaluated', 'negatives'
+NEGATIVES = 100  # paper sec. 4.2
+NEGATIVE_SEED = 98765  # authors' code
+ARRAYS = 'items offsets evaluated negatives'.split()
 CODE = 'common/arrays.py', 'common/data.py', 'common/sources.py'  # makes prepared.npz
 
 
@@ -242,7 +243,8 @@ def identity_of(folder, filters, known):
 def prepare(name, given):
     """The dataset, prepared anew where prepared.npz is not there or of something else. given: the
     filters that the user named; for each None that of last time counts, else the dataset's."""
-    folder, known = folder_of(name), FILTERS.get(name, DEFAULT)
+    folder = folder_of(name)
+    known = FILTERS.get(name, DEFAULT)
     with suppress(UserError):
         known = head_of(folder)['identity']['filters']
     filters = [old if new is None else new for new, old in zip(given, known)]
@@ -284,7 +286,8 @@ def report(data):
     """All counts but zeros, beside those of the paper's table 2 and code."""
     known = PAPER['table2'].get(data.name, {})
     for what, count in data.counts.items():
-        ours, note = round(count, 1), ''
+        ours = round(count, 1)
+        note = ''
         if what in known:
             note = f'   paper {known[what]:,}{"" if ours == known[what] else "   warning: differs"}'
         if ours:

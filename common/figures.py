@@ -4,7 +4,6 @@ heads, L = its tokens. Cells: see common/report.py.
 """
 import contextlib
 import itertools
-from math import nan
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from common.files import runs_root, whole
 from common.initial import geometry
 from common.report import RANKINGS, SHOWN
 
-MEASURES = 'heads', 'below', 'first', 'sasrec'  # see `numbers`
+MEASURES = 'heads below first sasrec'.split()  # see `numbers`
 
 
 # ------------------------------------------------------------------------ attention as numbers
@@ -41,7 +40,7 @@ def numbers(packed, weights, sasrec):
     per_item = layers @ of_item.float()
     both = torch.cat([per_item, sasrec.mean(0, keepdim=True)])
     columns = [[geometry(heads)['cosine'] for heads in weights],
-               [nan, *F.cosine_similarity(layers[1:], layers[:-1])],
+               [np.nan, *F.cosine_similarity(layers[1:], layers[:-1])],
                layers[:, first].mean(1) / layers.mean(1),
                both.corrcoef()[-1, :-1]]
     columns = list(map(torch.as_tensor, columns))
@@ -75,7 +74,7 @@ def draw_attention(path, maps, packed, words, sasrec):
     # nothing before the items; older ones than it knows as its oldest
     known = packed.item_positions.clip(max=sasrec.shape[1])
     of_items = F.pad(sasrec, (1, 0))[:, None, known]
-    maps = {**maps, 'SASRec': of_items}
+    maps = maps | {'SASRec': of_items}
     layers = {f'{title}, {layer}': heads
               for title, weights in maps.items()
               for layer, heads in enumerate(weights)}

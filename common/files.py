@@ -175,7 +175,7 @@ def save_pt(path, kind, **content):
     """Write {'kind': kind, **content}: tensors, and plain values that say what they are."""
     with whole(path) as part:
         try:
-            torch.save({'kind': kind, **content}, part)
+            torch.save({'kind': kind} | content, part)
         except RuntimeError as error:  # torch's own text for a failed write
             raise UserError(f'{path}: could not be written ({error}); is the disk full?') from None
 

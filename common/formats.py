@@ -26,9 +26,9 @@ from common.sources import COLUMNS, interactions, items
 
 AMAZON = PAPER['amazon']  # dataset -> (category, sha256 of its ratings file where known)
 # The data has moved before; ELEPHANT_AMAZON_URL names another mirror.
-HOSTS = ('https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/ '
-         'https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/ '
-         'https://jmcauley.ucsd.edu/data/amazon_v2/')
+HOSTS = '''https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/
+           https://datarepo.eng.ucsd.edu/mcauley_group/data/amazon_v2/
+           https://jmcauley.ucsd.edu/data/amazon_v2/'''
 CODE = 'common/formats.py', 'common/sources.py'  # makes the canonical files
 # A file of interactions and its file of texts, without .gz. RecBole; MovieLens; Amazon 2018 and
 # 2023, also of users with five reviews; whatever else.
@@ -136,7 +136,9 @@ def canonical_from(folder, pair, named, filters, expected=None):
     if now == then and all(map(os.path.exists, made)):
         print(f'{folder}: the canonical files are up to date')
         return
-    used, seen, repeats = set(), set(), 0
+    used = set()
+    seen = set()
+    repeats = 0
     read = passing if filters else interactions
     with (whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):

@@ -7,7 +7,7 @@ from torch.nn.functional import normalize, pad
 
 from common.files import UserError, digest, load_pt
 
-SCALES = 'raw', 'centred', 'whitened', 'permuted'
+SCALES = 'raw centred whitened permuted'.split()
 
 
 class Embeddings(NamedTuple):
@@ -65,26 +65,26 @@ def initial_table(matrix, width, scale, norm, seed, n):
     all rows, which gives them that norm. permuted: in a random order of the items (a control). More
     rows (of cold items) get what the n items give: their mean, their axes, their factor.
     """
+    rows = matrix[1:]
     if width != matrix.shape[1]:
-        rows = matrix[1:] - matrix[1:n + 1].mean(0)
+        rows = rows - rows[:n].mean(0)
         _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
         if width > len(axes):
             raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
                             f'numbers; at most {len(axes)}')
-        matrix = pad(rows @ axes[:width].T, (0, 0, 1, 0))
-    if scale == 'raw':
-        return matrix
-    rows = matrix[1:] - matrix[1:n + 1].mean(0)
-    if scale == 'whitened':  # unit covariance along the principal axes; those of no variance stay
-        u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
-        least = s[0] * 1e-4
-        more = rows[n:] @ v.T / s.clamp_min(least)
-        rows = torch.cat([u, more]) * (s > least) @ v
-    if scale == 'permuted':
-        order = default_rng([seed, 6]).permutation(n)
-        rows[:n] = rows[order]
-    factor = norm / rows[:n].norm(dim=1).mean()
-    return torch.cat([matrix[:1], rows * factor])
+        rows = rows @ axes[:width].T
+    if scale != 'raw':
+        rows = rows - rows[:n].mean(0)
+        if scale == 'whitened':  # unit covariance along the principal axes; no variance: stays
+            u, s, v = torch.linalg.svd(rows[:n], full_matrices=False)
+            least = s[0] * 1e-4
+            more = rows[n:] @ v.T / s.clamp_min(least)
+            rows = torch.cat([u, more]) * (s > least) @ v
+        if scale == 'permuted':
+            order = default_rng([seed, 6]).permutation(n)
+            rows[:n] = rows[order]
+        rows = rows * (norm / rows[:n].norm(dim=1).mean())
+    return pad(rows, (0, 0, 1, 0))
 
 
 def starting_tables(kind, n, embeddings, about):

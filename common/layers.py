@@ -12,8 +12,6 @@ from common.files import UserError
 def remade(function, *inputs):
     """function(*inputs), whose intermediate results are made again for the gradient instead of
     kept, with the same random numbers of the devices that tensors among the inputs are on."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False)
 
 
@@ -81,6 +79,14 @@ def half(x):
     if torch.is_autocast_enabled(x.device.type):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def rounded(x):
+    """x [R, ...] with rows of zeros up to a multiple of 64, where autocast is on: a CPU makes its
+    bfloat16 kernels anew for each number of rows, which takes longer than a small product."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return torch.cat([x, x.new_zeros(-len(x) % 64, *x.shape[1:])])
 
 
 def rows(x, index):

@@ -92,11 +92,9 @@ def per_user(ranks, metric):
 def summarise(ranks):
     """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
     sums over users divided once."""
-    found = {}
-    for name, pairs in ranks.items():
-        found[name] = {metric: float(per_user(pairs, metric).mean())
-                       for metric in METRICS[name].split()}
-    return found
+    return {name: {metric: float(per_user(pairs, metric).mean())
+                   for metric in METRICS[name].split()}
+            for name, pairs in ranks.items()}
 
 
 def value_of(ranks):
@@ -114,7 +112,7 @@ def result_of(data, ranks):
             'users': len(data.evaluated),
             'metrics': summarise(ranks),
             'tie_share': ties,
-            'ranks': {'users': data.evaluated, **ranks}}
+            'ranks': {'users': data.evaluated} | ranks}
 
 
 def compare(a, b):

@@ -20,7 +20,8 @@ def load_seq(folder, data):
     if files:
         print(f"note: {folder.name} was made by other code than today's ({', '.join(files)})",
               file=sys.stderr)
-    about, state = content['about'], content['model']
+    about = content['about']
+    state = content['model']
     if content['data'] != data.fingerprint:
         raise UserError(f'{path}: was trained on another version of {data.name}')
     table = ItemTable(state['item_embedding.weight'], state.get('item_embedding.text'))

@@ -32,8 +32,10 @@ def number(least, most=1e18):
     return convert
 
 
-COUNT, POSITIVE = number(0), number(1)
-WEIGHT, RATE = number(0.0), number(1e-12)
+COUNT = number(0)
+POSITIVE = number(1)
+WEIGHT = number(0.0)
+RATE = number(1e-12)
 
 
 def add_plm_options(parser):
@@ -87,8 +89,8 @@ def add_earlier_options(parser):
 
 # Options that change no number (but with device and micro_tokens other dropout is drawn), and those
 # whose meaning is known by content (data, weights).
-NO_IDENTITY = set('dataset sources out checkpoint plm layers seeds lrs variants init_scale device '
-                  'deterministic micro_tokens save_every again keep'.split())
+NO_IDENTITY = '''dataset sources out checkpoint plm layers seeds lrs variants init_scale device
+                 deterministic micro_tokens save_every again keep'''.split()
 
 
 def option_identity(args):

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
 
 from common.arrays import parts, take
-from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu, rows,
-                           watched)
+from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu,
+                           rounded, rows, watched)
 from common.progress import progress
 from common.text import pack
 
@@ -81,7 +81,7 @@ class Batch:
             reach = arange(-side, width + side)
         blocks = -(-lengths // width)
         first = blocks.cumsum(0) - blocks  # block of each sequence
-        self.place = first[owner] * width + self.positions
+        self.place = rounded(first[owner] * width + self.positions)
         count = np.sum(-(-packed.lengths // width))
         of_block = torch.repeat_interleave(blocks, output_size=count)  # its sequence
         begin = ((arange(count) - first[of_block]) * width)[:, None]
@@ -171,7 +171,7 @@ class RecFormer(Model):
     language model it began as, as typed; items, data: stage-FT's item table [n + 1, H] and the
     fingerprint of its dataset."""
     stage = 'lf'
-    words = plm = items = data = None
+    words = plm = data = None
 
     def __init__(self, config):
         super().__init__()
@@ -190,6 +190,7 @@ class RecFormer(Model):
                                    'layer_norm': LayerNorm(width, c.layer_norm_eps)})
         self.lm_head.bias = nn.Parameter(torch.zeros(c.vocab_size))
         self.drop = Dropout(c.dropout)
+        self.register_buffer('items', None, False)  # moves along, but is no part of state_dict()
 
     @property
     def word_table(self):
@@ -214,7 +215,7 @@ class RecFormer(Model):
                  + given.position_embeddings(batch.positions + self.config.position_offset)
                  + given.token_type_embeddings(batch.types)
                  + given.item_position_embeddings(batch.item_positions))
-            x = half(self.drop(given.LayerNorm(x)))
+            x = rounded(half(self.drop(given.LayerNorm(x))))
             *before, last = self.longformer.encoder.layer
             for layer in before:
                 x = layer(x, batch)

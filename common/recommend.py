@@ -125,7 +125,8 @@ def asked(args, data, wide):
     everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
     if not args.users:
         return everybody
-    source, names = '--users', args.users
+    source = '--users'
+    names = args.users
     if len(names) == 1 and Path(names[0]).is_file():
         source = names[0]
         names = Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()
@@ -158,8 +159,9 @@ def best(args, score, histories, wide, kind):
 
     if kind == '.csv':
         yield 'user,rank,item,score,title\n'
-    for part in progress(parts(len(users), AT_ONCE), desc=args.run, unit='user',
-                         unit_scale=AT_ONCE, disable=not args.out):
+    most = min(AT_ONCE, 1 + 2 ** 28 // len(ids))  # a gigabyte of scores
+    for part in progress(parts(len(users), most), desc=args.run, unit='user', unit_scale=most,
+                         disable=not args.out):
         names, own = zip(*(users[i] for i in part))
         lengths = list(map(len, own))
         items = np.concatenate(own)
@@ -187,7 +189,8 @@ def recommend(args, data, folder):
     histories = asked(args, data, wide)
     if not histories:
         raise UserError('none of those users or items is known: nobody to recommend to')
-    lines, began = best(args, score, histories, wide, kind), time.monotonic()
+    lines = best(args, score, histories, wide, kind)
+    began = time.monotonic()
     if not args.out:
         sys.stdout.writelines(lines)
         return

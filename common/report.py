@@ -34,7 +34,8 @@ FREE = {'options.seed', 'options.lr', 'from', 'start'}
 def names_of(row):
     """A row's model and loss, and what its run is called besides, without rate and seed:
     ('SASRec, cross-entropy', 'lf-trainable-centred-128')."""
-    model, loss = row['model'], row.get('loss')
+    model = row['model']
+    loss = row.get('loss')
     label = re.sub(f'{RATE_AND_SEED}$', '', row['run'])
     if model in TITLES:
         return TITLES[model], label

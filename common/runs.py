@@ -22,8 +22,8 @@ from common.files import (ROOT, UserError, digest, load_json, load_npz, runs_roo
 
 LONG = 600  # seconds: what took longer than this is replaced only when asked to (--again)
 # Files that read, write, print and look up, but define no number.
-NO_NUMBERS = {'common/files.py', 'common/formats.py', 'common/models.py', 'common/options.py',
-              'common/progress.py', 'common/runs.py', 'common/sources.py'}
+NO_NUMBERS = set('''common/files.py common/formats.py common/models.py common/options.py
+                common/progress.py common/runs.py common/sources.py'''.split())
 
 
 # ------------------------------------------------------------------------ code
@@ -51,7 +51,8 @@ def code_digest(file):
 def code_of(*files):
     """{file: digest} of these source files and of all of ours that they import at their top (an
     import inside a function is for reading, printing or drawing)."""
-    found, files = {}, list(files)
+    found = {}
+    files = list(files)
     for file in files:  # which grows meanwhile
         if file not in {*found, *NO_NUMBERS} and parsed(file):
             found[file] = code_digest(file)
@@ -70,7 +71,8 @@ def differences(old, new):
     """Names of what differs between two nested dictionaries, dots between the levels."""
     names = []
     for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
+        a = old.get(key)
+        b = new.get(key)
         if type(a) is type(b) is dict:
             names += [f'{key}.{name}' for name in differences(a, b)]
         elif digest(a) != digest(b):  # as JSON, which knows no tuples
@@ -170,5 +172,5 @@ def read_ranks(dataset, run):
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
         raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere)')
-    names = 'users', 'sampled', 'full', 'new'
+    names = 'users sampled full new'.split()
     return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')

@@ -4,7 +4,6 @@ variant that the paper's code trains. Letters as in common/sequence.py.
 import torch
 from torch import nn
 
-from common.arrays import offsets_of
 from common.layers import rows, watched
 from common.sequence import AttentionBlock, AttentionModel, SelfAttention
 
@@ -40,6 +39,6 @@ class SASRec(AttentionModel):
     def attention_weights(self, items):
         """Weights of the newest position over one history, heads averaged: items int [T], oldest
         first -> [blocks, the newest max_items of them], newest first."""
-        seen = watched(SelfAttention, self.states, items, offsets_of([len(items)]))
+        seen = watched(SelfAttention, self.states, items, [0, len(items)])
         weights = [module.weights(q[-1:], x).mean(0)[0] for module, (q, x, *_), _ in seen]
         return torch.stack(weights).flip(1)

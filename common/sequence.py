@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.arrays import newest, parts, ragged, row_numbers, take
-from common.layers import Attention, Dropout, Model, additive, half, rows
+from common.layers import Attention, Dropout, Model, additive, half, rounded, rows
 from common.metrics import product_scorer, rank_counts
 
 WIDTH = 64  # items of the sequences that share a square of attention; a matter of speed only
@@ -145,12 +145,16 @@ class AttentionModel(SequenceModel):
     def forward(self, x, lengths, wanted=...):
         """Rows of the item table [T, H] -> what the last block gives: [T, H], or of the rows
         `wanted` [R] alone: [R, H]."""
+        size = len(x)
         layout = Layout(lengths, self.max_items, self.causal, self.machine)
-        x = self.drop(x + self.position_embedding(layout.position))
+        x = self.drop(rounded(x + self.position_embedding(layout.position)))
         *before, last = self.blocks
         for block in before:
             x = block(x, layout)
-        return last(x, layout, wanted)
+        if wanted is not ...:
+            size = len(wanted)
+            wanted = rounded(wanted)
+        return last(x, layout, wanted)[:size]
 
 
 class AttentionBlock(nn.Module):
@@ -190,7 +194,7 @@ class Layout:
         items.flat[place] = np.arange(len(place))
         owner.flat[place] = row_numbers(lengths)
         self.queries = self.keys = machine.put(items)
-        self.place = machine.put(place)
+        self.place = rounded(machine.put(place))
         self.position = machine.put(ragged(max_items - lengths, lengths))
         owner = machine.put(owner)
         seen = owner[:, :, None] == owner[:, None]
@@ -245,7 +249,8 @@ class SoftmaxLoss(torch.autograd.Function):
     def forward(ctx, states, table, bias, target):
         size = LOGITS // len(table)
         weight = half(table)
-        share = 1 / len(states)
+        share = 1 / len(target)
+        states = rounded(states)
         total = 0
         d_states = []
         d_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
@@ -259,12 +264,13 @@ class SoftmaxLoss(torch.autograd.Function):
             at_least = p[one].float().clamp_min(torch.finfo(torch.float32).tiny)
             total = total - share * at_least.log().sum()
             p[one] -= 1  # gradient of the logits: the softmax, less one at the target
+            p[len(aim):] = 0  # of what `rounded` added
             d_states.append((p @ weight).float().mul_(share))
             if d_table is not None:
                 d_table += p.T @ scaled
             if d_bias is not None:
                 d_bias += share * p.sum(0, dtype=torch.float32)
-        ctx.gradients = torch.cat(d_states).to(states.dtype), d_table, d_bias
+        ctx.gradients = torch.cat(d_states)[:len(target)].to(states.dtype), d_table, d_bias
         return total
 
     @staticmethod

@@ -79,7 +79,8 @@ def objects(text):
 def table(path, most):
     """({column: its place in a row}, (line number, row) of each). A row is a list of cells, or of
     JSON an object, whose places are its names."""
-    text, again = lines(path, most), lines(path, most)
+    text = lines(path, most)
+    again = lines(path, most)
     # closed here: where a generator is only left, what happens while it cleans up (SIGTERM) is lost
     if '.json' in path.name:
         first = next((row for _, row in objects(text) if row), {})
@@ -175,9 +176,12 @@ def read_interactions(path, known):
     """Of the canonical file the columns user, item (int32 [N]) and time (int64 [N], microseconds)
     of the rows whose item is known; the ids of users (numbers are places; items' are places in
     `known`); how many rows have an unknown item."""
-    users, unknown = {}, 0
+    users = {}
+    unknown = 0
     items = {key: number for number, key in enumerate(known)}
-    of_user, of_item, times = array('i'), array('i'), array('q')  # 16 bytes a row
+    of_user = array('i')  # 16 bytes a row
+    of_item = array('i')
+    times = array('q')
     for user, item, _, time in interactions(path, {}, 0):
         if item in items:
             of_user.append(users.setdefault(user, len(users)))
@@ -203,7 +207,8 @@ def items(path, named, most=MOST_MALFORMED):
             row = tidy(dict(zip(places, row, strict=True)))
         elif key.endswith('asin'):
             row = {key: row[key], **product(row)}
-        given, pairs = row.pop(key), []
+        given = row.pop(key)
+        pairs = []
         item = as_text(given).strip(' \t')
         if not item or isinstance(given, list):
             raise ValueError

@@ -15,8 +15,11 @@ from common.arrays import offsets_of, ragged, row_numbers
 from common.files import UserError, digest, load_npz, save_npz
 from common.runs import code_digest
 
-NAME, VALUE = 1, 2  # token types; 0 is the special token, 3 padding (RecFormer), unused when packed
-MOST_ATTRIBUTES, MOST_TOKENS = 3, 32  # of an item; of an attribute, its name included (RecFormer)
+# Token types; 0 is the special token, 3 padding (RecFormer), unused when packed.
+NAME = 1
+VALUE = 2
+MOST_ATTRIBUTES = 3  # of an item (RecFormer)
+MOST_TOKENS = 32     # of an attribute, its name included (RecFormer)
 AT_ONCE = 20_000  # items tokenized at a time: memory only
 
 
@@ -79,15 +82,19 @@ def tokenize(attributes, words):
 
     attributes: in the order of the items, of each a list of (name, value) -> ItemTokens.
     """
-    ids, types, starts, offsets = array('i'), array('b'), array('b'), array('q', [0, 0])
-    items, backend = iter(attributes), words.backend
+    ids = array('i')
+    types = array('b')
+    starts = array('b')
+    offsets = array('q', [0, 0])
+    items = iter(attributes)
+    backend = words.backend
     while some := list(islice(items, AT_ONCE)):
         texts = list({text for pairs in some for pair in pairs for text in pair})
         known = dict(zip(texts, backend.encode_batch(texts, add_special_tokens=False)))
         for pairs in some:
             for pair in pairs[:MOST_ATTRIBUTES]:
                 end = len(ids) + MOST_TOKENS
-                for kind, text in zip((NAME, VALUE), pair):
+                for kind, text in enumerate(pair, NAME):  # the second is VALUE
                     ids.extend(known[text].ids)
                     starts.extend(word_starts(known[text].word_ids))
                     types.extend([kind] * len(known[text]))
@@ -174,7 +181,8 @@ def mask_words(packed, rng, mask, vocabulary):
     # the half rounds to the nearest
     chosen[order] = (done == 0) | (done + size / 2 <= 0.15 * total[sequence])
     rows = real[chosen[word]]
-    tokens, kind = packed.tokens.copy(), rng.random(len(rows))
+    tokens = packed.tokens.copy()
+    kind = rng.random(len(rows))
     tokens[rows[kind < 0.8]] = mask
     noisy = rows[(kind >= 0.8) & (kind < 0.9)]
     tokens[noisy] = rng.integers(0, vocabulary, len(noisy))

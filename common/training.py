@@ -56,8 +56,10 @@ def start(args):
     if args.precision == 'auto':  # results say what they were made with
         args.precision = 'bfloat16' if faster_in_bfloat16(device) else 'float32'
     tokens = 2048
-    if device.type == 'cuda':  # one a MiB: Longformer-base keeps half of that of a token
+    if device.type == 'cuda':  # one a MiB: Longformer-base keeps half of that of a token, in
+        # float32 nearly twice as much
         tokens = torch.cuda.get_device_properties(device).total_memory // 2 ** 20
+        tokens //= 1 + (args.precision == 'float32')
     tokens = getattr(args, 'micro_tokens', None) or tokens
     return join(Machine(device, args.precision == 'bfloat16', tokens))
 
@@ -84,9 +86,10 @@ def join(machine):
         return machine
     if machine.device.type == 'cuda':
         torch.cuda.set_device(machine.device)
-    distributed.init_process_group()
+    distributed.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
     atexit.register(distributed.destroy_process_group)
-    machine.rank, machine.world = distributed.get_rank(), distributed.get_world_size()
+    machine.rank = distributed.get_rank()
+    machine.world = distributed.get_world_size()
     if machine.rank:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
         sys.stdout = open(os.devnull, 'w')  # but its errors are said
@@ -113,7 +116,8 @@ def prefetch(things, machine):
 def adamw(model, args):
     """AdamW over the parameters that train; no decay on biases and LayerNorm, the
     vectors (RecFormer's)."""
-    decay, plain = [], []
+    decay = []
+    plain = []
     for p in model.parameters():
         if p.requires_grad:
             (decay if p.dim() > 1 else plain).append(p)
@@ -166,11 +170,17 @@ class Training(contextlib.AbstractContextManager):
 
     def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
         self.epoch = self.step = self.best_epoch = 0
-        self.best, self.best_weights, self.losses, self.log = -math.inf, None, {}, []
+        self.best = -math.inf
+        self.best_weights = None
+        self.losses = {}
+        self.log = []
         self.rng = rng_state()
         self.kept = list(vars(self))  # all of the above is in resume.pt
-        self.run, self.path = run, run.folder / 'resume.pt'
-        self.model, self.optimizer, self.per_epoch = model, optimizer, steps
+        self.run = run
+        self.path = run.folder / 'resume.pt'
+        self.model = model
+        self.optimizer = optimizer
+        self.per_epoch = steps
         self.clip = clip
         self.total = min(steps * run.args.epochs, most or math.inf)
         self.schedule = linear_schedule(optimizer, warmup, self.total)
@@ -221,9 +231,11 @@ class Training(contextlib.AbstractContextManager):
     def end_epoch(self, metric):
         """Take one epoch's validation metric; keep its weights where it is the best so far."""
         with uninterrupted():
-            self.epoch, self.step = self.epoch + 1, 0
+            self.epoch += 1
+            self.step = 0
             if metric > self.best:
-                self.best, self.best_epoch = metric, self.epoch
+                self.best = metric
+                self.best_epoch = self.epoch
                 self.best_weights = copy.deepcopy(self.model.state_dict())
             entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
                      'valid': metric}

@@ -171,7 +171,7 @@ def test_the_same_bits_twice_and_killed_and_from_torchrun(place, tmp_path, scrip
                                   text=True, env={**os.environ, 'ELEPHANT_RUNS': runs})
             assert not done.returncode, done.stderr
         for most in [*(kills or []), *([] if kills is None else [1000])]:
-            one = context.Process(target=spoiled, args=(script, argv, runs, most))
+            one = context.Process(target=spoiled, args=(script, argv, runs, most), daemon=True)
             one.start()
             one.join(300)
             assert one.exitcode == (99 if most < 1000 else 0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.layers import Dropout, Machine, Model, additive, attend, half, remade, rows
+from common.layers import Dropout, Machine, Model, additive, attend, half, remade, rounded, rows
 
 
 def inputs(dtype):
@@ -123,6 +123,16 @@ def test_half_casts_where_autocast_is_on():
     assert half(x) is x
     with torch.autocast('cpu', torch.bfloat16):
         assert half(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('shape', [(3,), (64, 2), (65, 2)])
+def test_rows_are_rounded_up_with_zeros_where_autocast_is_on(shape):
+    x = torch.ones(shape)
+    assert rounded(x) is x
+    with torch.autocast('cpu', torch.bfloat16):
+        y = rounded(x)
+    assert len(y) % 64 == 0 and len(y) - len(x) < 64 and y.shape[1:] == x.shape[1:]
+    assert torch.equal(y[:len(x)], x) and not y[len(x):].any()
 
 
 @pytest.mark.parametrize('bfloat16', [False, True])

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
-from common import layers
+from common import layers, recformer
 from common.backbone import (from_backbone, load_named, load_words, save_recformer, start_model,
                              weights_digest)
 from common.files import UserError, save_pt
@@ -94,6 +95,7 @@ class Counting(Machine):
 def test_host_sends_tokens_and_lengths_and_waits_for_nothing(lengths, monkeypatch):
     """Tensors of the device 'meta' have no values: whatever asked for one would fail."""
     monkeypatch.setattr(layers, 'half', lambda x: x)  # autocast knows no such device
+    monkeypatch.setattr(recformer, 'rounded', lambda x: x)
     machine = Counting(torch.device('meta'))
     batch = Batch(packed(lengths), 64, machine)
     assert sorted(machine.sizes, reverse=True)[:3] == [sum(lengths)] * 3
@@ -191,6 +193,15 @@ def test_bfloat16_differs_by_rounding_alone(tmp_path, lengths):
     exact = model(p, all_of(p))
     found = model.on(Machine(bfloat16=True))(p, all_of(p)).float()
     assert (F.cosine_similarity(found, exact) > 0.999).all()
+
+
+def test_in_bfloat16_layers_see_few_numbers_of_rows(tmp_path):
+    """A CPU's bfloat16 kernels are made for one number of rows: of tokens there are many."""
+    model = ours_of(longformer(8), tmp_path, 8).on(Machine(bfloat16=True))
+    p = packed([30, 7, 11])
+    seen = layers.watched(nn.Linear, model, p)
+    assert {len(x) for _, (x,), _ in seen} == {64, len(p.lengths)}
+    assert len(model(p, all_of(p))) == 48
 
 
 def test_positions_are_tiled_and_first_layers_taken(tmp_path):

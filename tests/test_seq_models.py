@@ -469,6 +469,22 @@ def test_the_loss_in_bfloat16_is_near_the_exact_one(kind):
         assert (ours[name] - slope).norm() <= 0.1 * slope.norm() + 0.01, name
 
 
+@pytest.mark.parametrize('kind', [SASRec, BERT4Rec])
+def test_in_bfloat16_products_see_few_numbers_of_rows(kind, monkeypatch):
+    """A CPU's bfloat16 kernels are made for one number of rows: a batch's items are many."""
+    m = model(kind).on(Machine(bfloat16=True))
+    batch = ragged_of(*[list(range(1, k)) for k in (5, 12, 9, 19)])
+    seen = []
+    monkeypatch.setattr(sequence, 'half', lambda x: seen.append(len(x)) or layers.half(x))
+
+    def loss():
+        with m.machine.autocast():
+            return m.loss(*batch, np.random.default_rng(2), 'ce')
+    maps = layers.watched(nn.Linear, loss)
+    assert maps and {len(x) for _, (x,), _ in maps} == {64}
+    assert set(seen) <= {64, N + 1}
+
+
 # ------------------------------------------------------------------------ sampled softmax
 
 @pytest.mark.parametrize('text', [None, torch.ones(N + 1, H)])
