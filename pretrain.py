@@ -134,6 +134,8 @@ def masked_gradients(model, packed, tokens, chosen, scale):
     for group in model.passes(packed):
         index = packed.index(group)
         places = np.flatnonzero(np.isin(index, chosen))
+        if not len(places):
+            continue
         logits = model.mlm_logits(model(shown.rows(group), places))
         labels = model.machine.put(packed.tokens[index[places]])
         loss = F.cross_entropy(logits.float(), labels, reduction='sum') / len(chosen)

@@ -111,9 +111,9 @@ def passing(path, named, min_user, min_item):
     """The interactions but those that can never pass the filters. Several ids may share a count, so
     it is never too low."""
     counts = array('i', [0]) * SLOTS
-    for user, item, *_ in interactions(path, named):
-        counts[slot(user)] += 1
-        counts[slot(item)] += 1
+    for row in interactions(path, named):
+        for key in row[:2]:
+            counts[slot(key)] += 1
     for row in interactions(path, named):
         if counts[slot(row[0])] >= min_user and counts[slot(row[1])] >= min_item:
             yield row

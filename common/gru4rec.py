@@ -30,8 +30,7 @@ class GRU4Rec(SequenceModel):
         order = self.machine.put(packed.data)
         x = self.drop(rows(x, order))
         # the norm of an item's row says nothing; its scale would saturate the gates
-        x = self.norm(x)
         # cuDNN would take float16 for any half type, in which small gradients are lost
         with torch.autocast('cuda', enabled=False):
-            y, _ = self.gru(PackedSequence(x, packed.batch_sizes))
+            y, _ = self.gru(PackedSequence(self.norm(x), packed.batch_sizes))
         return rows(self.drop(y.data), order.argsort()[wanted])

@@ -157,7 +157,6 @@ def attend(q, k, v, mask, drop):
 class Attention(nn.Module):
     """Linear maps called query, key, value, and those that a subclass names as `more`; attention
     with `heads` heads, whose weights are dropped out."""
-    more = ()
 
     def __init__(self, hidden, heads, dropout=0.0):
         super().__init__()

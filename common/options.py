@@ -44,7 +44,7 @@ def add_plm_options(parser):
     option(parser, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
     option(parser, '--micro-tokens',
            'in one pass: memory, and which dropout is drawn (default: 2048; on CUDA one for each '
-           'MiB)', POSITIVE)
+           'MiB, in float32 for two)', POSITIVE)
 
 
 def add_training_options(parser, epochs, patience, batch=None):

@@ -4,7 +4,8 @@ Li et al., "Text Is All You Need" (2023), on Beltagy et al., "Longformer" (2020)
 their tokens one after the other, L = longest sequence, H = hidden size, h = heads, d = H / h.
 Modules are named as transformers' Longformer names its tensors, so published state dicts load by
 name. What saves time, without changing a result beyond rounding:
-- linear layers see the T real tokens; only attention is laid out in padded blocks (class Batch);
+- linear layers see the T real tokens (in bfloat16 a multiple of 64: `rounded`); only attention is
+  laid out in padded blocks (class Batch);
 - the one global query (CLS): its scores are (Wk' q) . x and its value is Wv (sum of a x), so the
   global key and value projections of all tokens are never computed;
 - only rows that are asked for (CLS, or masked tokens) leave the last layer.
@@ -53,10 +54,10 @@ class Batch:
 
     Global attention: `all` [B, L] are rows of the packed tokens, `real` [B, L] those that exist.
     Windowed attention: N blocks of Q queries against K keys. `queries` [N, Q] and `keys` [N, K] are
-    rows of the packed tokens; `mask` [N, 1, Q, K] and `place` [T]: see `Attention.packed`. Every
-    query attends the CLS of its sequence (column 0) and, as distances allow, window / 2 tokens to
-    each side. Where all sequences are short a block is a whole sequence; else the keys are CLS and
-    what the block's windows reach.
+    rows of the packed tokens; `mask` [N, 1, Q, K] and `place` [T], `rounded`: see
+    `Attention.packed`. Every query attends the CLS of its sequence (column 0) and, as distances
+    allow, window / 2 tokens to each side. Where all sequences are short a block is a whole
+    sequence; else the keys are CLS and what the block's windows reach.
     """
 
     def __init__(self, packed, window, machine):
@@ -219,15 +220,16 @@ class RecFormer(Model):
             *before, last = self.longformer.encoder.layer
             for layer in before:
                 x = layer(x, batch)
-            wanted = batch.cls if wanted is None else self.machine.put(wanted)
-            return last(x, batch, wanted)
+            if wanted is None:
+                return last(x, batch, batch.cls)
+            return last(x, batch, rounded(self.machine.put(wanted)))[:len(wanted)]
 
     def mlm_logits(self, states):
         """[R, H] -> [R, vocabulary]; the output table is the word table."""
         with self.machine.autocast():
             head = self.lm_head
-            x = head.layer_norm(F.gelu(head.dense(states)))
-            return F.linear(x, self.word_table, head.bias)
+            x = head.layer_norm(F.gelu(head.dense(rounded(states))))
+            return F.linear(x, self.word_table, head.bias)[:len(states)]
 
     def passes(self, packed):
         """Numbers of the sequences that this process computes, each once, in groups of similar

@@ -56,8 +56,6 @@ class Cell:
     Cell of random rows of that kind, best: {ranking: the best Cell without training, by test};
     None: there is none.
     """
-    random = None
-    best = dict.fromkeys(RANKINGS)
 
     def __init__(self, rows):
         self.first = max(rows, key=suitability)

@@ -175,8 +175,8 @@ class Layout:
     """Where the T items of B sequences stand when attention lays them out; for every layer alike.
 
     Whole sequences fill S squares of W places, W = WIDTH or the longest: `queries`, which are the
-    `keys` too, [S, W]; `mask` [S, 1, W, W]; `place` [T] (see `Attention.packed`). `position` [T]:
-    the newest item has the last one, max_items - 1.
+    `keys` too, [S, W]; `mask` [S, 1, W, W]; `place` [T], `rounded` (see `Attention.packed`).
+    `position` [T]: the newest item has the last one, max_items - 1.
     """
 
     def __init__(self, lengths, max_items, causal, machine):

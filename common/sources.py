@@ -22,8 +22,8 @@ from common.progress import progress
 ITEM = 'item, item_id, itemId, movieId, movie_id, parent_asin, asin, product_id'
 COLUMNS = {'user': 'user, user_id, userId, reviewerID, customer_id', 'item': ITEM,
            'id': f'{ITEM}, id', 'time': 'timestamp, time, unixReviewTime, datetime, date'}
-GENRES = ('unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy '
-          'Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western')
+GENRES = '''unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy
+            Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western'''
 # The first line of files without a header -> their columns: MovieLens, Amazon 2018.
 HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
             r'\d+::.*::.*': 'item title genres',

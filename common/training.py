@@ -84,9 +84,11 @@ def join(machine):
     step, and end it with the gradients of one process that computed all."""
     if 'RANK' not in os.environ:
         return machine
+    backend = 'gloo'
     if machine.device.type == 'cuda':
+        backend = 'nccl'
         torch.cuda.set_device(machine.device)
-    distributed.init_process_group('nccl' if machine.device.type == 'cuda' else 'gloo')
+    distributed.init_process_group(backend)
     atexit.register(distributed.destroy_process_group)
     machine.rank = distributed.get_rank()
     machine.world = distributed.get_world_size()

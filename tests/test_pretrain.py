@@ -145,6 +145,12 @@ def test_masked_model_in_parts_equals_the_whole(sources, model):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
+def test_texts_of_which_nothing_is_masked_cost_nothing(sources, model):
+    packed, _, _ = sources.draw(np.arange(8), np.random.default_rng(0), model)
+    nothing = np.array([], int)
+    assert pretrain.masked_gradients(model, packed, packed.tokens, nothing, 0.5) == 0
+
+
 def test_a_steps_gradients_are_those_of_the_mean_loss_over_its_batches(sources, model):
     args = options('--mlm-weight', '0.3')
     training = SimpleNamespace(epoch=2, per_epoch=3, steps=lambda: [1])

@@ -201,7 +201,26 @@ def test_in_bfloat16_layers_see_few_numbers_of_rows(tmp_path):
     p = packed([30, 7, 11])
     seen = layers.watched(nn.Linear, model, p)
     assert {len(x) for _, (x,), _ in seen} == {64, len(p.lengths)}
-    assert len(model(p, all_of(p))) == 48
+
+    def logits():
+        return model.mlm_logits(model(p, np.arange(20)))
+    seen = layers.watched(nn.Linear, logits)
+    assert {len(x) for _, (x,), _ in seen} == {64, len(p.lengths)}
+    assert len(model(p, all_of(p))) == 48 and len(logits()) == 20
+
+
+def test_in_bfloat16_the_rows_that_are_added_change_nothing(tmp_path, monkeypatch):
+    model = ours_of(longformer(8), tmp_path, 8).on(Machine(bfloat16=True))
+    p = packed([30, 7, 11])
+    found = []
+    for _ in range(2):
+        logits = model.mlm_logits(model(p, np.arange(20)))
+        model.zero_grad()
+        (model(p).float().square().sum() + logits.float().square().sum()).backward()
+        found.append([logits.detach(), *(q.grad for q in model.parameters() if q.grad is not None)])
+        monkeypatch.setattr(recformer, 'rounded', lambda x: x)
+    for with_them, without in zip(*found):
+        torch.testing.assert_close(with_them, without)
 
 
 def test_positions_are_tiled_and_first_layers_taken(tmp_path):

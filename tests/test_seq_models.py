@@ -485,6 +485,22 @@ def test_in_bfloat16_products_see_few_numbers_of_rows(kind, monkeypatch):
     assert set(seen) <= {64, N + 1}
 
 
+@pytest.mark.parametrize('kind', [SASRec, BERT4Rec, BERT4RecTied])
+@pytest.mark.parametrize('logits', [2 ** 27, 50 * (N + 1)])
+def test_in_bfloat16_the_rows_that_are_added_change_nothing(kind, logits, monkeypatch):
+    monkeypatch.setattr(sequence, 'LOGITS', logits)
+    m = shaken(model(kind)).on(Machine(bfloat16=True))
+    batch = ragged_of(*[list(range(1, k)) for k in (5, 12, 9, 19, 19, 19, 19, 19, 19)])
+    found = []
+    for _ in range(2):
+        with m.machine.autocast():
+            loss = m.loss(*batch, np.random.default_rng(2), 'ce')
+        found.append({'loss': loss.detach(), 'states': m.all_states(*batch), **gradients(m, loss)})
+        monkeypatch.setattr(sequence, 'rounded', lambda x: x)
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], atol=1e-3, rtol=1e-2)
+
+
 # ------------------------------------------------------------------------ sampled softmax
 
 @pytest.mark.parametrize('text', [None, torch.ones(N + 1, H)])
