@@ -497,8 +497,8 @@ def test_in_bfloat16_the_rows_that_are_added_change_nothing(kind, logits, monkey
             loss = m.loss(*batch, np.random.default_rng(2), 'ce')
         found.append({'loss': loss.detach(), 'states': m.all_states(*batch), **gradients(m, loss)})
         monkeypatch.setattr(sequence, 'rounded', lambda x: x)
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], atol=1e-3, rtol=1e-2)
+    for name, value in found[0].items():  # a sum over other rows rounds differently
+        assert (value - found[1][name]).norm() <= 0.05 * found[1][name].norm() + 1e-6, name
 
 
 # ------------------------------------------------------------------------ sampled softmax
