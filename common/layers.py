@@ -4,22 +4,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from common.files import UserError
-
-
-def remade(function, *inputs):
-    """function(*inputs), whose intermediate results are made again for the gradient instead of
-    kept, with the same random numbers of the devices that tensors among the inputs are on."""
-    return checkpoint(function, *inputs, use_reentrant=False)
-
-
-def remade_on_cpu(function, x, *more):
-    """As `remade`; a GPU keeps all: it would wait for the host, which has twice as much to say."""
-    if x.device.type != 'cpu':
-        return function(x, *more)
-    return remade(function, x, *more)
 
 
 @dataclass

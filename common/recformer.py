@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn import Embedding, LayerNorm, Linear, ModuleDict
+from torch.utils.checkpoint import checkpoint
 
 from common.arrays import parts, take
-from common.layers import (Attention, Dropout, Model, additive, half, remade, remade_on_cpu,
-                           rounded, rows, watched)
+from common.layers import Attention, Dropout, Model, additive, half, rounded, rows, watched
 from common.progress import progress
 from common.text import pack
 
@@ -111,14 +111,9 @@ class WindowedAttention(Attention):
         windowed attention."""
         if wanted is batch.cls:
             return self.cls(x, batch)
-        y = remade_on_cpu(self.mix, x, batch, self.query(x), self.key(x), self.value(x))
+        y = self.packed(self.query(x), self.key(x), self.value(x), batch)
+        y = y.index_copy(0, batch.cls, self.cls(x, batch))  # a CLS was as any other token
         return rows(y, wanted)
-
-    def mix(self, x, batch, *three):
-        """Windowed attention with a CLS as any other token, then the outputs of each CLS
-        replaced. three: queries, keys, values."""
-        y = self.packed(*three, batch)
-        return y.index_copy(0, batch.cls, self.cls(x, batch))
 
     def cls(self, x, batch):
         """Global attention of each sequence's CLS over all its tokens: [B, H]."""
@@ -158,11 +153,8 @@ class Layer(nn.Module):
         y = self.attention.self(half(x), batch, wanted)
         y = self.attention.output.dense(y)
         x = self.attention.output.LayerNorm(self.drop(y) + rows(x, wanted))
-        y = remade_on_cpu(self.feed_forward, self.intermediate.dense(x))
+        y = self.output.dense(F.gelu(self.intermediate.dense(x)))
         return self.output.LayerNorm(self.drop(y) + x)
-
-    def feed_forward(self, y):
-        return self.output.dense(F.gelu(y))
 
 
 # ------------------------------------------------------------------------ the model
@@ -208,7 +200,7 @@ class RecFormer(Model):
 
     def forward(self, packed, wanted=None, *_):
         """Last layer's states of Packed sequences: of each CLS [B, H], or of the rows `wanted`
-        (their numbers, an array [R]) [R, H]. What follows is for `remade` alone."""
+        (their numbers, an array [R]) [R, H]. What follows is for `checkpoint` alone."""
         with self.machine.autocast():
             batch = Batch(packed, self.config.window, self.machine)
             given = self.longformer.embeddings
@@ -260,11 +252,12 @@ class RecFormer(Model):
         """
         out = torch.zeros(len(packed.lengths), self.config.hidden, device=self.machine.device)
         groups = self.passes(packed)
-        run = partial(remade, self)
         most = KEPT if self.machine.device.type == 'cpu' else 1  # a GPU's pass is large
-        if not label and 0 < len(groups) <= most:
+        run = self
+        if not label and len(groups) > most:
+            run = partial(checkpoint, self, use_reentrant=False)
+        elif not label and groups:
             groups = [np.sort(np.concatenate(groups))]
-            run = self
         for group in progress(groups, desc=label, disable=not label):
             part = packed.rows(group)
             x = run(part, None, self.word_table)  # the last says whose random numbers
