@@ -50,7 +50,9 @@ def parse_args(argv=None):
     add_machine_options(p)
     add_earlier_options(p)
     args = p.parse_args(argv)
-    given = args.ids if args.from_npy else args.checkpoint or args.plm
+    given = args.checkpoint or args.plm
+    if args.from_npy:
+        given = args.ids and not given
     if not given or args.out.suffix not in ENDINGS:
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids, and an --out that ends '
                 f'in {", ".join(ENDINGS)}')

@@ -144,7 +144,7 @@ def learning(cells):
         for shown in filter(None, (cell.random, cell)):
             row = shown.first
             log = runs_root() / row['dataset'] / row['run'] / 'log.csv'
-            if log.exists():
+            with contextlib.suppress(Exception):  # no log, or a damaged one: no curve
                 epochs = np.genfromtxt(log, delimiter=',', names=True, ndmin=1)
                 values = {epoch['epoch']: (100 * epoch['valid'], 0) for epoch in epochs}
                 panels.setdefault(f'{cell.title}\n{cell.variant}', {})[shown.init] = values

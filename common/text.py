@@ -94,7 +94,7 @@ def tokenize(attributes, words):
         for pairs in some:
             for pair in pairs[:MOST_ATTRIBUTES]:
                 end = len(ids) + MOST_TOKENS
-                for kind, text in enumerate(pair, NAME):  # the second is VALUE
+                for kind, text in zip((NAME, VALUE), pair):
                     ids.extend(known[text].ids)
                     starts.extend(word_starts(known[text].word_ids))
                     types.extend([kind] * len(known[text]))

@@ -34,9 +34,9 @@ def start(args):
     """The Machine for these options, in which 'auto' is replaced. Errors: UserError where the
     device cannot be had."""
     if args.device == 'auto':
-        args.device = 'cpu'
-        if torch.cuda.is_available():  # LOCAL_RANK: torchrun's number of this process
-            args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        args.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    if args.device == 'cuda':  # LOCAL_RANK: torchrun's number of this process
+        args.device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.empty(1, device=args.device).device
     except Exception as error:  # of several kinds

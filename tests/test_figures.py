@@ -281,8 +281,8 @@ def test_without_anything_to_show_there_are_no_bars(tmp_path):
 
 
 def test_learning_curves(folder, monkeypatch):
-    """A panel per variant with random rows in it; of the lowest seed; a run without a log has
-    none, one of a single epoch has a point."""
+    """A panel per variant with random rows in it; of the lowest seed; a run without a log, or with
+    a damaged one, has none, one of a single epoch has a point."""
     panels = learning(report.cells_of(load_rows('one')))
     random = {1: (1, 0), 2: (2, 0), 3: (3, 0)}
     assert panels == {
@@ -297,6 +297,10 @@ def test_learning_curves(folder, monkeypatch):
     assert point.get_xydata().tolist() == [[1, 1]]
     assert line.get_color() == first.containers[0][0].get_color() != point.get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ['random', 'lf']
+    raw = 'SASRec, one negative\ntrainable-raw-16'
+    for damaged in ('epoch,loss\n1,2\n', 'epoch,valid\n1,2\n3\n', '', '\0\0', 'epoch,valid\n1,x\n'):
+        (folder / 'sasrec-bce-lf-trainable-raw-16-lr0.001-seed0' / 'log.csv').write_text(damaged)
+        assert learning(report.cells_of(load_rows('one')))[raw]['random'] == random, damaged
 
 
 def test_table_writes_both_pictures(folder, capsys):

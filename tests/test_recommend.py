@@ -498,8 +498,8 @@ def test_what_is_wrong_with_rows_is_said(world, rows, tmp_path, words):
     assert not (tmp_path / 'own.pt').exists()
 
 
-def test_from_npy_needs_ids(world, capsys):
-    for more in ([], ['--plm', 'p']):
+def test_from_npy_needs_ids_and_no_model(world, capsys):
+    for more in ([], ['--plm', 'p'], ['--ids', 'ids.txt', '--plm', 'p'], ['--ids', 'ids.txt', '--checkpoint', 'c']):
         with pytest.raises(SystemExit):
             export('--from-npy', 'rows.npy', '--out', 'own.pt', *more)
     assert '--from-npy and --ids' in capsys.readouterr().err

@@ -20,12 +20,12 @@ import pretrain
 import train_seq
 from common.backbone import start_model
 from common.data import prepare
-from common.files import load_json, load_npz, load_pt
+from common.files import UserError, load_json, load_npz, load_pt
 from common.layers import Machine
 from common.progress import progress
 from common.recformer import RecFormer
 from common.sasrec import SASRec
-from common.training import Training, join, prefetch
+from common.training import Training, join, prefetch, start
 from tests.toy import canonical, tiny_bert
 
 FILTERS = 4, 1, 0
@@ -436,3 +436,11 @@ def test_two_processes_end_with_the_weights_of_one(place, tmp_path):
         if module == 'finetune':
             users = [load_npz(folder / 'ranks.npz', ['users'], '')['users'] for folder in folders]
             assert np.array_equal(*users)
+
+
+@pytest.mark.parametrize('device', ['auto', 'cuda'])
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setenv('LOCAL_RANK', '99')  # which nobody has
+    with pytest.raises(UserError, match='--device cuda:99'):
+        start(SimpleNamespace(device=device))
