@@ -6,8 +6,9 @@
 
 Stage 1: before each epoch all items are encoded; everything trains with a full softmax over that
 fixed table, on one random non-empty prefix per user and epoch (the next item is the label).
-Stage 2: the table of stage 1's best model stays for good. Stage 0 trains nothing: it evaluates the
-checkpoint (or, without one, the untouched language model) as it is.
+Stage 2: the table of stage 1's best model stays for good, and that model too where no epoch has a
+better validation. Stage 0 trains nothing: it evaluates the checkpoint (or, without one, the
+untouched language model) as it is.
 
 Reads:  data/<dataset>/prepared.npz, --checkpoint (stage 2: stage 1's).
 Writes: --out, a folder: model.pt (with the item table), row.json, ranks.npz, log.csv.
@@ -107,9 +108,12 @@ def tune(args, data, model, tokens, run):
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     with training:
+        if args.stage == 2 and not training.best_weights:
+            # stage 1's best stays where no epoch is better (RecFormer's code)
+            training.keep(value_of(ranks_of(model, tokens, data, 'valid')))
         for epoch in training.epochs():
             tuned.train()
-            rng = np.random.default_rng([args.seed, 5, epoch])
+            rng = np.random.default_rng([args.seed, 5, epoch, args.stage - 1])
             histories, labels = prefixes(data, rng.permutation(users), rng)
             batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
                        for step in training.steps())

@@ -36,9 +36,9 @@ def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'sources', 'names of prepared datasets', nargs='+')
     option(p, '--out', 'folder to write (default: runs/pretrained/<plm>-<sources>)', Path)
-    # RecFormer: 16 users on each of 4 GPUs, 32 epochs
+    # RecFormer: 16 users on each of 4 GPUs, 32 epochs, no warm-up, no early stopping
     add_tuning_options(p, epochs=32, batch=64)
-    p.set_defaults(plm='longformer', max_tokens=1024)
+    p.set_defaults(plm='longformer', max_tokens=1024, warmup=0, patience=32)
     flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
     option(p, '--share', 'percent of the source users, a batch at least (paper sec. 4.6)',
            number(1e-6, 100), 100.0)

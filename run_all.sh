@@ -82,7 +82,7 @@ export ELEPHANT_RUNS=$ROOT$PLACE
 RATES=(--lrs 0.0003 0.001 0.003 0.01)  # the paper's
 case $BUDGET in
   full)   TOKENS=() PT=(--batch 64 --accumulate 8) FT=() SEQ=("${RATES[@]}") WIDTH=() ;;
-  longer) TOKENS=(--max-tokens 128) PT=(--batch 64 --accumulate 1 --patience 3) FT=(--batch 32 --patience 5)
+  longer) TOKENS=(--max-tokens 128) PT=(--batch 64 --accumulate 1 --warmup 100 --patience 3) FT=(--batch 32 --patience 5)
           SEQ=("${RATES[@]}") WIDTH=() ;;
   # patience 10, the paper's, leaves one seed in five of SASRec with one negative at popularity
   small)  TOKENS=(--max-tokens 128) PT=(--batch 32 --accumulate 1 --max-steps 40 --warmup 10)

@@ -230,15 +230,20 @@ class Training(contextlib.AbstractContextManager):
         if time.monotonic() - self.saved_at >= 60 * self.run.args.save_every:
             self.save()
 
+    def keep(self, metric):
+        """Keep the weights as they are, where their validation metric is the best so far."""
+        with uninterrupted():
+            if metric > self.best:
+                self.best = metric
+                self.best_epoch = self.epoch
+                self.best_weights = copy.deepcopy(self.model.state_dict())
+
     def end_epoch(self, metric):
         """Take one epoch's validation metric; keep its weights where it is the best so far."""
         with uninterrupted():
             self.epoch += 1
             self.step = 0
-            if metric > self.best:
-                self.best = metric
-                self.best_epoch = self.epoch
-                self.best_weights = copy.deepcopy(self.model.state_dict())
+            self.keep(metric)
             entry = {'epoch': self.epoch, 'seconds': self.seconds(), **self.losses,
                      'valid': metric}
             self.log = self.log or [','.join(entry)]

@@ -360,6 +360,59 @@ def test_item_tables_of_the_two_stages(place, data):
             ('lf', 'ft1', False, '1')]
 
 
+@pytest.mark.parametrize('values, best', [([.5, .4, .3], 0), ([.5, .4, .6], 2), ([.5, .5, .5], 0)])
+def test_stage_two_keeps_stage_ones_model_where_no_epoch_is_better(place, data, monkeypatch, values, best):
+    first = start_model(tuned(place, '1', '--plm', place / 'plm') / 'ft1-seed0').state_dict()
+    coming = iter(values)
+    monkeypatch.setattr(finetune, 'value_of', lambda ranks: next(coming))
+    folder = tuned(place, '2', '--again') / 'ft2-seed0'
+    row = load_json(folder / 'row.json')
+    assert (row['best_epoch'], row['valid'], row['epochs']) == (best, max(values), 2)
+    second = start_model(folder).state_dict()
+    assert all(torch.equal(second[name], value) for name, value in first.items()) == (best == 0)
+    assert len((folder / 'log.csv').read_text().splitlines()) == 3, 'a line an epoch'
+
+
+def test_stage_two_knows_what_it_began_with_after_a_stop(place, data, monkeypatch):
+    """Stopped in its first epoch: what is kept is stage 1's model, not the one that was stopped."""
+    tuned(place, '1', '--plm', place / 'plm')
+    update = finetune.Training.update
+
+    def stop(training, **losses):
+        update(training, **losses)
+        raise SystemExit(143)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(finetune.Training, 'update', stop)
+        tuned(place, '2', '--again')
+    coming = iter([.0, .0])  # of the epochs alone: the first validation is not made again
+    monkeypatch.setattr(finetune, 'value_of', lambda ranks: next(coming))
+    folder = tuned(place, '2')
+    row = load_json(folder / 'ft2-seed0' / 'row.json')
+    assert row['best_epoch'] == 0 and row['valid'] == load_json(folder / 'ft1-seed0' / 'row.json')['valid']
+    first, second = (start_model(folder / name).state_dict() for name in ('ft1-seed0', 'ft2-seed0'))
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_the_stages_draw_prefixes_of_their_own(place, data, monkeypatch):
+    drawn = []
+    prefixes = finetune.prefixes
+
+    def keep(*args):
+        drawn.append(prefixes(*args))
+        return drawn[-1]
+    monkeypatch.setattr(finetune, 'prefixes', keep)
+    tuned(place, '1', '--plm', place / 'plm', '--again')
+    tuned(place, '2', '--again')
+    assert len(drawn) == 4
+    assert len({labels.tobytes() for _, labels in drawn}) == 4
+
+
+def test_stage_pt_is_as_published_where_nothing_is_said():
+    """RecFormer's code: 32 epochs, all of them, from the full rate on."""
+    args = options()
+    assert (args.epochs, args.patience, args.warmup, args.lr) == (32, 32, 0, 5e-5)
+
+
 def test_words_are_frozen_where_that_is_asked_for(place, data):
     folder = tuned(place, '1', '--plm', place / 'plm')
     begun = from_backbone(place / 'plm').word_table
