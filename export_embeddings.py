@@ -67,7 +67,7 @@ def read_rows(path, ids, data):
         rows = torch.from_numpy(np.load(path)).float()
         place = dict(zip(keys, rows))
     except Exception:  # half a dozen kinds for a missing, damaged or foreign file
-        raise UserError(f'{path}: is no matrix of numbers in a .npy file') from None
+        raise UserError(f'{path}: is no matrix of numbers in a .npy file, or not there') from None
     if rows.dim() != 2 or not len(rows) == len(keys) == len(place):
         raise UserError(f'{path}: has the shape {list(rows.shape)}; a row is needed for each of '
                         f'the {len(keys):,} lines of {ids}, which name {len(place):,} items '
@@ -100,8 +100,8 @@ def main(args):
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)
         identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
-                    'cold': cold.fingerprint, 'precision': args.precision}
-    identity['data'] = data.fingerprint
+                    'precision': args.precision}
+    identity |= {'data': data.fingerprint, 'cold': digest(data.cold_ids, data.cold_attributes)}
     run = Run(args, out, identity, code_of('export_embeddings.py'))
 
     # ---------------------------------------------------- encode
@@ -124,18 +124,17 @@ def main(args):
         head = {'identity': identity, 'code': run.code, 'seconds': time.monotonic() - began,
                 'dataset': data.name, 'plm': plm, **geometry(items)}
         ids = (data.item_ids + data.cold_ids)[:len(rows)]
-        if not ours:
+        if ours:
+            matrix = torch.nn.functional.pad(items, (0, 0, 1, 0))
+            save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids,
+                    cold=cold.clone())  # of a view all rows would be saved
+        else:
             save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)
                 else:
                     f.write(safetensors.torch.save({'embeddings': rows}))
-        else:
-            matrix = torch.nn.functional.pad(items, (0, 0, 1, 0))
-            cold = cold.clone()  # of a view all rows would be saved
-            save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids, cold=cold,
-                    cold_items=digest(ids[data.n_items:], data.cold_attributes))
         print(f'{len(items):,} items and {len(cold):,} cold ones x '
               f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
               f'{head["cosine"]:.2f}, written to {out}')

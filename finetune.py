@@ -108,7 +108,7 @@ def tune(args, data, model, tokens, run):
     parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
     training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
     with training:
-        if args.stage == 2 and not training.best_weights:
+        if args.stage == 2 and training.best < 0:
             # stage 1's best stays where no epoch is better (RecFormer's code)
             training.keep(value_of(ranks_of(model, tokens, data, 'valid')))
         for epoch in training.epochs():

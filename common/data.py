@@ -194,8 +194,8 @@ def build(folder, filters, identity):
     if not len(evaluated):
         raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user; '
                         f'--min-item: {filters[1]}) with items that have texts (rows with unknown '
-                        f'items: {unknown:,}) and two last items that occur in training parts; '
-                        'there is nothing to evaluate')
+                        f'items: {unknown:,}; are ids alike in both files?) and two last items '
+                        'that occur in training parts; there is nothing to evaluate')
     user_ids = np.array(user_ids, object)
     user_names = user_ids[users].tolist()
     catalogue = list(compress(texts, kept))
@@ -318,7 +318,8 @@ def main(args):
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}')
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; of a text the '
+          f'first three attributes are read: {dict(data.attributes[0])}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -184,7 +184,8 @@ def load_pt(path, kind):
     """Read what save_pt wrote, to the CPU. UserError: missing, damaged, not ours, or of another
     kind."""
     if not path.exists():
-        raise UserError(f'{path}: no such file; remove a row.json beside it, then make it again')
+        raise UserError(f'{path}: no such file; export_embeddings.py makes embeddings, the other '
+                        'scripts make models (remove a row.json beside it first)')
     # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
     with open(path, 'rb') as f, suppress(Exception):
         content = torch.load(f, map_location='cpu', weights_only=True)
@@ -212,7 +213,7 @@ def lock(folder, wait=False):
         return
     with open(path, 'a') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX | (not wait) * fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f'{folder} is in use by {path.read_text().strip()}: wait, or stop it') from None

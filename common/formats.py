@@ -19,7 +19,8 @@ from http.client import HTTPException
 from itertools import permutations
 from urllib.request import Request, urlopen
 
-from common.files import PAPER, UserError, data_root, file_stamp, load_json, save_json, whole
+from common.files import (PAPER, UserError, data_root, file_stamp, load_json, lock, save_json,
+                          whole)
 from common.progress import progress
 from common.runs import code_digest
 from common.sources import COLUMNS, interactions, items
@@ -32,7 +33,7 @@ HOSTS = '''https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/
 CODE = 'common/formats.py', 'common/sources.py'  # makes the canonical files
 # A file of interactions and its file of texts, without .gz. RecBole; MovieLens; Amazon 2018 and
 # 2023, also of users with five reviews; whatever else.
-PAIRS = (r'(.*)\.inter \1\.item|u\.data u\.item|ratings\.(dat|csv) movies\.\2|'
+PAIRS = (r'(?i)(.*)\.inter \1\.item|u\.data u\.item|ratings\.(dat|csv) movies\.\2|'
          r'(.*?)(_5)?\.(csv|jsonl?) meta_\3\.jsonl?|interactions\.(csv|tsv) items\.(\6|jsonl)')
 SLOTS = 2 ** 26  # of the table, 4 bytes each, that counts users and items
 
@@ -140,13 +141,14 @@ def canonical_from(folder, pair, named, filters, expected=None):
     seen = set()
     repeats = 0
     read = passing if filters else interactions
-    with (whole(made[0]) as part, whole(made[1]) as other,
+    # two chains may need the same source
+    with (lock(folder, wait=True), whole(made[0]) as part, whole(made[1]) as other,
           gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
         out = csv.writer(rows, lineterminator='\n')
         rows.write('user,item,timestamp\n')
-        for user, item, stamp, _ in read(pair[0], named, *filters):
-            out.writerow([user, item, stamp])
-            used.add(item)
+        for *row, _ in read(pair[0], named, *filters):
+            out.writerow(row)  # user, item, time as it stands
+            used.add(row[1])
         if not used:
             raise UserError(f'{pair[0]}: no rows, or none that passes --min-user and --min-item')
         for key, pairs in items(pair[1], named):

@@ -173,4 +173,4 @@ def read_ranks(dataset, run):
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
         raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere)')
     names = 'users sampled full new'.split()
-    return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again')
+    return row, load_npz(folder / 'ranks.npz', names, f'remove {folder} and run again, --again')

@@ -62,7 +62,8 @@ def csv_rows(path, text, mark):
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error})') from None
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}); a quote '
+                        'that begins a field before it may never end') from None
 
 
 def objects(text):
@@ -82,14 +83,14 @@ def table(path, most):
     text = lines(path, most)
     again = lines(path, most)
     # closed here: where a generator is only left, what happens while it cleans up (SIGTERM) is lost
-    if '.json' in path.name:
+    if re.search('(?i)[.](nd)?json', path.name):
         first = next((row for _, row in objects(text) if row), {})
         text.close()
         return dict(zip(first, first)), objects(again)
     head = next(text, '')
     text.close()
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
-    if re.search('[.][ct]sv', path.name):
+    if re.search('(?i)[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
     else:  # a quote is a character like any other
         rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(again, 1))
@@ -105,13 +106,14 @@ def table(path, most):
 def column(path, names, role, named):
     """The name of the column that holds `role`, in capitals or not. UserError: there is none."""
     wanted = (COLUMNS | named)[role]
-    there = {name.lower(): name for name in names}
+    there = {name.lower(): name for name in sorted(names)}  # of Id and id it is id
     for name in wanted.lower().split(', '):
         if name in there:
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
                     f'{", ".join(names)[:100] or "nothing that can be read"}; with --from its '
-                    f'name may be told: --columns {role}=NAME')
+                    f'name may be told: --columns {role}=NAME (a header is needed; .xlsx, '
+                    '.parquet: save as .csv)')
 
 
 def readable(path, rows, parse, what, most):

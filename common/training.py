@@ -232,11 +232,10 @@ class Training(contextlib.AbstractContextManager):
 
     def keep(self, metric):
         """Keep the weights as they are, where their validation metric is the best so far."""
-        with uninterrupted():
-            if metric > self.best:
-                self.best = metric
-                self.best_epoch = self.epoch
-                self.best_weights = copy.deepcopy(self.model.state_dict())
+        if metric > self.best:
+            self.best_weights = copy.deepcopy(self.model.state_dict())
+            self.best_epoch = self.epoch
+            self.best = metric  # the last, should a signal come between them
 
     def end_epoch(self, metric):
         """Take one epoch's validation metric; keep its weights where it is the best so far."""

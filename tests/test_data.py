@@ -445,7 +445,7 @@ BAD_INTERACTIONS = {
     'u,a,1\n': 'has no column .user, .*but u, a, 1',
     'user,item\n': 'has no column .timestamp, .*but user, item',
     'user;item;timestamp\n': 'no user has 4',
-    HEADER: r'no user has 4 .*unknown items: 0\).*nothing to evaluate',
+    HEADER: r'no user has 4 .*unknown items: 0; .*nothing to evaluate',
     HEADER + 'u,a\n': r"line 2 is no record with a user, .*: \['u', 'a'\]",
     HEADER + 'u,a,1,9\n': r"line 2 is no record .*: \['u', 'a', '1', '9'\]",
     HEADER + 'u,"a,1\n': 'line 2 is not CSV',

@@ -7,11 +7,12 @@ import gzip
 import json
 import re
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from common import data, files, formats, sources
-from common.files import UserError
+from common.files import UserError, lock
 from tests.toy import canonical
 
 
@@ -63,6 +64,47 @@ def test_recbole(root, capsys):
     (folder / 'ml.inter.gz').write_bytes(gzip.compress((folder / 'ml.inter').read_bytes()))
     (folder / 'ml.inter').unlink()
     assert converted(root, '--from', folder) == expected, 'packed'
+
+
+@pytest.mark.parametrize('log, goods', [('LOG.CSV', 'ITEMS.CSV'), ('log.Tsv', 'goods.NDJSON'), ('a.JSON', 'b.ndjson')])
+def test_endings_in_capitals_are_endings(root, log, goods):
+    folder = root / 'in'
+    folder.mkdir()
+    rows = [{'user': 'ann', 'item': '"A" x', 'time': '7'}]
+    texts = [{'item': '"A" x', 'title': 'one, two'}]
+    for name, objects in ((log, rows), (goods, texts)):
+        mark = '\t' if 'tsv' in name.lower() else ','
+        if 'json' in name.lower():
+            text = '\n'.join(map(json.dumps, objects))
+        else:
+            quoted = ['"{}"'.format(value.replace('"', '""')) for value in objects[0].values()]
+            text = mark.join(objects[0]) + '\n' + mark.join(quoted) + '\n'
+        (folder / name).write_text(text)
+    made = converted(root, '--from', folder / log, '--items', folder / goods)
+    assert made == (['ann,"""A"" x",7'], [{'title': 'one, two', 'id': '"A" x'}])
+
+
+def test_pairs_in_capitals_are_found(root):
+    folder = write(root / 'in', Interactions__CSV='user,item,time\nann,a,1\n', items__csv='item,title\na,salt\n')
+    assert converted(root, '--from', folder)[0] == ['ann,a,1']
+
+
+@pytest.mark.parametrize('head', ['user,item,timestamp,Timestamp', 'user,item,Timestamp,timestamp', 'USER,user,item,time'])
+def test_of_two_columns_that_differ_in_capitals_the_plain_one_is_read(root, head):
+    row = ','.join('0' if name != name.lower() else '7' for name in head.split(','))
+    folder = write(root / 'in', interactions__csv=f'{head}\n{row}\n', items__csv='item,title\n7,salt\n')
+    assert converted(root, '--from', folder)[0] == ['7,7,7']
+
+
+def test_a_conversion_waits_for_another_of_the_same_dataset(root):
+    folder = write(root / 'in', interactions__csv='user,item,time\nann,a,1\n', items__csv='item,title\na,salt\n')
+    with ThreadPoolExecutor(1) as thread:
+        with lock(root / 'data' / 'toy'):
+            coming = thread.submit(converted, root, '--from', folder)
+            with pytest.raises(TimeoutError):
+                coming.result(0.5)
+            assert {path.name for path in (root / 'data' / 'toy').iterdir()} == {'.lock'}
+        assert coming.result()[0] == ['ann,a,1']
 
 
 FLAGS = '0|0|0|0|1|1|0|0|0|0|0|0|0|0|0|0|0|0|0'
@@ -274,7 +316,7 @@ def test_names_of_the_papers_datasets_are_kept_for_them(root):
 def test_what_is_not_understood_is_said_in_one_line(root, files, message):
     with pytest.raises(UserError, match=message):
         converted(root, '--from', write(root / 'x', **files))
-    assert not list((root / 'data' / 'toy').glob('*')), 'nothing is written'
+    assert {path.name for path in (root / 'data' / 'toy').glob('*')} <= {'.lock'}, 'nothing is written'
 
 
 @pytest.mark.parametrize('options, message', [(['--columns', 'user'], 'invalid user=..,item=..,time=..,id=.. value'),

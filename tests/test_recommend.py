@@ -17,6 +17,7 @@ import export_embeddings
 import train_seq
 from common import data, initial
 from common.files import UserError, digest, load_pt, save_pt
+from common.initial import read_embeddings
 from common.models import load_seq
 from common.recommend import new_users, quoted
 from common.runs import read_row
@@ -334,9 +335,14 @@ def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatc
     content.pop('kind')
     try:
         for ids, texts in ((['x1'], found.cold_attributes[:1]), (COLD, [[['title', 'new']]] * 2)):
-            save_pt(path, 'embeddings', **{**content, 'cold_items': digest(ids, texts)})
+            identity = {**content['head']['identity'], 'cold': digest(ids, texts)}
+            head = {**content['head'], 'identity': identity}
+            save_pt(path, 'embeddings', **{**content, 'head': head})
             with pytest.raises(UserError, match="lf.pt: .* other cold items than today's; export"):
                 call('recommend', 'one', LF, '--cold')
+        save_pt(path, 'embeddings', **{**content, 'cold': content['cold'][:1]})
+        with pytest.raises(UserError, match="lf.pt: .* other cold items than today's; export"):
+            call('recommend', 'one', LF, '--cold')
         content['cold'] = content['cold'] * 2  # of other cold items
         save_pt(path, 'embeddings', **content)
         for run in (LF, 'text-knn-lf'):
@@ -407,6 +413,19 @@ def rows(found, tmp_path):
     return ids, rows
 
 
+def test_rows_are_exported_again_once_cold_items_have_other_texts(world, found, rows, tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'own.pt'
+    own(tmp_path, out)
+    other = data.load('one')
+    other.cold_attributes = [[['title', 'new']]] * 2
+    monkeypatch.setattr(export_embeddings, 'load', lambda name: other)
+    with pytest.raises(UserError, match='other cold items'):
+        read_embeddings(out, other, cold=True)
+    own(tmp_path, out)
+    assert 'made again, as it was made with other cold' in capsys.readouterr().out
+    assert len(read_embeddings(out, other, cold=True).matrix) == len(rows[0]) + 1
+
+
 def own(tmp_path, out):
     export('--from-npy', tmp_path / 'rows.npy', '--ids', tmp_path / 'ids.txt', '--out', out)
 
@@ -424,7 +443,7 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         expected = torch.from_numpy(matrix[place]).float()
         assert torch.equal(content['matrix'][1:], expected[:-2]) and not content['matrix'][0].any()
         assert torch.equal(content['cold'], expected[-2:])
-        assert content['cold_items'] == digest(COLD, found.cold_attributes)
+        assert content['head']['identity']['cold'] == digest(COLD, found.cold_attributes)
         assert content['head']['plm'] == 'rows.npy'
         train('own-freeze', scale='raw')
         model = load_seq(world / OWN, found)
