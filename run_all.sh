@@ -53,7 +53,10 @@ while [ $# -gt 0 ]; do
 done
 : "${NAME:=drugstore}"
 [[ $NAME =~ ^[A-Za-z0-9_-]+$ ]] || fail "dataset name '$NAME': letters, digits, - and _ only"
-[[ $SEEDS$REC_SEEDS =~ ^[0-9\ ]+$ && $SHARES =~ ^[0-9.\ ]+$ ]] || fail "--seeds, --rec-seeds and --shares take numbers, such as '0 1'"
+numbers() { [[ "$1 " =~ ^\ *($2\ +)+$ ]] || fail "--seeds, --rec-seeds and --shares take numbers, such as '0 1', not '$1'"; }
+numbers "${SEEDS:-0}" '[0-9]+'
+numbers "$REC_SEEDS" '[0-9]+'
+numbers "$SHARES" '[0-9]+(\.[0-9]+)?'
 [ ! -d "$PLM" ] || PLM=$(realpath -- "$PLM")
 [ -z "${ELEPHANT_DATA:-}" ] || export ELEPHANT_DATA=$(realpath -m -- "$ELEPHANT_DATA")
 ROOT=$(realpath -m -- "${ELEPHANT_RUNS:-$(dirname "$0")/runs}")

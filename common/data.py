@@ -208,7 +208,8 @@ def build(folder, filters, identity):
     counts = {
         'users': len(users), 'items': len(catalogue), 'interactions': len(items),
         'avg_len': lengths.mean(), 'evaluated': len(evaluated),
-        "% of neighbours have one timestamp, in the file's order": 100 * tied.mean(),
+        "% of neighbours have one timestamp, in the file's order (data/README.md)":
+            100 * tied.mean(),
         'rows dropped, as their item has no text': unknown,
         'rows dropped, as they repeat another': len(repeated),
         'items nobody has (they can be recommended, see evaluate.py recommend --cold)': len(texts),

@@ -225,12 +225,12 @@ def lock(folder, wait=False):
 
 def data_root():
     """data/, or ELEPHANT_DATA."""
-    return Path(os.environ.get('ELEPHANT_DATA', ROOT / 'data'))
+    return Path(os.environ.get('ELEPHANT_DATA') or ROOT / 'data')
 
 
 def runs_root():
     """runs/, or ELEPHANT_RUNS."""
-    return Path(os.environ.get('ELEPHANT_RUNS', ROOT / 'runs'))
+    return Path(os.environ.get('ELEPHANT_RUNS') or ROOT / 'runs')
 
 
 # The paper's tables (percentages), which of our rows stands in each column, its data sets.

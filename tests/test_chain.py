@@ -674,7 +674,8 @@ PT = ['pretrain.py', 'mine', '--plm', 'PLM', '--out', 'X']
 WRONG = [
     (['run_all.sh', 'nosuch'], '/nosuch: must hold one of'),
     (['run_all.sh', '../x'], 'letters, digits'),
-    (['run_all.sh', '--seeds', '0,1'], 'take numbers'),
+    (['run_all.sh', '--seeds', '0,1'], "take numbers, such as '0 1', not '0,1'"), (['run_all.sh', '--rec-seeds', '1.5'], 'take numbers'),
+    (['run_all.sh', '--seeds', ' '], 'take numbers'), (['run_all.sh', '--shares', '1.2.3'], 'take numbers'),
     (['run_all.sh', '--pretrained', '/nosuch/x'], '--pretrained /nosuch/x: no such'),
     (['run_all.sh', '--wrong'], 'unknown option --wrong'),
     (['run_all.sh', 'grocery', '--seeds'], '--seeds needs a value'),

@@ -33,7 +33,7 @@ def write(root, rows, items='abcdefghijkl', name='toy'):
     return folder
 
 
-TIED = "% of neighbours have one timestamp, in the file's order"
+TIED = "% of neighbours have one timestamp, in the file's order (data/README.md)"
 UNKNOWN = 'rows dropped, as their item has no text'
 TEN = {'u0': 'abcd', 'u1': 'bcda', 'u2': 'cdab', 'u3': 'abce', 'u4': 'abec', 'u5': 'abcdf',
        'u6': 'fabcd', 'u7': 'abc', 'u8': 'gabcd', 'u9': 'abcgd'}

@@ -92,7 +92,7 @@ def check_quirks(d):
     assert 'C0000' not in texts and 'B9999' not in texts and 'short' not in d.user_ids
     assert d.counts['rows dropped, as their item has no text'] == 2
     assert d.counts['rows dropped, as they repeat another'] == 1
-    assert 30 < d.counts["% of neighbours have one timestamp, in the file's order"] < 70
+    assert 30 < d.counts["% of neighbours have one timestamp, in the file's order (data/README.md)"] < 70
 
 
 def test_quirks_from_raw_files(root):
