@@ -46,8 +46,7 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     for users in parts(len(targets), max(32, chunk // (n + 1))):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
-            raise Diverged('a score is not a finite number: the model diverged; '
-                           'train again with a lower rate')
+            raise Diverged('a score is not a finite number: the model diverged; try a lower rate')
         scores[:, 0] = -torch.inf  # padding
         candidate = scores.new_tensor(candidates[users], dtype=torch.int64)
         of_candidates = scores.gather(1, candidate)
@@ -61,8 +60,7 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
             scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
             ranks.append(counts(scores, own))
         found.append(torch.stack(ranks).cpu())
-    ranks = torch.cat(found, 1)
-    return dict(zip(METRICS, ranks.numpy()))
+    return dict(zip(METRICS, torch.cat(found, 1).numpy()))
 
 
 def counts(scores, own):
@@ -106,12 +104,11 @@ def result_of(data, ranks):
     """What Run.write takes of a model's ranks on a dataset's evaluated users: `ranks` for their own
     file, the rest for the row; tie_share: of those whose target ties with another candidate, for
     each ranking."""
-    ties = {name: float((pairs[:, 1] > 0).mean()) for name, pairs in ranks.items()}
     return {'dataset': data.name,
             'data': data.fingerprint,
             'users': len(data.evaluated),
             'metrics': summarise(ranks),
-            'tie_share': ties,
+            'tie_share': {name: float((pairs[:, 1] > 0).mean()) for name, pairs in ranks.items()},
             'ranks': {'users': data.evaluated} | ranks}
 
 

@@ -335,6 +335,10 @@ def test_rows_of_a_dataset_are_those_with_metrics(root):
     made(root / 'a', seed=5)
     assert [row.get('seed') for row in runs.load_rows('toy')] == [5, None], 'in its own place'
     assert runs.load_rows('nothing') == []
+    (root / 'b').rename(root / 'kept')
+    made(root / 'b', seed=6)
+    assert {row['run']: row.get('seed') for row in runs.load_rows('toy')} \
+        == {'a': 5, 'b': 6, 'kept': None}, 'a renamed folder is a run of that name'
 
 
 @pytest.mark.parametrize('text', ['[{"run"', '', '{}', '[1]', '7', 'null', '"run"', '\ufeff{}',
