@@ -254,7 +254,7 @@ def prepare(name, given):
     with suppress(UserError):  # it is made now
         return load(name, filters)
     identity = identity_of(folder, filters, {})
-    with lock(folder):
+    with lock(folder, wait=True):
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
@@ -319,8 +319,8 @@ def main(args):
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; of a text the '
-          f'first three attributes are read: {dict(data.attributes[0])}')
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; the first '
+          f"item's text: {str(dict(next(data.each('attributes'))[:3]))[:300]}")
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -88,7 +88,7 @@ def raw_file(remote):
             return file
     os.makedirs(path.parent, exist_ok=True)
     part = path.with_name(f'part-{path.name}')
-    for host in os.environ.get('ELEPHANT_AMAZON_URL', HOSTS).split():
+    for host in (os.environ.get('ELEPHANT_AMAZON_URL') or HOSTS).split():
         url = f'{host.rstrip("/")}/{remote}'
         try:
             download(url, part)
@@ -126,40 +126,40 @@ def canonical_from(folder, pair, named, filters, expected=None):
     id counts. `expected`: the sha256 that the first file must have, or None."""
     made = folder / 'interactions.csv.gz', folder / 'items.jsonl.gz'
     source = folder / 'source.json'
-    then = load_json(source)
-    stamps = list(map(file_stamp, pair, then.get('files', [{}, {}])))
-    same = expected in (None, stamps[0]['sha256'])
-    if not same and 'ELEPHANT_ANY_VERSION' not in os.environ:
-        raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; remove '
-                        'it to download that one; ELEPHANT_ANY_VERSION=1 goes on with this one')
-    now = {'files': stamps, 'columns': named, 'filters': filters,
-           'code': list(map(code_digest, CODE))}
-    if now == then and all(map(os.path.exists, made)):
-        print(f'{folder}: the canonical files are up to date')
-        return
-    used = set()
-    seen = set()
-    repeats = 0
-    read = passing if filters else interactions
-    # two chains may need the same source
-    with (lock(folder, wait=True), whole(made[0]) as part, whole(made[1]) as other,
-          gzip.open(part, 'wt', 4, 'utf-8') as rows, gzip.open(other, 'wt', 4, 'utf-8') as texts):
-        out = csv.writer(rows, lineterminator='\n')
-        rows.write('user,item,timestamp\n')
-        for *row, _ in read(pair[0], named, *filters):
-            out.writerow(row)  # user, item, time as it stands
-            used.add(row[1])
-        if not used:
-            raise UserError(f'{pair[0]}: no rows, or none that passes --min-user and --min-item')
-        for key, pairs in items(pair[1], named):
-            if key in seen:
-                repeats += 1
-            elif key in used or not filters:
-                seen.add(key)
-                item = dict(pairs) | {'id': key}
-                texts.write(json.dumps(item, ensure_ascii=False) + '\n')
-        save_json(source, {})  # what lies here was made here, should this be killed now
-    save_json(source, now)
+    with lock(folder, wait=True):  # two chains may need the same source
+        then = load_json(source)
+        stamps = list(map(file_stamp, pair, then.get('files', [{}, {}])))
+        if (expected not in (None, stamps[0]['sha256'])
+                and 'ELEPHANT_ANY_VERSION' not in os.environ):
+            raise UserError(f'{pair[0]}: its sha256 is not that of the version the paper used; '
+                            'remove it to download that; ELEPHANT_ANY_VERSION=1 goes on with it')
+        now = {'files': stamps, 'columns': named, 'filters': filters,
+               'code': list(map(code_digest, CODE))}
+        if now == then and all(map(os.path.exists, made)):
+            print(f'{folder}: the canonical files are up to date')
+            return
+        used = set()
+        seen = set()
+        repeats = 0
+        read = passing if filters else interactions
+        with (whole(made[0]) as part, whole(made[1]) as other,
+              gzip.open(part, 'wt', 4, 'utf-8') as rows,
+              gzip.open(other, 'wt', 4, 'utf-8') as texts):
+            out = csv.writer(rows, lineterminator='\n')
+            rows.write('user,item,timestamp\n')
+            for *row, _ in read(pair[0], named, *filters):
+                out.writerow(row)  # user, item, time as it stands
+                used.add(row[1])
+            if not used:
+                raise UserError(f'{pair[0]}: no rows, or none that passes --min-user, --min-item')
+            for key, pairs in items(pair[1], named):
+                if key in seen:
+                    repeats += 1
+                elif key in used or not filters:
+                    seen.add(key)
+                    texts.write(json.dumps(dict(pairs) | {'id': key}, ensure_ascii=False) + '\n')
+            save_json(source, {})  # what lies here was made here, should this be killed now
+        save_json(source, now)
     print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
 

@@ -27,8 +27,9 @@ def read_embeddings(path, data, cold=False):
     known = digest(matrix)
     ours = (content['items'] == data.item_ids and head['identity']['data'] == data.fingerprint
             and len(matrix) == data.n_items + 1
-            and (not cold or len(content['cold']) == len(data.cold_ids) and
-                 head['identity'].get('cold') == digest(data.cold_ids, data.cold_attributes)))
+            and (not cold or head['identity'].get('cold')
+                 == digest(data.cold_ids, data.cold_attributes)
+                 and len(content['cold']) == len(data.cold_ids)))
     if not ours:
         raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items, '
                         f"rows or other cold items than today's; export it again for {data.name}")

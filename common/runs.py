@@ -143,12 +143,8 @@ class Run(NamedTuple):
 # ------------------------------------------------------------------------ rows
 
 def read_row(folder):
-    """The row of a finished run, which is called as its folder is by now; {} where there is none.
-    UserError: row.json is not ours."""
-    row = load_json(folder / 'row.json', 'identity', 'code', 'seconds')
-    if row:
-        row['run'] = folder.name
-    return row
+    """The row of a finished run, {} where there is none. UserError: row.json is not ours."""
+    return load_json(folder / 'row.json', 'run', 'identity', 'code', 'seconds')
 
 
 def result_line(row):
@@ -175,6 +171,7 @@ def read_ranks(dataset, run):
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
-        raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere)')
+        raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere; '
+                        'a renamed folder is none: move it out of there)')
     return row, load_npz(folder / 'ranks.npz', 'users sampled full new'.split(),
                          f'remove {folder} and run again, --again')

@@ -106,6 +106,8 @@ def table(path, most):
 def column(path, names, role, named):
     """The name of the column that holds `role`, in capitals or not. UserError: there is none."""
     wanted = (COLUMNS | named)[role]
+    if wanted in names:
+        return wanted
     there = {name.lower(): name for name in sorted(names)}  # of Id and id it is id
     for name in wanted.lower().split(', '):
         if name in there:

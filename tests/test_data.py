@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_data.py
 import gzip
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -381,8 +382,13 @@ def test_what_is_up_to_date_needs_no_lock_writes_nothing_and_is_not_read(root, m
         data.main(data.parse_args(['toy']))
         monkeypatch.setattr(data, 'lock', lock)
         monkeypatch.setattr(files, 'content_sha256', real)
-        with pytest.raises(UserError, match='is in use by process'):
-            data.prepare('toy', [3, None, None])
+        thread = ThreadPoolExecutor(1)
+        coming = thread.submit(data.prepare, 'toy', [3, None, None])
+        with pytest.raises(TimeoutError):
+            coming.result(0.5)  # what must be made waits for the other process
+    with pytest.raises(OSError, match='written'):
+        coming.result()
+    thread.shutdown()
 
 
 def test_amazon_files_are_read_once(root, monkeypatch):

@@ -96,7 +96,13 @@ def test_of_two_columns_that_differ_in_capitals_the_plain_one_is_read(root, head
     assert converted(root, '--from', folder)[0] == ['7,7,7']
 
 
-def test_a_conversion_waits_for_another_of_the_same_dataset(root):
+def test_a_column_that_is_named_as_it_stands_is_that_one(root):
+    folder = write(root / 'in', interactions__csv='user,item,time,Time\nann,a,0,7\n', items__csv='item,title\na,salt\n')
+    for name, value in (('time', 0), ('Time', 7)):
+        assert converted(root, '--from', folder, '--columns', f'time={name}')[0] == [f'ann,a,{value}']
+
+
+def test_a_conversion_waits_for_another_of_the_same_dataset(root, capsys):
     folder = write(root / 'in', interactions__csv='user,item,time\nann,a,1\n', items__csv='item,title\na,salt\n')
     with ThreadPoolExecutor(1) as thread:
         with lock(root / 'data' / 'toy'):
@@ -104,7 +110,9 @@ def test_a_conversion_waits_for_another_of_the_same_dataset(root):
             with pytest.raises(TimeoutError):
                 coming.result(0.5)
             assert {path.name for path in (root / 'data' / 'toy').iterdir()} == {'.lock'}
-        assert coming.result()[0] == ['ann,a,1']
+            again = thread.submit(converted, root, '--from', folder)
+        assert coming.result()[0] == again.result()[0] == ['ann,a,1']
+        assert capsys.readouterr().out.count('up to date') == 1, 'who waited finds it made'
 
 
 FLAGS = '0|0|0|0|1|1|0|0|0|0|0|0|0|0|0|0|0|0|0'

@@ -627,18 +627,6 @@ def test_rows_of_another_version_of_the_data_are_left_out_and_counted(runs, mine
         call('table', 'mine')
 
 
-def test_a_run_whose_folder_was_renamed_is_a_line_of_its_own(runs, mine, capsys):
-    """So an earlier result can be kept beside that of other options, which has its name."""
-    old = saved(runs, 3, made('sasrec', 'random', 'trainable', data=mine.fingerprint))
-    (runs / 'mine' / old['run']).rename(runs / 'mine' / 'before')
-    new = saved(runs, 0, made('sasrec', 'random', 'trainable', data=mine.fingerprint, code={'train_seq.py': 'y'}))
-    evaluate.main(evaluate.parse_args(['table', 'mine']))
-    out = capsys.readouterr().out
-    assert '| before | 43.1 ' in out and '| random-16 | 100.0 ' in out and 'mixed' not in out
-    evaluate.main(evaluate.parse_args(['compare', 'mine', new['run'], 'before']))
-    assert 'minus before' in capsys.readouterr().out
-
-
 def test_results_are_saved_and_printed_before_anything_is_drawn(runs, mine, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError('no font')

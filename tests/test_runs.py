@@ -335,10 +335,6 @@ def test_rows_of_a_dataset_are_those_with_metrics(root):
     made(root / 'a', seed=5)
     assert [row.get('seed') for row in runs.load_rows('toy')] == [5, None], 'in its own place'
     assert runs.load_rows('nothing') == []
-    (root / 'b').rename(root / 'kept')
-    made(root / 'b', seed=6)
-    assert {row['run']: row.get('seed') for row in runs.load_rows('toy')} \
-        == {'a': 5, 'b': 6, 'kept': None}, 'a renamed folder is a run of that name'
 
 
 @pytest.mark.parametrize('text', ['[{"run"', '', '{}', '[1]', '7', 'null', '"run"', '\ufeff{}',
@@ -403,3 +399,11 @@ def test_a_run_that_is_not_there_is_named(root, name):
     run_of(IDENTITY, CODE, args_of(), root / 'pt').write(seconds=1, valid=0)
     with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
+
+
+def test_a_renamed_run_is_named_with_what_to_do(root):
+    made(root / 'a')
+    (root / 'a').rename(root / 'b')
+    (row,) = runs.load_rows('toy')
+    with pytest.raises(UserError, match='^a: no such run .*a renamed folder is none: move it out'):
+        runs.read_ranks('toy', row['run'])

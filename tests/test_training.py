@@ -423,6 +423,7 @@ def test_two_processes_end_with_the_weights_of_one(place, tmp_path):
                  for key, value in a.items() if not torch.equal(value, begun[key])]
         assert len(apart) > 30 and np.median(apart) < 0.01
         rows = [load_json(folder / 'row.json') for folder in folders]
+        assert rows[0]['best_epoch'] > 0, 'stage 2 is compared with itself, not with stage 1'
         assert rows[0]['valid'] == pytest.approx(rows[1]['valid'], abs=0.02)
         logs = [np.genfromtxt(folder / 'log.csv', delimiter=',', names=True) for folder in folders]
         for column in set(logs[0].dtype.names) & {'contrastive', 'mlm', 'loss'}:
