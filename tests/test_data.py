@@ -403,7 +403,7 @@ def test_amazon_files_are_read_once(root, monkeypatch):
 def test_amazon_files_of_which_nothing_passes_the_filters(root, monkeypatch):
     amazon(root / 'raw', 'Prime_Pantry')
     monkeypatch.setenv('ELEPHANT_ANY_VERSION', '1')
-    with pytest.raises(UserError, match='Prime_Pantry.csv: no rows, or none that passes --min-user and --min-item'):
+    with pytest.raises(UserError, match='Prime_Pantry.csv: no rows, or none that passes --min-user, --min-item'):
         data.prepare('pantry', (1000, 1, 0))
     assert not list((root / 'pantry').glob('*.gz*')), 'nothing half-written'
     assert len(data.prepare('pantry', data.DEFAULT).user_ids) == 60
