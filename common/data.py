@@ -320,7 +320,7 @@ def main(args):
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
           f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; the first '
-          f"item's text: {str(dict(next(data.each('attributes'))[:3]))[:300]}")
+          f"item's attributes, as they are read: {str(dict(next(data.each('attributes'))))[:300]}")
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

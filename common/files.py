@@ -213,7 +213,7 @@ def lock(folder, wait=False):
         return
     with open(path, 'a') as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | (not wait) * fcntl.LOCK_NB)
+            fcntl.flock(f, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f'{folder} is in use by {path.read_text().strip()}: wait, or stop it') from None

@@ -60,7 +60,7 @@ def add_training_options(parser, epochs, patience, batch=None):
 
 def add_tuning_options(parser, epochs, batch):
     """All that stage-PT and stage-FT share; defaults are RecFormer's where its paper or code has
-    them (but that validates every third epoch: 5 of ours are 15 of its)."""
+    them (but its patience counts validations, one in three epochs; ours, epochs)."""
     add_plm_options(parser)
     option(parser, '--max-tokens', "newest tokens of a history (RecFormer: 1024, and it says that "
            "256 cost nothing; default: the checkpoint's, in stage-PT 1024)", number(2, 1024))
