@@ -9,7 +9,6 @@
     python evaluate.py neighbours drugstore --item 27334     # nearest by each of the embeddings
     python evaluate.py attention drugstore --seq RUN    # figure 1: figure1.png, figure1.md
     python evaluate.py curve drugstore                  # figure 2, after run_all.sh --figure2
-    python evaluate.py curve drugstore --of step        # over a tuning: embeddings pt-step<N>
 
 Reads:  runs/<dataset>/*/, runs/<dataset>/embeddings/, data/<dataset>/prepared.npz.
 Writes: runs/<dataset>/results.*, curves.png, figure1.*, figure2-*; --out.
@@ -25,6 +24,7 @@ from common.baselines import directions, untrained
 from common.data import load
 from common.figures import MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers
 from common.files import UserError, command, runs_root, save_json, save_text
+from common.formats import named_columns
 from common.initial import origin_of, read_embeddings
 from common.metrics import compare
 from common.models import load_seq
@@ -36,10 +36,6 @@ from common.report import RANKINGS, RATE_AND_SEED, SHOWN, Cell, cells_of, markdo
 from common.runs import Run, code_of, load_rows
 from common.text import item_tokens
 from common.training import start
-
-# What the number says in the names of embeddings that `curve` compares
-MOMENTS = {'share': 'share of the source users in stage-PT, percent',
-           'step': 'steps of stage-PT'}
 
 
 # ------------------------------------------------------------------------ no training
@@ -182,17 +178,17 @@ def show_attention(args, data, folder):
 
 
 def show_curve(args, data, folder):
-    """Figure 2 and its like: what embeddings of several moments of stage-PT reach, called
-    pt-share<percent of the source users> or pt-step<number>, beside LF (0) and random rows."""
+    """Figure 2: what embeddings after stage-PT on a share of the source users reach, called
+    pt-share<percent>, beside LF (0) and random rows."""
     lines = {}  # {method: {number: Cell}}
     for cell in cells_of(current_rows(data)):
-        name = re.fullmatch(f'pt-{args.of}([0-9.]+)|lf', cell.init or '')
+        name = re.fullmatch(r'pt-share(\d+\.?\d*)|lf', cell.init or '')
         if name and not cell.mixed:
             for shown in (cell.random, cell):
                 if shown and not shown.mixed:
                     method = f'{shown.title}, {shown.variant}'
                     lines.setdefault(method, {})[float(name[1] or 0)] = shown
-    moment = MOMENTS[args.of]
+    share = 'share of the source users in stage-PT, percent'
     panels = {}
     body = []
     for method, points in lines.items():
@@ -208,10 +204,10 @@ def show_curve(args, data, folder):
                 panels.setdefault(measure, {}).setdefault(method, {})[number] = value, spread
             body.append(line)
     if not body:
-        raise UserError(f'{folder}: no runs from embeddings called pt-{args.of}<number>; '
-                        f'bash run_all.sh {data.name} --figure2 makes those of shares')
-    finish(folder / f'figure2-{args.of}.md', markdown(['', moment, *panels], body))
-    draw_lines(folder / f'figure2-{args.of}.png', panels, moment, args.of == 'share')
+        raise UserError(f'{folder}: no runs from embeddings called pt-share<percent>; '
+                        f'bash run_all.sh {data.name} --figure2 makes them')
+    finish(folder / 'figure2-share.md', markdown(['', share, *panels], body))
+    draw_lines(folder / 'figure2-share.png', panels, share, True)
 
 
 # ------------------------------------------------------------------------ main
@@ -233,8 +229,6 @@ def parse_args(argv=None):
     for name in ACTIONS:
         g = commands.add_parser(name, allow_abbrev=False)
         g.add_argument('dataset')
-        if name in ('recommend', 'attention'):
-            add_machine_options(g)
     of = commands.choices
     add_earlier_options(of['untrained'])
     of['compare'].add_argument('runs', nargs=2)
@@ -242,6 +236,7 @@ def parse_args(argv=None):
         option(of[name], '--k', 'items', POSITIVE, 10)
     option(of['neighbours'], '--item', 'its id', required=True)
     g = of['recommend']
+    add_machine_options(g)
     g.add_argument('run')
     option(g, '--out', 'file to write: CSV, or JSON lines (.jsonl); default: printed', Path)
     flag(g, '--cold', 'also items that nobody has')
@@ -251,12 +246,13 @@ def parse_args(argv=None):
     option(g, '--items', 'ids of a history, oldest first', nargs='+')
     option(g, '--histories', 'interactions of new users, a file as interactions.csv is or in any '
            'form that common.data --from takes', Path)
+    option(of['recommend'], '--columns', 'of --histories, as of common.data', named_columns, {})
     g = of['attention']
+    add_machine_options(g)
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')
     option(g, '--plm', 'what it was tuned from (default: where that lay then)')
     option(g, '--seq', 'run of a SASRec to compare with', required=True)
     option(g, '--users', 'of the numbers', POSITIVE, 200)
-    option(of['curve'], '--of', 'what the names tell', str, 'share', choices=MOMENTS)
     return p.parse_args(argv)
 
 

@@ -34,6 +34,7 @@ from common.text import item_tokens, tokenize
 from common.training import start
 
 ENDINGS = '.pt', '.npy', '.safetensors'  # of --out: ours, then those for other programs
+IDS = '.ids.txt'  # of the ids beside the latter
 
 
 def parse_args(argv=None):
@@ -53,9 +54,10 @@ def parse_args(argv=None):
     given = args.checkpoint or args.plm
     if args.from_npy:
         given = args.ids and not given
-    if not given or args.out.suffix not in ENDINGS:
+    written = args.out, args.out.with_suffix(IDS)
+    if not given or args.out.suffix not in ENDINGS or {args.from_npy, args.ids} & {*written}:
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids, and an --out that ends '
-                f'in {", ".join(ENDINGS)}')
+                f'in {", ".join(ENDINGS)} and overwrites none of these')
     return args
 
 
@@ -129,7 +131,7 @@ def main(args):
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids,
                     cold=cold.clone())  # of a view all rows would be saved
         else:
-            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
+            save_text(out.with_suffix(IDS), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)

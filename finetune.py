@@ -119,8 +119,7 @@ def tune(args, data, model, tokens, run):
                        for step in training.steps())
             for packed, label in prefetch(batches, machine):
                 if machine.rank:  # dropout; the first goes on with the generator as it is
-                    seed = [args.seed, 6, epoch, training.step, machine.rank]
-                    torch.manual_seed(np.random.default_rng(seed).integers(2 ** 62))
+                    torch.manual_seed(hash((args.seed, epoch, training.step, machine.rank)))
                 loss = add_gradients(model, table.weight, packed, label)
                 machine.sum_gradients(tuned)
                 training.update(loss=machine.sum(loss))

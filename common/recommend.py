@@ -4,7 +4,6 @@ B = users, n = items (ids 1..n, 0 padding); cold items, where they count, are n 
 order. Histories are ragged (items, offsets), oldest first.
 """
 import json
-import re
 import sys
 import time
 from dataclasses import replace
@@ -61,8 +60,12 @@ def scorer_of(folder, row, data, wide, machine):
     if row['model'] == 'untrained':
         found = began_with(folder, row, data, cold)
         embeddings = {row['init']: found} if found else {}
-        _, scorers = all_scorers(wide, embeddings, data.n_items + 1)[row['run']]
-        scorer = scorers[row['weight']]
+        try:
+            _, scorers = all_scorers(wide, embeddings, data.n_items + 1)[row['run']]
+            scorer = scorers[row['weight']]
+        except KeyError:
+            raise UserError(f'{row["run"]}: today\'s code has no such ranking, or weight; make it '
+                            f'again: evaluate.py untrained {data.name}') from None
 
         def score(items, offsets):
             return scorer(weighted(items, offsets, row['decay'], wide.n_items))
@@ -105,7 +108,8 @@ def new_users(args, data, wide):
     takes."""
     pairs = [('new', item) for item in args.items or ()]
     if args.histories:
-        rows = dict.fromkeys(interactions(args.histories, {}))  # a line that repeats another goes
+        # a line that repeats another goes
+        rows = dict.fromkeys(interactions(args.histories, args.columns))
         pairs = [row[:2] for row in sorted(rows, key=itemgetter(3))]  # by time
     number = {key: i for i, key in enumerate(wide.item_ids, 1)}
     reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
@@ -138,9 +142,7 @@ def asked(args, data, wide):
 
 def quoted(text):
     """As a field of a CSV file."""
-    if re.search('[",\r\n]', text):
-        return '"%s"' % text.replace('"', '""')
-    return text
+    return '"%s"' % text.replace('"', '""')
 
 
 # How user, item and title are written, and a line: by the ending of --out; None: printed.
@@ -182,8 +184,9 @@ def recommend(args, data, folder):
         raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
                         "ID model or a ranking without training that was made on today's")
     kind = args.out and args.out.suffix
-    if kind not in FORMS:
-        raise UserError(f'--out {args.out}: must end in .csv or .jsonl')
+    if kind not in FORMS or args.out and args.out == args.histories:
+        raise UserError(f'--out {args.out}: must end in .csv or .jsonl, and be another file than '
+                        'the histories')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)

@@ -122,13 +122,11 @@ class Run(NamedTuple):
     def write(self, ranks=None, **row):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
-        git = 'git describe --always --exclude=* --abbrev=12 --dirty=+'.split()
-        commit = ''  # of today's code ('+': it was changed since)
-        with suppress(OSError):  # no git on this machine
-            found = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
-            commit = found.stdout.strip()
+        # of today's code ('+': it was changed since); there may be no git on this machine
+        git = 'git describe --always --exclude=* --abbrev=12 --dirty=+ 2>/dev/null || echo unknown'
+        commit = subprocess.check_output(git, shell=True, cwd=ROOT, text=True).strip()
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
-               'commit': commit or 'unknown',
+               'commit': commit,
                'device': getattr(self.args, 'device', 'cpu'), 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}

@@ -90,10 +90,11 @@ def table(path, most):
     head = next(text, '')
     text.close()
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
-    if re.search('(?i)[.][ct]sv', path.name):
+    if mark != '::' and re.search('(?i)[.][ct]sv', path.name):
         rows = csv_rows(path, again, mark)
     else:  # a quote is a character like any other
-        rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(again, 1))
+        rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(again, 1)
+                if not line.isspace())
     known = [names.split() for first, names in HEADLESS.items()
              if re.fullmatch(first, head.strip())]
     header = known[0] if known else next(rows, (0, []))[1]
@@ -114,8 +115,8 @@ def column(path, names, role, named):
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
                     f'{", ".join(names)[:100] or "nothing that can be read"}; with --from its '
-                    f'name may be told: --columns {role}=NAME (a header is needed; .xlsx, '
-                    '.parquet: save as .csv)')
+                    f'name may be told: --columns {role}=NAME (a header is needed, in JSON '
+                    'an object a line; .xlsx, .parquet: save as .csv)')
 
 
 def readable(path, rows, parse, what, most):
@@ -209,7 +210,7 @@ def items(path, named, most=MOST_MALFORMED):
         nonlocal left_out
         if isinstance(row, list):
             row = tidy(dict(zip(places, row, strict=True)))
-        elif key.endswith('asin'):
+        elif key.endswith('asin') and path.name.startswith('meta_'):
             row = {key: row[key], **product(row)}
         given = row.pop(key)
         pairs = []

@@ -93,7 +93,8 @@ def join(machine):
     machine.rank = distributed.get_rank()
     machine.world = distributed.get_world_size()
     if machine.rank:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends it after the first saved
+        for number in STOPPING:  # torchrun ends it after the first saved
+            signal.signal(number, signal.SIG_IGN)
         sys.stdout = open(os.devnull, 'w')  # but its errors are said
     return machine
 

@@ -24,7 +24,7 @@ from common.sasrec import SASRec
 from common.sequence import ItemTable
 from common.text import mask_words, pack, tokenize
 from tests.test_recformer import all_of, packed, published, square
-from tests.toy import WORDS, canonical, tiny_bert, tiny_longformer
+from tests.toy import ANY_MODEL, WORDS, canonical, tiny_bert, tiny_longformer
 
 # ------------------------------------------------------------------------ published files
 
@@ -211,7 +211,7 @@ def test_states_and_logits_are_those_of_transformers(tmp_path, kind, settings):
     torch.testing.assert_close(model.mlm_logits(found), logits, **close)
     torch.testing.assert_close(model(p), hidden[[0, 20, 21]], **close)
     if settings != 'no effect':  # a checkpoint knows it; another is another model
-        model.words = load_words(tiny_bert(tmp_path / 'words'))
+        model.words = load_words(tiny_bert(tmp_path / 'words'), ANY_MODEL)
         save_recformer(tmp_path / 'model.pt', model)
         again = start_model(tmp_path / 'model.pt').eval()
         assert torch.equal(again(p), model(p)) and again.config == model.config
@@ -292,8 +292,8 @@ def test_a_tokenizer_of_another_model_is_refused_at_once(tmp_path):
     added = PreTrainedTokenizerFast.from_pretrained(bytes_)
     added.add_tokens(['<new>'])
     added.save_pretrained(tmp_path / 'added')
-    last, new = (max(load_words(folder).backend.get_vocab().values()) for folder in (wordpiece, tmp_path / 'added'))
-    assert new == len(added) - 1 == len(load_words(bytes_).backend.get_vocab())
+    last, new = (max(load_words(folder, ANY_MODEL).backend.get_vocab().values()) for folder in (wordpiece, tmp_path / 'added'))
+    assert new == len(added) - 1 == len(load_words(bytes_, ANY_MODEL).backend.get_vocab())
     for number, (tokenizer, kind, settings, words) in enumerate([
             (wordpiece, 'bert', {'vocab_size': last}, f'ids up to {last}, 0 for padding.*{last} words'),
             (wordpiece, 'bert', {'vocab_size': last + 1}, None),

@@ -578,10 +578,11 @@ def test_sigterm_outside_training_exits_with_143(tmp_path):
 
 
 @pytest.mark.parametrize('pipe', ['|', '2>&1 |'])
-def test_a_closed_pipe_ends_quietly(prepared, pipe):
-    """`true` reads nothing: its end is closed before the first line is written."""
+def test_a_closed_pipe_ends_quietly_and_is_no_success(prepared, pipe):
+    """`true` reads nothing: its end is closed before the first line is written. What is left was
+    not done: a chain must not go on as if it were."""
     line = f'"$PYTHON" -m common.data mine {pipe} true; exit ${{PIPESTATUS[0]}}'
-    assert call(prepared, 'bash', '-c', line) == (0, '', '')
+    assert call(prepared, 'bash', '-c', line) == (141, '', '')
 
 
 def test_variants_run_side_by_side_but_no_run_twice(prepared):
@@ -706,6 +707,8 @@ WRONG = [
     (['pretrain.py', 'mine', '--plm', '/nosuch/model', '--out', 'X'], '--plm /nosuch/model: no language model'),
     (['export_embeddings.py', 'mine', '--out', 'X'], '--checkpoint'),
     (['export_embeddings.py', 'mine', '--out', 'X.pt', '--checkpoint', 'nosuch.pt'], 'nosuch.pt'),
+    (['export_embeddings.py', 'mine', '--from-npy', 'a.npy', '--ids', 'b.txt', '--out', './a.npy'], 'overwrites none'),
+    (['export_embeddings.py', 'mine', '--from-npy', 'a.npy', '--ids', 'b.ids.txt', '--out', 'b.safetensors'], 'overwrites none'),
     (['evaluate.py', 'table', 'mine'], 'no results yet'),
     (['evaluate.py', 'compare', 'mine', 'a', 'b'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),

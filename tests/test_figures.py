@@ -321,11 +321,11 @@ def test_table_writes_both_pictures(folder, capsys):
 
 # ------------------------------------------------------------------------ figure 2
 
-def curve(capsys, folder, of='share'):
+def curve(capsys, folder):
     """The curve's table: {what: [cells of a line]}."""
     capsys.readouterr()
-    call('curve', 'one', '--of', of)
-    text = (folder / f'figure2-{of}.md').read_text()
+    call('curve', 'one')
+    text = (folder / 'figure2-share.md').read_text()
     assert text in capsys.readouterr().out
     found = {}
     for line in text.splitlines():
@@ -384,7 +384,7 @@ def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
 
 
 def test_curve_without_shares_says_what_makes_them(world):
-    with pytest.raises(UserError, match='bash run_all.sh one --figure2 makes those'):
+    with pytest.raises(UserError, match='bash run_all.sh one --figure2 makes them'):
         call('curve', 'one')
 
 
@@ -409,16 +409,7 @@ def test_losses_and_models_have_lines_of_their_own(shares, capsys):
     assert found == EXPECTED
 
 
-def test_curve_over_the_steps_of_one_tuning(shares, capsys, pictures):
-    """Beside the shares, in files of its own, in the order of the numbers."""
-    for step in (240, 48, 1000):
-        made_up(shares, f'pt-step{step}', 'trainable', 'raw', step / 10000)
-    found = curve(capsys, shares, 'step')
-    assert found[''][0][0] == 'steps of stage-PT'
-    assert found['SASRec, one negative, trainable-raw-16'] == [
-        ['0', '20.00 ± 0.00', '10.00 ± 0.00', '2.00 ± 0.00', '0.10 ± 0.00'],
-        ['48', '0.48 ± 0.00', '0.24 ± 0.00', '0.05 ± 0.00', '0.00 ± 0.00'],
-        ['240', '2.40 ± 0.00', '1.20 ± 0.00', '0.24 ± 0.00', '0.01 ± 0.00'],
-        ['1000', '10.00 ± 0.00', '5.00 ± 0.00', '1.00 ± 0.00', '0.05 ± 0.00']]
-    assert pictures == ['figure2-step.png']
+@pytest.mark.parametrize('name', ['pt-share', 'pt-share1.2.3', 'pt-share.5', 'pt-share5%'])
+def test_what_is_called_nearly_like_a_share_is_none(shares, capsys, name):
+    made_up(shares, name, 'trainable', 'centred', .9)
     assert curve(capsys, shares) == EXPECTED

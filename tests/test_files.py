@@ -23,7 +23,8 @@ import torch
 
 from common import files, training
 from common.files import (ROOT, Diverged, UserError, command, content_sha256, digest, file_stamp,
-                          load_json, load_pt, lock, save_json, save_pt, save_text, whole)
+                          load_json, load_npz, load_pt, lock, save_json, save_npz, save_pt,
+                          save_text, whole)
 from common.runs import Run
 from common.training import Training, adamw, linear_schedule
 
@@ -102,6 +103,28 @@ def test_what_may_not_be_read_is_no_damage(tmp_path):
     """A training that starts over because its state may not be read would lose it."""
     with pytest.raises(IsADirectoryError):
         load_pt(tmp_path, 'seq')
+
+
+def test_no_memory_and_no_permission_are_no_damage(tmp_path, monkeypatch):
+    """Training would start over on top of the state that another process could still read."""
+    save_pt(tmp_path / 'x.pt', 'resume', a=torch.ones(3))
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, 'load', raising(error))
+            with pytest.raises(type(error)):
+                load_pt(tmp_path / 'x.pt', 'resume')
+    assert load_pt(tmp_path / 'x.pt', 'resume')['a'].sum() == 3
+    save_npz(tmp_path / 'x.npz', {'a': np.ones(3)})
+    monkeypatch.setattr(np, 'load', raising(PermissionError(13, 'Permission denied', 'x.npz')))
+    with pytest.raises(PermissionError):
+        load_npz(tmp_path / 'x.npz', ['a'], 'make it')
+
+
+def raising(error):
+    """A function that ends in this error."""
+    def fail(*_, **__):
+        raise error
+    return fail
 
 
 def test_json_is_read_as_it_was_written(tmp_path):

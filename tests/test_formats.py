@@ -247,6 +247,24 @@ def test_what_is_no_time(text):
         sources.microseconds(text)
 
 
+@pytest.mark.parametrize('mark, ending', [('::', 'csv'), ('\t', 'inter'), ('::', 'dat')])
+def test_blank_lines_and_long_marks_of_tables(root, mark, ending):
+    """A file of one row and a blank line at its end had a third of its lines unreadable; Python's
+    CSV reader knows no mark of two characters."""
+    rows = [mark.join(row.split()) for row in ('user item time', 'a i1 1', '', 'b i2 2', '')]
+    log = write(root / 'in', **{f'log__{ending}': '\n'.join(rows) + '\n \n'})
+    write(log, goods__csv='item,title\ni1,tea\n\ni2,salt\n')
+    found = converted(root, '--from', log / f'log.{ending}', '--items', log / 'goods.csv')
+    assert found == (['a,i1,1', 'b,i2,2'], [{'id': 'i1', 'title': 'tea'}, {'id': 'i2', 'title': 'salt'}])
+
+
+def test_attributes_beside_an_asin_are_lost_in_amazons_files_alone(root):
+    log = write(root / 'in', log__csv='user,asin,time\na,B1,1\n',
+                goods__jsonl=[{'asin': 'B1', 'name': 'red tea', 'colour': 'blue'}])
+    _, items = converted(root, '--from', log / 'log.csv', '--items', log / 'goods.jsonl')
+    assert items == [{'id': 'B1', 'name': 'red tea', 'colour': 'blue'}]
+
+
 def test_order_within_a_history_whatever_the_times(root):
     """The same sequences from times of every kind in one file."""
     kinds = ['{}', '{}.5', '{}000', '{}000000', '{}000000000']

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import evaluate
 import export_embeddings
 import train_seq
-from common import data, initial
+from common import baselines, data, initial
 from common.files import UserError, digest, load_pt, save_pt
 from common.initial import read_embeddings
 from common.models import load_seq
@@ -214,6 +214,19 @@ def test_histories_of_new_users(world, tmp_path, capsys):
     typed = recommended(tmp_path / 'a.csv', LF, '--items', 'i1', 'i2')
     assert [row['item'] for row in first if row['user'] == 'zoe'] == [row['item'] for row in typed]
     assert [row['user'] for row in first] == ['zoe'] * 10 + ['ann'] * 10
+    (tmp_path / 'own.csv').write_text(text.replace('user,item,timestamp', 'who,what,when'))
+    own = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'own.csv', '--columns',
+                      'user=who,item=what,time=when')
+    assert own == first, 'columns of other names'
+
+
+@pytest.mark.parametrize('name', ['h.csv', './h.csv'])
+def test_recommendations_never_replace_the_histories(world, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'h.csv').write_text(text := 'user,item,timestamp\na,i1,1\n')
+    with pytest.raises(UserError, match='--out h.csv: .* another file than the histories'):
+        call('recommend', 'one', LF, '--histories', 'h.csv', '--out', name)
+    assert (tmp_path / 'h.csv').read_text() == text
 
 
 @pytest.mark.parametrize('name, text, words', [
@@ -234,7 +247,7 @@ def test_histories_that_are_none(world, tmp_path, name, text, words):
 def test_numbers_are_ids_too(tmp_path):
     path = tmp_path / 'h.jsonl'
     path.write_text('{"user": 7, "item": "b", "time": 2}\n{"user": 7, "item": 1, "time": 1}\n')
-    args, data = SimpleNamespace(items=None, histories=path), SimpleNamespace(cold_ids=[])
+    args, data = SimpleNamespace(items=None, histories=path, columns={}), SimpleNamespace(cold_ids=[])
     assert new_users(args, data, SimpleNamespace(item_ids=['b', '1'])) == {'7': [2, 1]}
 
 
@@ -255,6 +268,18 @@ def test_rankings_without_training(world, found, tmp_path, run):
         place = next(int(row['rank']) for row in rows
                      if (row['user'], row['item']) == (name, target))
         assert higher < place <= higher + ties + 1
+
+
+def test_a_ranking_that_todays_code_lacks_is_named(world, monkeypatch):
+    """README invites to edit the weights: then the run that has another is made again."""
+    monkeypatch.setattr(baselines, 'WEIGHTS', (7.0,))
+    with pytest.raises(UserError, match='knn-lf: .* make it again: evaluate.py untrained one'):
+        call('recommend', 'one', 'item+text-knn-lf')
+
+
+def test_a_title_is_one_line(found):
+    found.attributes = [[['title', ' red\ntea '], ['brand', 'acme']], [['title', '']]]
+    assert found.title(1) == 'red tea' and found.title(2) == found.item_ids[1]
 
 
 # ------------------------------------------------------------------------ cold items

@@ -14,13 +14,13 @@ from common.backbone import load_words
 from common.files import UserError, load_pt, save_pt
 from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, mask_words,
                          pack, tokenize)
-from tests.toy import wordpiece
+from tests.toy import ANY_MODEL, wordpiece
 
 
 @pytest.fixture
 def words(tmp_path):
     wordpiece(tmp_path)
-    return load_words(tmp_path)
+    return load_words(tmp_path, ANY_MODEL)
 
 
 def spelled(words, ids):
@@ -55,17 +55,17 @@ def test_a_bos_token_serves_where_there_is_no_cls(tmp_path):
     fast = wordpiece(tmp_path)
     fast.cls_token, fast.bos_token = None, '[SEP]'
     fast.save_pretrained(tmp_path / 'bos')
-    assert load_words(tmp_path / 'bos').cls == fast.convert_tokens_to_ids('[SEP]')
+    assert load_words(tmp_path / 'bos', ANY_MODEL).cls == fast.convert_tokens_to_ids('[SEP]')
 
 
 def test_what_is_no_tokenizer_for_this_is_refused(tmp_path):
     with pytest.raises(UserError, match='no language model could be loaded .AutoTokenizer'):
-        load_words(tmp_path / 'nothing')
+        load_words(tmp_path / 'nothing', ANY_MODEL)
     fast = wordpiece(tmp_path)
     fast.mask_token = None
     fast.save_pretrained(tmp_path / 'maskless')
     with pytest.raises(UserError, match='a mask token and a cls or bos token'):
-        load_words(tmp_path / 'maskless')
+        load_words(tmp_path / 'maskless', ANY_MODEL)
 
 
 # ------------------------------------------------------------------------ items -> tokens

@@ -6,6 +6,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from types import SimpleNamespace
@@ -445,3 +446,20 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, device):
     monkeypatch.setenv('LOCAL_RANK', '99')  # which nobody has
     with pytest.raises(UserError, match='--device cuda:99'):
         start(SimpleNamespace(device=device))
+
+
+def alone(signals):
+    """What each of the processes does: it says which signals it ignores, then tries train_seq.py."""
+    machine = start(SimpleNamespace(device='cpu', deterministic=False, precision='float32'))
+    ignored = [signal.getsignal(number) is signal.SIG_IGN for number in signals]
+    assert ignored == [machine.rank > 0] * len(signals)
+    args = train_seq.parse_args(['one', '--model', 'sasrec'])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="leave torchrun out"):
+        patch.setattr(train_seq, 'start', lambda args: machine)
+        train_seq.main(args)
+
+
+def test_other_processes_leave_signals_to_the_first_and_id_models_to_one(place, tmp_path):
+    """Ctrl-C reaches all of a terminal's processes: one that left at once would keep the first from
+    saving. Two processes of train_seq.py would write the same files."""
+    together(tmp_path, 2, alone, [signal.SIGTERM, signal.SIGINT])

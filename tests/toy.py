@@ -1,6 +1,7 @@
 """Made-up data and language models for the tests: seconds on a CPU, no download."""
 import gzip
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from common.files import runs_root
 
 WORDS = ('red green blue salt sugar tea coffee bread fine coarse large small pack box bag of the ounce organic sea '
          'title brand category acme zenith').split()
+
+ANY_MODEL = SimpleNamespace(vocab_size=10 ** 6, position_offset=0)  # a Config that every tokenizer fits
 
 
 def canonical(folder, users=40, items=30, seed=0, length=(4, 9)):
@@ -48,7 +51,7 @@ def tiny_bert(folder, layers=2):
     return folder
 
 
-def tiny_longformer(folder, binary=False):
+def tiny_longformer(folder, binary=False, **sizes):
     """A random Longformer with a byte-level BPE tokenizer; as model.safetensors or as pytorch_model.bin."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(WORDS * 5, vocab_size=400,
@@ -58,7 +61,7 @@ def tiny_longformer(folder, binary=False):
                                    unk_token='<unk>', cls_token='<s>', sep_token='</s>', mask_token='<mask>')
     fast.save_pretrained(folder)
     torch.manual_seed(0)
-    model = longformer(window=64, vocab=len(fast))
+    model = longformer(**{'window': 64, 'vocab': len(fast)} | sizes)
     model.save_pretrained(folder)
     if binary:
         (folder / 'model.safetensors').unlink()
@@ -66,9 +69,9 @@ def tiny_longformer(folder, binary=False):
     return folder
 
 
-def longformer(window, vocab=100, layers=2):
-    config = LongformerConfig(vocab_size=vocab, hidden_size=16, num_hidden_layers=layers,
-                              num_attention_heads=2, intermediate_size=24,
+def longformer(window, vocab=100, layers=2, hidden=16, heads=2, inner=24):
+    config = LongformerConfig(vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers,
+                              num_attention_heads=heads, intermediate_size=inner,
                               max_position_embeddings=1100, attention_window=[window] * layers,
                               pad_token_id=1, type_vocab_size=1)
     model = LongformerForMaskedLM(config).eval()
