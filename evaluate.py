@@ -207,7 +207,7 @@ def show_curve(args, data, folder):
         raise UserError(f'{folder}: no runs from embeddings called pt-share<percent>; '
                         f'bash run_all.sh {data.name} --figure2 makes them')
     finish(folder / 'figure2-share.md', markdown(['', share, *panels], body))
-    draw_lines(folder / 'figure2-share.png', panels, share, True)
+    draw_lines(folder / 'figure2-share.png', panels, share, log=True)
 
 
 # ------------------------------------------------------------------------ main
@@ -241,12 +241,12 @@ def parse_args(argv=None):
     option(g, '--out', 'file to write: CSV, or JSON lines (.jsonl); default: printed', Path)
     flag(g, '--cold', 'also items that nobody has')
     flag(g, '--with-history', 'also what the user has')
+    option(g, '--columns', 'of --histories: as for common.data', named_columns, {})
     g = g.add_mutually_exclusive_group()
     option(g, '--users', 'ids, or a file of one id a line (default: all)', nargs='+')
     option(g, '--items', 'ids of a history, oldest first', nargs='+')
     option(g, '--histories', 'interactions of new users, a file as interactions.csv is or in any '
            'form that common.data --from takes', Path)
-    option(of['recommend'], '--columns', 'of --histories, as of common.data', named_columns, {})
     g = of['attention']
     add_machine_options(g)
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')

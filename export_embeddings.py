@@ -34,7 +34,6 @@ from common.text import item_tokens, tokenize
 from common.training import start
 
 ENDINGS = '.pt', '.npy', '.safetensors'  # of --out: ours, then those for other programs
-IDS = '.ids.txt'  # of the ids beside the latter
 
 
 def parse_args(argv=None):
@@ -52,12 +51,11 @@ def parse_args(argv=None):
     add_earlier_options(p)
     args = p.parse_args(argv)
     given = args.checkpoint or args.plm
-    if args.from_npy:
-        given = args.ids and not given
-    written = args.out, args.out.with_suffix(IDS)
-    if not given or args.out.suffix not in ENDINGS or {args.from_npy, args.ids} & {*written}:
+    if args.from_npy:  # a .npy and its ids would be replaced, were they named alike
+        given = args.ids and not given and args.out.suffix == '.pt'
+    if not given or args.out.suffix not in ENDINGS:
         p.error('name a --checkpoint, or a --plm, or --from-npy and --ids, and an --out that ends '
-                f'in {", ".join(ENDINGS)} and overwrites none of these')
+                f'in {", ".join(ENDINGS)} (of --from-npy: .pt alone)')
     return args
 
 
@@ -131,7 +129,7 @@ def main(args):
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids,
                     cold=cold.clone())  # of a view all rows would be saved
         else:
-            save_text(out.with_suffix(IDS), '\n'.join(ids) + '\n')
+            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)

@@ -104,8 +104,8 @@ class Dataset:
 
     def title(self, item):
         """The first attribute of an item that says something, else its id; in one line."""
-        values = (value for _, value in self.attributes[item - 1] if value)
-        return ' '.join(next(values, self.item_ids[item - 1]).split())
+        values = (' '.join(value.split()) for _, value in self.attributes[item - 1])
+        return next(filter(None, values), self.item_ids[item - 1])
 
 
 def folder_of(name):

@@ -1,6 +1,6 @@
 """Figure 1 (what CLS attends to, as maps and as numbers); what runs reached as bars, learning
-curves, and over a tuning (figure 2). A user's sequence: [CLS], then the items newest first. h =
-heads, L = its tokens. Cells: see common/report.py.
+curves, and over shares of the source users (figure 2). A user's sequence: [CLS], then the items
+newest first. h = heads, L = its tokens. Cells: see common/report.py.
 """
 import contextlib
 import itertools

@@ -168,14 +168,14 @@ def save_npz(path, arrays):
 
 def load_npz(path, names, remedy):
     """{name: array} of what save_npz wrote; pickles are refused. UserError, which ends in `remedy`:
-    missing, damaged or not ours."""
+    missing, damaged, not ours, or it may not be read."""
     try:
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name] for name in names}
-    except PermissionError:
-        raise
-    except Exception:  # numpy, zipfile and zlib raise half a dozen kinds for a damaged file
-        raise UserError(f'{path}: missing or damaged; {remedy}') from None
+    except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds for damage
+        if out_of_memory(error):
+            raise
+        raise UserError(f'{path}: missing or damaged, or may not be read; {remedy}') from None
 
 
 def save_pt(path, kind, **content):

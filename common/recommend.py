@@ -60,9 +60,9 @@ def scorer_of(folder, row, data, wide, machine):
     if row['model'] == 'untrained':
         found = began_with(folder, row, data, cold)
         embeddings = {row['init']: found} if found else {}
+        found = all_scorers(wide, embeddings, data.n_items + 1)
         try:
-            _, scorers = all_scorers(wide, embeddings, data.n_items + 1)[row['run']]
-            scorer = scorers[row['weight']]
+            scorer = found[row['run']][1][row['weight']]
         except KeyError:
             raise UserError(f'{row["run"]}: today\'s code has no such ranking, or weight; make it '
                             f'again: evaluate.py untrained {data.name}') from None
@@ -184,7 +184,8 @@ def recommend(args, data, folder):
         raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
                         "ID model or a ranking without training that was made on today's")
     kind = args.out and args.out.suffix
-    if kind not in FORMS or args.out and args.out == args.histories:
+    read = args.histories and args.histories.resolve()
+    if kind not in FORMS or kind and args.out.resolve() == read:
         raise UserError(f'--out {args.out}: must end in .csv or .jsonl, and be another file than '
                         'the histories')
     wide = with_cold(data) if args.cold else data

@@ -123,10 +123,10 @@ class Run(NamedTuple):
         """Write ranks.npz (per-user ranks, where there are any), then row.json, which says the
         options too; returns the row. resume.pt has done its work."""
         # of today's code ('+': it was changed since); there may be no git on this machine
-        git = 'git describe --always --exclude=* --abbrev=12 --dirty=+ 2>/dev/null || echo unknown'
-        commit = subprocess.check_output(git, shell=True, cwd=ROOT, text=True).strip()
+        git = ('git describe --always --exclude="*" --abbrev=12 --dirty=+ 2>/dev/null'
+               ' || echo unknown')
         row = {'run': self.folder.name, **self.identity.get('options', {}), **row,
-               'commit': commit,
+               'commit': subprocess.check_output(git, shell=True, cwd=ROOT, text=True).strip(),
                'device': getattr(self.args, 'device', 'cpu'), 'torch': version('torch'),
                'transformers': version('transformers'), 'command': ' '.join(sys.argv),
                'date': str(date.today()), 'identity': self.identity, 'code': self.code}

@@ -114,9 +114,9 @@ def column(path, names, role, named):
         if name in there:
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
-                    f'{", ".join(names)[:100] or "nothing that can be read"}; with --from its '
-                    f'name may be told: --columns {role}=NAME (a header is needed, in JSON '
-                    'an object a line; .xlsx, .parquet: save as .csv)')
+                    f'{", ".join(names)[:100] or "nothing that can be read"}; with --from or '
+                    f'--histories its name may be told: --columns {role}=NAME (a header is needed, '
+                    'in JSON an object a line; .xlsx, .parquet: save as .csv)')
 
 
 def readable(path, rows, parse, what, most):
@@ -210,7 +210,7 @@ def items(path, named, most=MOST_MALFORMED):
         nonlocal left_out
         if isinstance(row, list):
             row = tidy(dict(zip(places, row, strict=True)))
-        elif key.endswith('asin') and path.name.startswith('meta_'):
+        elif key.endswith('asin') and {'category', 'categories'} & {*places}:
             row = {key: row[key], **product(row)}
         given = row.pop(key)
         pairs = []

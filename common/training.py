@@ -3,7 +3,8 @@ its early stopping, its log, and its resumable state.
 
 A script shows its own loop. Each draw that a loop makes comes either from torch's generator, whose
 state is saved, or from `np.random.default_rng([seed, k, epoch, ...])`, which a restart makes again
-(k, a number of its own for each kind of draw): a run that was killed ends with the same numbers.
+(k, a number of its own for each kind of draw), as it does the seeds of other processes' dropout: a
+run that was killed ends with the same numbers.
 """
 import atexit
 import contextlib

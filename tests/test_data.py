@@ -597,7 +597,7 @@ def test_any_damage_of_the_preparation_is_named(root):
             assert d.fingerprint == made.fingerprint and d.attributes == made.attributes
             assert (d.items == made.items).all() and (d.negatives == made.negatives).all()
         except UserError as error:
-            assert 'damaged; run python -m common.data toy' in str(error)
+            assert 'damaged, or may not be read; run python -m common.data toy' in str(error)
 
 
 # ------------------------------------------------------------------------ report

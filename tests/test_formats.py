@@ -258,11 +258,17 @@ def test_blank_lines_and_long_marks_of_tables(root, mark, ending):
     assert found == (['a,i1,1', 'b,i2,2'], [{'id': 'i1', 'title': 'tea'}, {'id': 'i2', 'title': 'salt'}])
 
 
-def test_attributes_beside_an_asin_are_lost_in_amazons_files_alone(root):
-    log = write(root / 'in', log__csv='user,asin,time\na,B1,1\n',
-                goods__jsonl=[{'asin': 'B1', 'name': 'red tea', 'colour': 'blue'}])
-    _, items = converted(root, '--from', log / 'log.csv', '--items', log / 'goods.jsonl')
-    assert items == [{'id': 'B1', 'name': 'red tea', 'colour': 'blue'}]
+@pytest.mark.parametrize('given, expected', [
+    ({'name': 'red tea', 'colour': 'blue'}, {'name': 'red tea', 'colour': 'blue'}),
+    ({'description': ['x'], 'category': ['Tea', '<b>red</b>'], 'title': 'Tea &amp; more', 'brand': 'Z'},
+     {'title': 'Tea & more', 'brand': 'Z', 'category': 'Tea red'}),
+    ({'main_category': 'Food', 'title': 'Tea', 'store': 'Z', 'categories': []},
+     {'title': 'Tea', 'brand': 'Z', 'category': ''})])
+def test_amazons_texts_are_known_by_what_they_hold(root, given, expected):
+    """Whatever the file is called; others with an asin keep all of their attributes."""
+    log = write(root / 'in', log__csv='user,asin,time\na,B1,1\n', Goods__jsonl=[{'asin': 'B1', **given}])
+    _, items = converted(root, '--from', log / 'log.csv', '--items', log / 'Goods.jsonl')
+    assert items == [{**expected, 'id': 'B1'}]
 
 
 def test_order_within_a_history_whatever_the_times(root):

@@ -220,12 +220,13 @@ def test_histories_of_new_users(world, tmp_path, capsys):
     assert own == first, 'columns of other names'
 
 
-@pytest.mark.parametrize('name', ['h.csv', './h.csv'])
+@pytest.mark.parametrize('name', ['h.csv', './h.csv', '{}/h.csv', '{}/../{}/h.csv'])
 def test_recommendations_never_replace_the_histories(world, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    name = name.replace('{}/..', f'{tmp_path}/..').replace('../{}', f'../{tmp_path.name}')
     (tmp_path / 'h.csv').write_text(text := 'user,item,timestamp\na,i1,1\n')
-    with pytest.raises(UserError, match='--out h.csv: .* another file than the histories'):
-        call('recommend', 'one', LF, '--histories', 'h.csv', '--out', name)
+    with pytest.raises(UserError, match='--out .*h.csv: .* another file than the histories'):
+        call('recommend', 'one', LF, '--histories', 'h.csv', '--out', name.format(tmp_path))
     assert (tmp_path / 'h.csv').read_text() == text
 
 
@@ -278,8 +279,9 @@ def test_a_ranking_that_todays_code_lacks_is_named(world, monkeypatch):
 
 
 def test_a_title_is_one_line(found):
-    found.attributes = [[['title', ' red\ntea '], ['brand', 'acme']], [['title', '']]]
-    assert found.title(1) == 'red tea' and found.title(2) == found.item_ids[1]
+    found.attributes = [[['title', ' red\ntea '], ['brand', 'acme']], [['title', '']],
+                        [['title', ' \n'], ['brand', 'zenith']]]
+    assert [found.title(item) for item in (1, 2, 3)] == ['red tea', found.item_ids[1], 'zenith']
 
 
 # ------------------------------------------------------------------------ cold items

@@ -460,6 +460,6 @@ def alone(signals):
 
 
 def test_other_processes_leave_signals_to_the_first_and_id_models_to_one(place, tmp_path):
-    """Ctrl-C reaches all of a terminal's processes: one that left at once would keep the first from
-    saving. Two processes of train_seq.py would write the same files."""
+    """torchrun passes Ctrl-C on to all: one that left at once would keep the first from saving. Two
+    processes of train_seq.py would write the same files."""
     together(tmp_path, 2, alone, [signal.SIGTERM, signal.SIGINT])

@@ -1,6 +1,7 @@
 """Time and memory against what published code does, and against what the machine can do.
 
     python -m tests.tools.bench [--quick] [--only WORD ...] [--json FILE] [--device cpu]
+    python -m tests.tools.bench --profile --only fine-tune      # where ours spends its time
 
 Each row runs the baseline (tests/tools/published.py) and ours in a process of its own, alternating,
 and takes medians; memory is the peak of that process, everything counted. Work too long to repeat
@@ -700,6 +701,17 @@ def targets(row, ours, published):
     return checks
 
 
+def profiled(row):
+    """The operations (on a GPU kernels, too) that take most of one run of ours, as a table."""
+    work = row.work(True)
+    work.run()  # to warm up
+    where = 'cuda' if on_gpu() else 'cpu'
+    with torch.profiler.profile() as found:
+        clock(work.run)
+    return found.key_averages().table(sort_by=f'self_{where}_time_total', row_limit=25,
+                                      max_name_column_width=70)
+
+
 # ------------------------------------------------------------------------ printing
 
 def duration(seconds):
@@ -742,6 +754,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--quick', action='store_true', help='one repeat each: a look')
+    p.add_argument('--profile', action='store_true', help='no table: what takes the time of ours')
     p.add_argument('--only', default=[''], nargs='+', metavar='WORD',
                    help='rows whose name holds one of these')
     p.add_argument('--json', type=Path, metavar='FILE', help='write the rows')
@@ -753,6 +766,10 @@ def main(argv=None):
     names = [name for name in rows_here if any(word in name for word in args.only)]
     if not names:
         p.error(f'--only {" ".join(args.only)}: no row has it in its name')
+    if args.profile:
+        for name in names:
+            print(f'{name}\n{profiled(rows_here[name])}')
+        return 0
     machine = runtime()
     dtype = 'bfloat16' if machine.bfloat16 else 'float32'
     where = platform.processor() or platform.machine()
