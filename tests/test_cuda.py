@@ -166,7 +166,8 @@ def test_the_same_bits_twice_and_killed_and_from_torchrun(place, tmp_path, scrip
         if kills is None and script == 'train_seq':
             continue
         if kills is None:
-            launch = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '1']
+            launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                      '--nproc_per_node', '1']
             done = subprocess.run([*launch, f'{script}.py', *argv], cwd=ROOT, capture_output=True,
                                   text=True, env={**os.environ, 'ELEPHANT_RUNS': runs})
             assert not done.returncode, done.stderr
