@@ -25,7 +25,7 @@ from common.data import load
 from common.figures import MEASURES, draw_attention, draw_bars, draw_lines, learning, numbers
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.formats import named_columns
-from common.initial import origin_of, read_embeddings
+from common.initial import OtherData, origin_of, read_embeddings
 from common.metrics import compare
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
@@ -41,9 +41,15 @@ from common.training import start
 # ------------------------------------------------------------------------ no training
 
 def embeddings_of(data, folder, cold=False):
-    """{name: Embeddings} of all that were exported; see read_embeddings."""
-    return {path.stem: read_embeddings(path, data, cold)
-            for path in sorted((folder / 'embeddings').glob('*.pt'))}
+    """{name: Embeddings} of all that were exported; see read_embeddings. Those that are of other
+    data by now are left out, and said: nobody may need them any more."""
+    found = {}
+    for path in sorted((folder / 'embeddings').glob('*.pt')):
+        try:
+            found[path.stem] = read_embeddings(path, data, cold)
+        except OtherData as error:
+            print(f'note: left out: {error}')
+    return found
 
 
 def write_untrained(args, data, folder):
@@ -133,7 +139,7 @@ def show_comparison(args, data, folder):
         for metric in metrics:
             values = [cell.by_user(ranking, metric).mean(0) for cell in cells]
             difference, (low, high), p = compare(*values)
-            print(f'{ranking:8}{metric:16}{100 * difference:+11.2f}  '
+            print(f'{RANKINGS[ranking]:14}{metric:10}{100 * difference:+11.2f}  '
                   f'[{100 * low:+7.2f}, {100 * high:+7.2f}]  {p:7.4f}'
                   f'{"  tie" if low <= 0 <= high else ""}')
 
@@ -145,7 +151,7 @@ def show_attention(args, data, folder):
     users, and as maps of one of them."""
     tuned = start_model(args.checkpoint or folder / 'ft1-seed0', args.plm)
     machine = start(args)
-    vanilla = start_model(None, args.plm or tuned.plm, tuned.config.layers, seed=None)
+    vanilla = start_model(None, args.plm or tuned.plm, seed=None)
     if vanilla.word_table.shape != tuned.word_table.shape:
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     items, offsets, _ = data.split('test')

@@ -2,7 +2,7 @@
 
     python export_embeddings.py pantry --plm longformer --out runs/pantry/embeddings/lf.pt
     python export_embeddings.py pantry --checkpoint runs/pantry/ft1-seed0 --out .../ft.pt
-    python export_embeddings.py drugstore --plm minilm --layers 2 --out /tmp/look.pt
+    python export_embeddings.py drugstore --plm minilm --out /tmp/look.npy
     python export_embeddings.py mine --from-npy rows.npy --ids ids.txt --out .../own.pt
 
 The .pt file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros
@@ -95,7 +95,7 @@ def main(args):
         plm = args.from_npy.name
         identity = {'rows': digest(rows)}
     else:
-        model = start_model(args.checkpoint, args.plm, args.layers, seed=None)
+        model = start_model(args.checkpoint, args.plm, seed=None)
         plm = model.plm
         tokens = item_tokens(data, model.words)
         cold = tokenize(data.cold_attributes, model.words)

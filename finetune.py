@@ -2,7 +2,7 @@
 
     python finetune.py pantry --stage 1 --checkpoint runs/pretrained/longformer-books+clothing+...
     python finetune.py pantry --stage 2 --seeds 0 1             # from ft1-seed0, ft1-seed1
-    python finetune.py drugstore --stage 1 --plm minilm --layers 2 --epochs 1 --out /tmp/look
+    python finetune.py drugstore --stage 1 --plm minilm --max-tokens 32 --epochs 1 --out /tmp/look
 
 Stage 1: before each epoch all items are encoded; everything trains with a full softmax over that
 fixed table, on one random non-empty prefix per user and epoch (the next item is the label).
@@ -150,7 +150,7 @@ def one_run(args, machine, data):
     checkpoint = args.checkpoint
     if args.stage == 2:
         checkpoint = checkpoint or folder / f'ft1{layers}-seed{args.seed}'
-    model = start_model(checkpoint, args.plm, args.layers, args.seed if args.stage else None)
+    model = start_model(checkpoint, args.plm, args.seed if args.stage else None)
     if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
         raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
                         f'on this version of {data.name}; run --stage 1 first')

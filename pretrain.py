@@ -201,7 +201,7 @@ def tune(args, model, sources, run):
 
 def main(args):
     machine = start(args)
-    model = start_model(None, args.plm, args.layers, args.seed)
+    model = start_model(None, args.plm, args.seed)
     model.config.max_tokens = args.max_tokens
     sources = Sources(args, model.words)
     least = min(args.batch, len(sources.train), 2 * len(sources.valid))

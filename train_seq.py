@@ -172,8 +172,7 @@ def main(args):
     data = load(args.dataset)
     machine = start(args)
     if machine.world > 1:
-        raise UserError('train_seq.py: computes in one process, so leave torchrun out; several '
-                        'commands may run side by side, each with a --device of its own')
+        raise UserError('train_seq.py: one process trains a run: leave torchrun out')
     folder = runs_root() / data.name
     embeddings = {source: read_embeddings(folder / 'embeddings' / f'{source}.pt', data)
                   for source in dict(args.variants) if source != 'random'}

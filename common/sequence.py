@@ -253,7 +253,7 @@ class SoftmaxLoss(torch.autograd.Function):
         states = rounded(states)
         total = 0
         d_states = []
-        d_table = torch.zeros_like(table)
+        d_table = torch.zeros_like(table) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias)
         whole = half(states), half(states * share), target
         for state, scaled, aim in zip(*(x.split(size) for x in whole)):
@@ -266,7 +266,8 @@ class SoftmaxLoss(torch.autograd.Function):
             p[one] -= 1  # gradient of the logits: the softmax, less one at the target
             p[len(aim):] = 0  # of what `rounded` added
             d_states.append((p @ weight).float().mul_(share))
-            d_table += p.T @ scaled
+            if d_table is not None:
+                d_table += p.T @ scaled
             if d_bias is not None:
                 d_bias += share * p.sum(0, dtype=torch.float32)
         ctx.gradients = torch.cat(d_states)[:len(target)].to(states.dtype), d_table, d_bias

@@ -27,12 +27,12 @@ ABOVE_ZERO, FROM_ZERO = ('0', '-1', '1e309', 'nan', 'x', ''), ('-1', '1e309', 'n
 RECOMMEND = ['recommend', 'one', 'x', '--users', 'u']
 OPTIONS = [  # script, a command line that is right, options above 0, options from 0
     ('common.data', ['one'], '--min-user --min-item', '--users'),
-    ('pretrain', ['one', '--out', 'x'], '--layers --max-tokens --share --valid-share --epochs '
+    ('pretrain', ['one', '--out', 'x'], '--max-tokens --share --valid-share --epochs '
      '--max-steps --patience --batch --accumulate --lr --micro-tokens',
      '--warmup --weight-decay --mlm-weight --seed --save-every'),
-    ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--layers --max-tokens --epochs --patience '
+    ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--max-tokens --epochs --patience '
      '--batch --lr --micro-tokens', '--warmup --weight-decay --seeds --save-every'),
-    ('export_embeddings', ['one', '--out', 'x.pt', '--plm', 'p'], '--layers --micro-tokens', ''),
+    ('export_embeddings', ['one', '--out', 'x.pt', '--plm', 'p'], '--micro-tokens', ''),
     ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
      '--patience', '--seeds --save-every'),
     ('evaluate', RECOMMEND, '--k', ''),

@@ -265,6 +265,14 @@ def test_a_chain_writes_where_it_says_and_nowhere_else(pantry):
     assert row['plm'] == str(folder / 'models' / 'tiny'), 'relative to where the user stands'
 
 
+def test_a_chain_is_not_put_into_its_own_place(pantry, fast):
+    """Its last line says to export ELEPHANT_RUNS; where that is forgotten all would be made anew."""
+    folder, options, _, _ = pantry
+    code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast,
+                          ELEPHANT_RUNS=str(place(folder)))
+    assert (code, out, err.count('\n')) == (2, '', 1) and "this chain's own place already: unset it" in err
+
+
 def test_the_same_chain_again_makes_nothing(pantry, fast):
     folder, options, _, _ = pantry
     before = stamps(folder / 'runs')
@@ -697,7 +705,6 @@ WRONG = [
     ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], 'layers 0 to 1'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', 'top'], '--tune-layers top'),
     ([*FT1, '--plm', '/nosuch/model'], '--plm /nosuch/model: no language model'),
-    ([*FT1, '--plm', 'PLM', '--layers', '5'], '--layers 5'),
     ([*FT1, '--plm', 'PLM', '--trainable-items'], '--stage 2'),
     ([*FT1, '--plm', 'PLM', '--out', 'X', '--seeds', '0', '1'], '--out'),
     (['finetune.py', 'mine', '--stage', '2', '--plm', 'PLM'], 'not from --plm'),

@@ -190,8 +190,9 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     assert d.cold_attributes == [[['title', f'item {i}']] for i in 'efghiz']
     assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
     data.report(d)
-    assert '           6  items nobody has (they can be recommended, see evaluate.py recommend --cold)\n' \
-           in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert '           6  items nobody has (they can be recommended, see evaluate.py recommend --cold)\n' in out
+    assert '           4  users left out by the filters (--min-user) or the sample\n' in out
     first = d.fingerprint
     write(root, rows, items='abcdefg')
     d = data.prepare('toy', (4, 4, 0))

@@ -218,6 +218,8 @@ def test_histories_of_new_users(world, tmp_path, capsys):
     own = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'own.csv', '--columns',
                       'user=who,item=what,time=when')
     assert own == first, 'columns of other names'
+    with pytest.raises(UserError, match='--columns goes with --histories'):
+        call('recommend', 'one', LF, '--columns', 'user=who')
 
 
 @pytest.mark.parametrize('name', ['h.csv', './h.csv', '{}/h.csv', '{}/../{}/h.csv'])
@@ -225,7 +227,7 @@ def test_recommendations_never_replace_the_histories(world, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     name = name.replace('{}/..', f'{tmp_path}/..').replace('../{}', f'../{tmp_path.name}')
     (tmp_path / 'h.csv').write_text(text := 'user,item,timestamp\na,i1,1\n')
-    with pytest.raises(UserError, match='--out .*h.csv: .* another file than the histories'):
+    with pytest.raises(UserError, match='--out .*h.csv: .*, and not be --histories'):
         call('recommend', 'one', LF, '--histories', 'h.csv', '--out', name.format(tmp_path))
     assert (tmp_path / 'h.csv').read_text() == text
 
@@ -390,7 +392,7 @@ def test_a_run_of_other_data_recommends_nothing(world, run):
     before = row.read_text()
     try:
         row.write_text(json.dumps(json.loads(before) | {'data': 'older'}))
-        with pytest.raises(UserError, match=f'{run}: is RecFormer, or of another version of one'):
+        with pytest.raises(UserError, match=f'{run}: was made on another version of one'):
             call('recommend', 'one', run, '--users', 'u1')
     finally:
         row.write_text(before)
@@ -416,6 +418,22 @@ def test_neighbours(world, found, capsys, item):
         == [f'{cosine[i]:.2f} {found.title(i + 1)} ({ids[i]})' for i in order]
     with pytest.raises(UserError, match='--item y9: no such item in one'):
         call('neighbours', 'one', '--item', 'y9')
+
+
+def test_embeddings_of_other_data_are_left_out_and_hold_nothing_up(world, capsys):
+    """Own rows that nobody made again after the data had changed stopped the whole chain."""
+    before = load_pt(world / 'embeddings' / 'lf.pt', 'embeddings')
+    identity = before['head']['identity'] | {'data': 'older'}
+    save_pt(world / 'embeddings' / 'own.pt', **before | {'head': before['head'] | {'identity': identity}})
+    try:
+        for command in (['untrained', 'one'], ['neighbours', 'one', '--item', 'i4']):
+            capsys.readouterr()
+            call(*command)
+            out = capsys.readouterr().out
+            assert 'note: left out: ' in out and 'own.pt: is of another version of one' in out
+            assert 'OWN' not in out and ('up to date' in out or '| LF |' in out)
+    finally:
+        (world / 'embeddings' / 'own.pt').unlink()
 
 
 # ------------------------------------------------------------------------ files for others, of others

@@ -649,11 +649,11 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     assert 'a minus b, 40 users, percent' in out and len(out.splitlines()) == 3 + 4 + 6 + 6
     error = np.std(np.repeat([0, 1, 1, 0], 10), ddof=1) / np.sqrt(USERS)
     low, high = 50 - 196 * error, 50 + 196 * error
-    assert line(out, 'sampled HR@5').split() == ['sampled', 'HR@5', '+50.00', '[', f'{low:+.2f},',
-                                                 f'{high:+.2f}]', '0.0000']
-    assert '+40.77' in line(out, 'sampled NDCG@5'), '(1 + 1 / log2(3)) / 4'
+    assert line(out, '100 negatives HR@5').split() == ['100', 'negatives', 'HR@5', '+50.00', '[',
+                                                       f'{low:+.2f},', f'{high:+.2f}]', '0.0000']
+    assert '+40.77' in line(out, '100 negatives NDCG@5'), '(1 + 1 / log2(3)) / 4'
     call('compare', 'mine', 'b', 'a')
-    assert '-50.00' in line(capsys.readouterr().out, 'new     HR@50')
+    assert '-50.00' in line(capsys.readouterr().out, 'new items     HR@50')
     call('compare', 'mine', 'a', 'a')
     same = capsys.readouterr().out.splitlines()[3:]
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
@@ -679,7 +679,7 @@ def test_lines_of_the_tables_are_compared_by_the_means_over_their_seeds(runs, mi
     call('compare', 'mine', 'sasrec-bce-lf-trainable-raw-16', 'sasrec-bce-random-16')
     out = capsys.readouterr().out
     # the first 20 users: 1 - 0; the others: 1/2 - 1
-    assert line(out, 'new     HR@5').split()[2] == '+25.00'
+    assert line(out, 'new items     HR@5').split()[3] == '+25.00'
     call('compare', 'mine', 'sasrec-bce-lf-trainable-raw-16-lr0.001-seed0', 'sasrec-bce-random-16')
     assert line(capsys.readouterr().out, 'new     HR@5').split()[2] == '+0.00'
     saved(runs, 0, made('sasrec', 'lf', 'trainable', seed=2, code={'train_seq.py': 'y'},
