@@ -152,7 +152,7 @@ def show_attention(args, data, folder):
     tuned = start_model(args.checkpoint or folder / 'ft1-seed0', args.plm)
     machine = start(args)
     vanilla = start_model(None, args.plm or tuned.plm, seed=None)
-    if vanilla.word_table.shape != tuned.word_table.shape:
+    if str(vanilla) != str(tuned):  # their layers and widths
         raise UserError(f'--plm {vanilla.plm}: is not what the checkpoint was tuned from')
     items, offsets, _ = data.split('test')
     histories = [items for items in np.split(items, offsets[1:-1])

@@ -78,7 +78,7 @@ esac
 : "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=$DEFAULT}"
 PLACE=$PLM_PLACE$SOURCE_PLACE
 [ "$BUDGET" = $DEFAULT ] || PLACE=/$BUDGET$PLACE
-[[ -z $PLACE || $ROOT != *"$PLACE" ]] || fail "ELEPHANT_RUNS ($ROOT) is this chain's own place already: unset it"
+[[ -z $PLACE || $ROOT != *"$PLACE" || ! -d $ROOT/$NAME ]] || fail "ELEPHANT_RUNS ($ROOT) is where this chain puts its runs: unset it"
 [[ $MORE != *--figure2* || -n $SOURCE ]] || fail "--figure2 needs a --source for stage-PT"
 export ELEPHANT_RUNS=$ROOT$PLACE
 

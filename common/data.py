@@ -210,7 +210,7 @@ def build(folder, filters, identity):
         'avg_len': lengths.mean(), 'evaluated': len(evaluated),
         "% of neighbours have one timestamp, in the file's order (data/README.md)":
             100 * tied.mean(),
-        'users left out by the filters (--min-user) or the sample': len(user_ids) - len(users),
+        'users of these files left out by the filters or the sample': len(user_ids) - len(users),
         'rows dropped, as their item has no text': unknown,
         'rows dropped, as they repeat another': len(repeated),
         'items nobody has (they can be recommended, see evaluate.py recommend --cold)': len(texts),

@@ -168,14 +168,14 @@ def save_npz(path, arrays):
 
 def load_npz(path, names, remedy):
     """{name: array} of what save_npz wrote; pickles are refused. UserError, which ends in `remedy`:
-    missing, damaged, not ours, or it may not be read."""
+    missing, damaged or not ours."""
     try:
         with np.load(path, allow_pickle=False) as f:
             return {name: f[name] for name in names}
     except Exception as error:  # numpy, zipfile and zlib raise half a dozen kinds for damage
-        if out_of_memory(error):
+        if out_of_memory(error) or isinstance(error, PermissionError):
             raise
-        raise UserError(f'{path}: missing or damaged, or may not be read; {remedy}') from None
+        raise UserError(f'{path}: missing or damaged; {remedy}') from None
 
 
 def save_pt(path, kind, **content):

@@ -36,10 +36,9 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
     """(g, t) of every target in the three rankings, from one pass over the scores.
 
     score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
-    (items, offsets) of the same users, or None for the sampled ranking alone; chunk: scores held at
-    a time, but those of some 32 users: each time the table is read, and a user alone rounds
-    differently, which breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors:
-    Diverged where a score is not finite.
+    (items, offsets) of the same users; chunk: scores held at a time, but those of some 32 users:
+    each time the table is read, and a user alone rounds differently, which breaks ties. Returns
+    {'sampled', 'full', 'new': int32 [E, 2]}. Errors: Diverged where a score is not finite.
     """
     candidates = np.column_stack([targets, negatives])
     found = []
@@ -51,14 +50,12 @@ def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
         candidate = scores.new_tensor(candidates[users], dtype=torch.int64)
         of_candidates = scores.gather(1, candidate)
         own = of_candidates[:, :1]
-        ranks = [counts(of_candidates, own)]
-        if history:
-            ranks.append(counts(scores, own))
-            items, offsets = take(*history, users)
-            lengths = np.diff(offsets)
-            scores[row_numbers(lengths), items] = -torch.inf
-            scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
-            ranks.append(counts(scores, own))
+        ranks = [counts(of_candidates, own), counts(scores, own)]
+        items, offsets = take(*history, users)
+        lengths = np.diff(offsets)
+        scores[row_numbers(lengths), items] = -torch.inf
+        scores.scatter_(1, candidate[:, :1], own)  # a target in its history stays
+        ranks.append(counts(scores, own))
         found.append(torch.stack(ranks).cpu())
     return dict(zip(METRICS, torch.cat(found, 1).numpy()))
 
@@ -88,15 +85,14 @@ def per_user(ranks, metric):
 
 
 def summarise(ranks):
-    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}, for the rankings that are there: fractions,
-    sums over users divided once."""
+    """{'sampled': {'HR@5': ..}, 'full': .., 'new': ..}: fractions, sums over users divided once."""
     return {name: {metric: float(per_user(pairs, metric).mean())
                    for metric in METRICS[name].split()}
             for name, pairs in ranks.items()}
 
 
 def value_of(ranks):
-    """NDCG@10 against 100 negatives: what is best on validation is chosen by it."""
+    """NDCG@10 against 100 negatives (paper): all that is chosen on validation is chosen by it."""
     return summarise(ranks)['sampled']['NDCG@10']
 
 

@@ -181,8 +181,8 @@ def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
-        raise UserError(f'{args.run}: was made on another version of {data.name}, so that it must '
-                        'be made again (or is RecFormer, which ranks in the tables alone)')
+        raise UserError(f'{args.run}: is RecFormer, which ranks in the tables alone, or was made '
+                        f'on another version of {data.name}: make it again')
     if args.columns and not args.histories:
         raise UserError('--columns goes with --histories')
     kind = args.out and args.out.suffix

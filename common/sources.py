@@ -210,7 +210,7 @@ def items(path, named, most=MOST_MALFORMED):
         nonlocal left_out
         if isinstance(row, list):
             row = tidy(dict(zip(places, row, strict=True)))
-        elif key.endswith('asin') and {'category', 'categories'} & {*places}:
+        elif key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}:
             row = {key: row[key], **product(row)}
         given = row.pop(key)
         pairs = []

@@ -116,7 +116,7 @@ def item_tokens(data, words):
     path = data.folder / f'tokens-{digest(words.text)[:8]}.npz'
     made_from = digest(data.fingerprint, words.text, code_digest('common/text.py'),
                        version('tokenizers'))
-    with suppress(UserError):  # missing or damaged: they are made now
+    with suppress(UserError, PermissionError):  # none of ours, or another's: they are made now
         *arrays, known = load_npz(path, [*ItemTokens._fields, 'made_from'], '').values()
         if known == made_from:
             return ItemTokens(*arrays)

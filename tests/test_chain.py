@@ -270,7 +270,7 @@ def test_a_chain_is_not_put_into_its_own_place(pantry, fast):
     folder, options, _, _ = pantry
     code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast,
                           ELEPHANT_RUNS=str(place(folder)))
-    assert (code, out, err.count('\n')) == (2, '', 1) and "this chain's own place already: unset it" in err
+    assert (code, out, err.count('\n')) == (2, '', 1) and "is where this chain puts its runs: unset it" in err
 
 
 def test_the_same_chain_again_makes_nothing(pantry, fast):

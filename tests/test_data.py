@@ -192,7 +192,7 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     data.report(d)
     out = capsys.readouterr().out
     assert '           6  items nobody has (they can be recommended, see evaluate.py recommend --cold)\n' in out
-    assert '           4  users left out by the filters (--min-user) or the sample\n' in out
+    assert '           4  users of these files left out by the filters or the sample\n' in out
     first = d.fingerprint
     write(root, rows, items='abcdefg')
     d = data.prepare('toy', (4, 4, 0))
@@ -598,7 +598,7 @@ def test_any_damage_of_the_preparation_is_named(root):
             assert d.fingerprint == made.fingerprint and d.attributes == made.attributes
             assert (d.items == made.items).all() and (d.negatives == made.negatives).all()
         except UserError as error:
-            assert 'damaged, or may not be read; run python -m common.data toy' in str(error)
+            assert 'damaged; run python -m common.data toy' in str(error)
 
 
 # ------------------------------------------------------------------------ report

@@ -105,8 +105,9 @@ def test_what_may_not_be_read_is_no_damage(tmp_path):
         load_pt(tmp_path, 'seq')
 
 
-def test_no_memory_is_no_damage(tmp_path, monkeypatch):
-    """Training would start over on top of the state that another process could still read."""
+def test_no_memory_and_no_permission_are_no_damage(tmp_path, monkeypatch):
+    """Training would start over on top of the state that another process could still read, and a
+    preparation would lose the filters that it remembers."""
     save_pt(tmp_path / 'x.pt', 'resume', a=torch.ones(3))
     for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
         with monkeypatch.context() as patch:
@@ -115,9 +116,9 @@ def test_no_memory_is_no_damage(tmp_path, monkeypatch):
                 load_pt(tmp_path / 'x.pt', 'resume')
     assert load_pt(tmp_path / 'x.pt', 'resume')['a'].sum() == 3
     save_npz(tmp_path / 'x.npz', {'a': np.ones(3)})
-    for error, said in ((MemoryError(), MemoryError), (PermissionError(), UserError)):
+    for error in (MemoryError(), PermissionError()):
         monkeypatch.setattr(np, 'load', raising(error))
-        with pytest.raises(said, match='may not be read; make it' if said is UserError else ''):
+        with pytest.raises(type(error)):
             load_npz(tmp_path / 'x.npz', ['a'], 'make it')
 
 

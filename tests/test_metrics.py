@@ -116,16 +116,6 @@ def test_chunks_and_order_of_candidates_change_nothing():
     assert all((whole[k] == parts[k]).all() and (whole[k] == least[k]).all() for k in whole)
 
 
-def test_without_a_history_there_is_the_sampled_ranking_alone():
-    torch.manual_seed(0)
-    score = product_scorer(torch.randn(7, 4), torch.randn(9, 4))
-    rng = np.random.default_rng(0)
-    given = rng.integers(1, 9, 7), rng.integers(1, 9, (7, 3))
-    both = [rank_counts(score, 8, *given, history) for history in (no_history(7), None)]
-    assert list(both[1]) == ['sampled'] and (both[0]['sampled'] == both[1]['sampled']).all()
-    assert summarise(both[1]) == {'sampled': summarise(both[0])['sampled']}
-
-
 def test_users_are_scored_in_parts_of_a_bounded_size_and_none_alone():
     """However large the catalogue, some users share each reading of the table."""
     sizes = []

@@ -392,7 +392,7 @@ def test_a_run_of_other_data_recommends_nothing(world, run):
     before = row.read_text()
     try:
         row.write_text(json.dumps(json.loads(before) | {'data': 'older'}))
-        with pytest.raises(UserError, match=f'{run}: was made on another version of one'):
+        with pytest.raises(UserError, match=f'{run}: .* on another version of one: make it again'):
             call('recommend', 'one', run, '--users', 'u1')
     finally:
         row.write_text(before)

@@ -681,7 +681,7 @@ def test_lines_of_the_tables_are_compared_by_the_means_over_their_seeds(runs, mi
     # the first 20 users: 1 - 0; the others: 1/2 - 1
     assert line(out, 'new items     HR@5').split()[3] == '+25.00'
     call('compare', 'mine', 'sasrec-bce-lf-trainable-raw-16-lr0.001-seed0', 'sasrec-bce-random-16')
-    assert line(capsys.readouterr().out, 'new     HR@5').split()[2] == '+0.00'
+    assert line(capsys.readouterr().out, 'new items     HR@5').split()[3] == '+0.00'
     saved(runs, 0, made('sasrec', 'lf', 'trainable', seed=2, code={'train_seq.py': 'y'},
                         **known))
     for name in ('sasrec-bce-lf-trainable-raw-16', 'sasrec-bce-lf-trainable-raw', 'sasrec-bce-.*'):

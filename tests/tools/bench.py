@@ -704,7 +704,8 @@ def targets(row, ours, published):
 def profiled(row):
     """The operations (on a GPU kernels, too) that take most of one run of ours, as a table."""
     work = row.work(True)
-    work.run()  # to warm up
+    if not row.once:
+        work.run()  # to warm up
     where = 'cuda' if on_gpu() else 'cpu'
     with torch.profiler.profile() as found:
         clock(work.run)

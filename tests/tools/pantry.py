@@ -36,7 +36,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folder', type=Path)
-    p.add_argument('--users', type=int, default=1500, help='of each category')
+    p.add_argument('--users', type=int, default=1500, help='of each category, when it is made')
     args = p.parse_args()
     folder = args.folder.absolute()
     if not (folder / 'plm' / 'longformer' / 'model.safetensors').exists():
