@@ -42,8 +42,10 @@ def command(main, *args):
         return
     except UserError as error:
         said = str(error)
-    except BrokenPipeError:  # `| head` has read enough; what is left was not done: as a shell says
-        os._exit(141)        # it, so that a chain ends too
+    except BrokenPipeError:
+        # `| head` has read enough; what is left was not done, so a chain must end too (a shell's
+        # number for it); what is buffered cannot be written
+        os._exit(141)
     except OSError as error:  # a full disk, a folder without permission
         said = f'{error.filename or "writing"}: {error.strerror or error}'
     except (RuntimeError, MemoryError) as error:
