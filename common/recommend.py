@@ -60,9 +60,9 @@ def scorer_of(folder, row, data, wide, machine):
     if row['model'] == 'untrained':
         found = began_with(folder, row, data, cold)
         embeddings = {row['init']: found} if found else {}
-        found = all_scorers(wide, embeddings, data.n_items + 1)
+        scorers = all_scorers(wide, embeddings, data.n_items + 1)
         try:
-            scorer = found[row['run']][1][row['weight']]
+            scorer = scorers[row['run']][1][row['weight']]
         except KeyError:
             raise UserError(f'{row["run"]}: today\'s code has no such ranking, or weight; make it '
                             f'again: evaluate.py untrained {data.name}') from None

@@ -204,13 +204,14 @@ def items(path, named, most=MOST_MALFORMED):
     and counted."""
     places, rows = table(path, most)
     key = column(path, places, 'id', named)
+    amazon = key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}
     left_out = 0
 
     def parse(row):
         nonlocal left_out
         if isinstance(row, list):
             row = tidy(dict(zip(places, row, strict=True)))
-        elif key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}:
+        elif amazon:
             row = {key: row[key], **product(row)}
         given = row.pop(key)
         pairs = []

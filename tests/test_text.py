@@ -158,6 +158,17 @@ def test_tokens_are_made_once_for_a_dataset_and_a_tokenizer(words, tmp_path):
     assert data.read == 2, 'both are kept'
 
 
+def test_kept_tokens_that_may_not_be_read_are_made_again(words, tmp_path, monkeypatch):
+    """Of a colleague's, in a shared folder; a preparation that may not be read is an error."""
+    data = dataset(tmp_path)
+    first = item_tokens(data, words)
+
+    def refuse(*_, **__):
+        raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr(np, 'load', refuse)
+    assert same_tokens(first, item_tokens(data, words)) and data.read == 2
+
+
 def test_kept_tokens_of_other_texts_code_or_library_are_made_again(words, tmp_path, monkeypatch):
     item_tokens(dataset(tmp_path), words)
     changed = dataset(tmp_path, ITEMS[:2], 'two')

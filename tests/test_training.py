@@ -454,7 +454,7 @@ def alone(signals):
     ignored = [signal.getsignal(number) is signal.SIG_IGN for number in signals]
     assert ignored == [machine.rank > 0] * len(signals)
     args = train_seq.parse_args(['one', '--model', 'sasrec'])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="leave torchrun out"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match='leave torchrun out'):
         patch.setattr(train_seq, 'start', lambda args: machine)
         train_seq.main(args)
 
