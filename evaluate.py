@@ -26,7 +26,7 @@ from common.figures import MEASURES, draw_attention, draw_bars, draw_lines, lear
 from common.files import UserError, command, runs_root, save_json, save_text
 from common.formats import named_columns
 from common.initial import OtherData, origin_of, read_embeddings
-from common.metrics import compare
+from common.metrics import METRICS, compare
 from common.models import load_seq
 from common.options import (POSITIVE, add_earlier_options, add_machine_options, flag, option,
                             options_parser)
@@ -62,6 +62,8 @@ def write_untrained(args, data, folder):
               code_of('common/baselines.py', 'common/data.py'))
     if run.finished():
         return
+    for path in folder.glob('[it]*-knn*/row.json'):  # of embeddings that may be gone
+        path.unlink()
     for name, row in untrained(data, embeddings):
         run._replace(folder=folder / name).write(**row, **origin_of(embeddings.get(row['init'])))
 
@@ -109,9 +111,8 @@ def cell_called(name, rows):
     ending = f'{re.escape(name)}({RATE_AND_SEED})?'
     found = [row for row in rows if re.fullmatch(ending, row['run'])]
     if not found or (cell := Cell(found)).mixed:
-        raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere), or of '
-                        'another version of the data, or several that differ in more than rate '
-                        'and seed')
+        raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere) of these '
+                        'data, or several that differ in more than rate and seed')
     return cell
 
 
@@ -135,8 +136,8 @@ def show_comparison(args, data, folder):
     cells = [cell_called(name, rows) for name in args.runs]
     print(f'{args.runs[0]} minus {args.runs[1]}, {rows[0]["users"]:,} users, percent')
     print(f'{"":24}{"difference":>11}  {"95 % interval":>18}  {"p":>7}')
-    for ranking, metrics in rows[0]['metrics'].items():
-        for metric in metrics:
+    for ranking, metrics in METRICS.items():
+        for metric in metrics.split():
             values = [cell.by_user(ranking, metric).mean(0) for cell in cells]
             difference, (low, high), p = compare(*values)
             print(f'{RANKINGS[ranking]:14}{metric:10}{100 * difference:+11.2f}  '
@@ -201,17 +202,14 @@ def show_curve(args, data, folder):
         if not any(points):  # of LF alone
             continue
         for number, cell in sorted(points.items()):
-            values = {f'{SHOWN}, {shown}': cell.value(ranking)
-                      for ranking, shown in RANKINGS.items()}
-            values['mean cosine'] = cell.first.get('cosine') or 0, 0  # of random rows: 0
             line = [method, f'{number:g}']
-            for measure, (value, spread) in values.items():
-                line.append(f'{value:.2f} ± {spread:.2f}')
-                panels.setdefault(measure, {}).setdefault(method, {})[number] = value, spread
+            for ranking, shown in RANKINGS.items():
+                line.append(cell.text(ranking, digits=2))
+                panel = panels.setdefault(f'{SHOWN}, {shown}', {})
+                panel.setdefault(method, {})[number] = cell.value(ranking)
             body.append(line)
     if not body:
-        raise UserError(f'{folder}: no runs from embeddings called pt-share<percent>; '
-                        f'bash run_all.sh {data.name} --figure2 makes them')
+        raise UserError(f'{folder}: no runs from pt-share<percent>: run_all.sh --figure2')
     finish(folder / 'figure2-share.md', markdown(['', share, *panels], body))
     draw_lines(folder / 'figure2-share.png', panels, share, log=True)
 
@@ -251,8 +249,7 @@ def parse_args(argv=None):
     g = g.add_mutually_exclusive_group()
     option(g, '--users', 'ids, or a file of one id a line (default: all)', nargs='+')
     option(g, '--items', 'ids of a history, oldest first', nargs='+')
-    option(g, '--histories', 'interactions of new users, a file as interactions.csv is or in any '
-           'form that common.data --from takes', Path)
+    option(g, '--histories', 'interactions of users, in any form that --from takes', Path)
     g = of['attention']
     add_machine_options(g)
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')

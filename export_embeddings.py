@@ -69,17 +69,15 @@ def read_rows(path, ids, data):
     except Exception:  # half a dozen kinds for a missing, damaged or foreign file
         raise UserError(f'{path}: is no matrix of numbers in a .npy file, or not there') from None
     if rows.dim() != 2 or not len(rows) == len(keys) == len(place):
-        raise UserError(f'{path}: has the shape {list(rows.shape)}; a row is needed for each of '
-                        f'the {len(keys):,} lines of {ids}, which name {len(place):,} items '
-                        f'(sort {ids} | uniq -d shows those that are there twice)')
+        raise UserError(f'{path}: has the shape {list(rows.shape)}; it needs a row for each '
+                        f'of the {len(keys):,} lines of {ids}, which name {len(place):,} items')
     wanted = data.item_ids
     if len(place) > data.n_items:
         wanted = wanted + data.cold_ids
     wrong = sorted(place.keys() ^ wanted)
     if wrong:
-        raise UserError(f'{ids}: lacks ids, or has unknown ones, {len(wrong):,} in all, the first '
-                        f'{wrong[0]!r}; needed are those of {data.n_items:,} items of '
-                        f'{data.name}, and all or none of {len(data.cold_ids):,} cold ones')
+        raise UserError(f'{ids}: {len(wrong):,} ids are missing or unknown, as {wrong[0]!r}; give '
+                        f'{data.n_items:,} items, all or none of {len(data.cold_ids):,} cold ones')
     return torch.stack([place[key] for key in wanted])
 
 
@@ -129,15 +127,15 @@ def main(args):
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids,
                     cold=cold.clone())  # of a view all rows would be saved
         else:
+            out.unlink(missing_ok=True)  # never beside other ids
             save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)
                 else:
                     f.write(safetensors.torch.save({'embeddings': rows}))
-        print(f'{len(items):,} items and {len(cold):,} cold ones x '
-              f'{rows.shape[1]}, mean norm {head["norm"]:.2f}, mean cosine of two items '
-              f'{head["cosine"]:.2f}, written to {out}')
+        print(f'{len(items):,} items and {len(cold):,} cold ones x {rows.shape[1]}, mean norm '
+              f'{head["norm"]:.2f}, mean cosine {head["cosine"]:.2f}, written to {out}')
 
 
 if __name__ == '__main__':

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.arrays import cut, take
+from common.arrays import cut, parts, take
 from common.backbone import save_recformer, start_model, weights_digest
 from common.data import load
 from common.files import UserError, command, lock, runs_root
@@ -52,8 +52,7 @@ def parse_args(argv=None):
         wrong = args.plm
     if wrong:
         p.error('--stage 0 and 1 start from a --checkpoint (pretrain.py makes one) or a --plm; '
-                '--stage 2 from a --checkpoint of stage 1, not from --plm, and it alone takes '
-                '--trainable-items')
+                '--stage 2 from stage 1, without --plm, and it alone takes --trainable-items')
     if args.out and len(args.seeds) > 1:
         p.error('--out: one folder takes one of the --seeds')
     return args
@@ -69,8 +68,7 @@ def choose_layers(model, text):
     model.requires_grad_(False)
     for name in text.split(','):
         if name not in layers:
-            raise UserError(f'--tune-layers {text}: give numbers such as 3,7,11, or all; this '
-                            f'model has layers 0 to {len(layers) - 1}')
+            raise UserError(f'--tune-layers {text}: all, or of 0 to {len(layers) - 1} some, as 3,7,11')
         layers[name].requires_grad_(True)
 
 
@@ -105,8 +103,8 @@ def tune(args, data, model, tokens, run):
     table = torch.nn.Embedding.from_pretrained(model.items, freeze=not args.trainable_items)
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table})
     users = data.users_with(2)  # a prefix and a label
-    parts = [part.numpy() for part in torch.arange(len(users)).split(args.batch)]
-    training = Training(run, tuned, adamw(tuned, args), len(parts), args.warmup)
+    shares = parts(len(users), args.batch)
+    training = Training(run, tuned, adamw(tuned, args), len(shares), args.warmup)
     with training:
         if args.stage == 2 and training.best < 0:
             # stage 1's best stays where no epoch is better (RecFormer's code)
@@ -115,7 +113,7 @@ def tune(args, data, model, tokens, run):
             tuned.train()
             rng = np.random.default_rng([args.seed, 5, epoch, args.stage - 1])
             histories, labels = prefixes(data, rng.permutation(users), rng)
-            batches = ((model.pack(*take(*histories, parts[step]), tokens), labels[parts[step]])
+            batches = ((model.pack(*take(*histories, shares[step]), tokens), labels[shares[step]])
                        for step in training.steps())
             for packed, label in prefetch(batches, machine):
                 if machine.rank:  # dropout; the first goes on with the generator as it is
@@ -127,8 +125,7 @@ def tune(args, data, model, tokens, run):
                 model.items.copy_(model.encode_items(tokens))
             value = value_of(ranks_of(model, tokens, data, 'valid'))
             training.end_epoch(value)
-            print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} '
-                  f'(best {training.best:.4f}, epoch {training.best_epoch})')
+            print(f'epoch {epoch + 1}: validation NDCG@10 {value:.4f} (best {training.best:.4f})')
     return training.restore_best()
 
 

@@ -206,9 +206,8 @@ def main(args):
     sources = Sources(args, model.words)
     least = min(args.batch, len(sources.train), 2 * len(sources.valid))
     if least < 2 * machine.world:
-        raise UserError(f'{" ".join(args.sources)}: of {len(sources.train)} users that train and '
-                        f'{len(sources.valid)} held out each process needs two of a --batch '
-                        f'({args.batch}) and one')
+        raise UserError(f'{" ".join(args.sources)}: each process needs two of {len(sources.train)} '
+                        f'users that train and of a --batch, one of {len(sources.valid)} held out')
     folder = args.out or runs_root() / f'pretrained/{Path(args.plm).name}-{"+".join(args.sources)}'
     identity = {'options': option_identity(args),
                 'data': sources.fingerprints,

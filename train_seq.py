@@ -29,7 +29,7 @@ from common.runs import Run, code_of
 from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
-MODES = 'freeze trainable further-all further-emb id+text'.split()
+MODES = r'freeze|trainable|further-all|further-emb|id\+text'
 
 
 # ------------------------------------------------------------------------ options
@@ -38,14 +38,14 @@ def variant(text):
     """An argparse type: 'random', or an embedding's name and a mode -> (source, mode)."""
     if text == 'random':
         return text, text
-    for mode in MODES:
-        source = text.removesuffix(f'-{mode}')
-        if source != text and re.fullmatch(r'(?!random$)[\w+.,-]+', source):
-            return source, mode
-    raise ValueError
+    found = re.fullmatch(rf'(?!random-)([\w+.,-]+?)-({MODES})', text)
+    if not found:
+        raise ValueError
+    return found.groups()
 
 
-variant.__name__ = f'variant (random, E-{", E-".join(MODES)})'  # argparse prints it
+# argparse prints it
+variant.__name__ = 'variant (random; E- and freeze, trainable, further-all, further-emb, id+text)'
 
 
 def parse_args(argv=None):
@@ -197,8 +197,7 @@ def main(args):
                     print(f'{args.model} {source} {mode}, rate {lr:g}, seed {seed}: {error}')
             if not rows:
                 raise UserError(f'{args.model} {source} {mode}, seed {seed}: training diverged '
-                                f'with all of the rates {rates}; leave them out of --lrs, or '
-                                'add lower ones')
+                                f'with all of the rates {rates}; give lower --lrs')
             row = max(rows, key=lambda row: row['valid'])
             best[source, mode, seed] = row['run']
             rates = [row['lr']]  # the first seed chooses for the others

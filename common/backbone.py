@@ -94,14 +94,13 @@ def load_words(path, config):
     if cls is None:
         cls = tokenizer.bos_token_id
     if not tokenizer.is_fast or None in (cls, tokenizer.mask_token_id):
-        raise UserError(f'--plm {path}: its tokenizer must be a fast one with a mask token and a '
-                        'cls or bos token (BERT, RoBERTa, Longformer)')
+        raise UserError(f'--plm {path}: needs a fast tokenizer, with a mask and a cls or bos token')
     largest = max(tokenizer.get_vocab().values())  # added tokens too
     pad = tokenizer.pad_token_id
     if largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad):
-        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding; '
-                        f'its model has {config.vocab_size} words and counts positions from '
-                        f'{config.position_offset}, by config.json: they do not fit each other')
+        raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding, '
+                        f'its config.json {config.vocab_size} words, positions from '
+                        f'{config.position_offset}: they do not fit each other')
     return Words(tokenizer.backend_tokenizer.to_str(), cls, tokenizer.mask_token_id)
 
 
@@ -123,8 +122,7 @@ def from_backbone(path):
     for name, allowed in ALLOWED.items():
         found = str(getattr(b, name, allowed))
         if found not in allowed.split():
-            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known here: '
-                            f'{allowed}')
+            raise UserError(f'--plm {path}: {name} is {found} in its config.json; known: {allowed}')
     backbone, info = from_pretrained(AutoModelForMaskedLM, path, config=b, dtype=torch.float32,
                                      output_loading_info=True)
     lacking = ' '.join(info['missing_keys'])
@@ -208,8 +206,7 @@ def start_model(checkpoint, plm=None, seed=0):
     state = published(path)
     if state:
         if not plm:
-            raise UserError(f'{path}: a published state dict does not name its backbone: '
-                            'add --plm longformer (or yours)')
+            raise UserError(f'{path}: does not say what it was tuned from: add --plm longformer')
         model = start_model(None, plm)
         own = model.state_dict()
         for part in OPTIONAL:

@@ -182,7 +182,7 @@ def build(folder, filters, identity):
     """{name: array}, what prepared.npz holds of the canonical files in `folder`."""
     texts = read_items(canonical_file(folder, 'items.jsonl'))
     path = canonical_file(folder, 'interactions.csv')
-    columns, user_ids, unknown = read_interactions(path, texts)
+    columns, user_ids, unknown, lost = read_interactions(path, texts)
     repeated = repeats(columns)
     columns = [np.delete(column, repeated) for column in columns]
     user, item, time = filtered(columns, *filters)
@@ -193,9 +193,8 @@ def build(folder, filters, identity):
     evaluated = evaluated_users(items, offsets)
     if not len(evaluated):
         raise UserError(f'{path}: no user has {max(3, filters[0])} interactions (--min-user; '
-                        f'--min-item: {filters[1]}) with items that have texts (rows with unknown '
-                        f'items: {unknown:,}; are ids alike in both files?) and two last items '
-                        'that occur in training parts; there is nothing to evaluate')
+                        f'--min-item: {filters[1]}) and two last items that occur in training '
+                        f'parts; rows whose item has no text: {unknown:,}, as of {lost!r}')
     user_ids = np.array(user_ids, object)
     user_names = user_ids[users].tolist()
     catalogue = list(compress(texts, kept))
@@ -211,9 +210,10 @@ def build(folder, filters, identity):
         "% of neighbours have one timestamp, in the file's order (data/README.md)":
             100 * tied.mean(),
         'users of these files left out by the filters or the sample': len(user_ids) - len(users),
-        'rows dropped, as their item has no text': unknown,
+        'rows left out by the filters or the sample': len(columns[0]) - len(items),
+        f'rows dropped, as their item has no text (the first: {lost!r})': unknown,
         'rows dropped, as they repeat another': len(repeated),
-        'items nobody has (they can be recommended, see evaluate.py recommend --cold)': len(texts),
+        "items in nobody's sequence (evaluate.py recommend --cold knows them)": len(texts),
         'warning: items whose text, or lack of one, another item has too':
             len(catalogue) - len(different),
         f'warning: users with fewer than {NEGATIVES} negatives, as the catalogue is small':
@@ -256,6 +256,8 @@ def prepare(name, given):
         return load(name, filters)
     identity = identity_of(folder, filters, {})
     with lock(folder, wait=True):
+        with suppress(UserError):  # this may have waited for another that made it
+            return load(name, filters)
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
@@ -307,8 +309,8 @@ def parse_args(argv=None):
     option(p, '--from', 'make its files from others: a folder, stem or file (data/README.md)',
            Path, dest='source')
     option(p, '--items', 'the file of texts, where --from names a file', Path)
-    option(p, '--columns', 'user=..,item=..,time=..,id=..: names (id: of the texts; else as item)',
-           named_columns, {})
+    option(p, '--columns', 'user=..,item=..,time=..,id=..,text=..+..: names (id: of the texts; '
+           'else as item; text: what of them is read)', named_columns, {})
     return p.parse_args(argv)
 
 
@@ -321,7 +323,8 @@ def main(args):
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
           f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; the first '
-          f"item's attributes, as they are read: {str(dict(next(data.each('attributes'))))[:300]}")
+          "item's attributes (three are read, but for --columns text=..): "
+          f'{str(dict(next(data.each("attributes"))))[:300]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

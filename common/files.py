@@ -47,13 +47,13 @@ def command(main, *args):
         # number for it); what is buffered cannot be written
         os._exit(141)
     except OSError as error:  # a full disk, a folder without permission
-        said = f'{error.filename or "writing"}: {error.strerror or error}'
+        said = f'{error.filename or "writing"}: {error.strerror or error.args}'
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        said = (f'out of memory ({str(error)[:80]}): lower --batch, or --micro-tokens where the '
-                'script has it; what was saved is kept')
-    print(f'error: {" ".join(said.split())}', file=sys.stderr)
+        said = f'out of memory ({str(error)[:80]}): lower --batch or --micro-tokens, and go on'
+    # a file that is no text may be quoted, and control a terminal
+    print('error:', re.sub(r'[\s\0-\x1f\x7f-\x9f]+', ' ', said), file=sys.stderr)
     sys.exit(2)
 
 
@@ -136,7 +136,8 @@ def whole(path):
         error.filename = str(error.filename or path).replace(part.name, path.name)
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that only reads
+            part.unlink()
 
 
 def save_text(path, text):

@@ -52,8 +52,7 @@ def find_pair(path):
     if len(found) != 1:
         names = ', '.join(rows.name for rows, _ in found)
         raise UserError(f'{path}: holds not one pair of files of a known form (data/README.md), '
-                        f'but {names or "none"}; name one: --from INTERACTIONS --items TEXTS '
-                        '[--columns user=..,item=..,time=..]')
+                        f'but {names or "none"}; name one: --from INTERACTIONS --items TEXTS')
     return found[0]
 
 
@@ -158,7 +157,9 @@ def canonical_from(folder, pair, named, filters, expected=None):
                 elif key in used or not filters:
                     seen.add(key)
                     texts.write(json.dumps(dict(pairs) | {'id': key}, ensure_ascii=False) + '\n')
-            save_json(source, {})  # what lies here was made here, should this be killed now
+            # should this be killed now: what lies here was made here, and is no pair
+            save_json(source, {})
+            made[0].unlink(missing_ok=True)
         save_json(source, now)
     print(f'  {len(used):,} items with interactions, {len(used - seen):,} of them without texts; '
           f'{len(seen):,} with texts; {repeats:,} lines that repeat an id are left out')
@@ -184,8 +185,7 @@ def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
     Nothing is filtered, and items that nobody has stay."""
     if users_own(folder) or folder.name in AMAZON:
-        raise UserError(f'{folder}: is for the paper\'s data, or holds files that --from did not '
-                        'make and never overwrites: choose another name')
+        raise UserError(f"{folder}: is the paper's, or was not made by --from: choose another name")
     pair = (path, texts) if texts else find_pair(path)
     print(f'{folder.name}: interactions of {pair[0]}, texts of {pair[1]}')
     canonical_from(folder, pair, named, [])
@@ -195,10 +195,10 @@ def named_columns(text):
     """The value of --columns as {role: column}; an id's is that of the item where it is not said.
     ValueError."""
     named = dict(pair.split('=', 1) for pair in text.split(','))
-    if not named.keys() <= COLUMNS.keys():
+    if not named.keys() <= {*COLUMNS, 'text'}:
         raise ValueError
     named.setdefault('id', named.get('item', COLUMNS['id']))
     return named
 
 
-named_columns.__name__ = 'user=..,item=..,time=..,id=..'  # argparse prints it
+named_columns.__name__ = 'user=..,item=..,time=..,id=..,text=..+..'  # argparse prints it

@@ -39,8 +39,7 @@ def read_embeddings(path, data, cold=False):
                         "or other cold items than today's; export it again, or remove it")
     rows = matrix[1:]
     if not (rows - rows.mean(0)).norm() > 1e-5 * rows.norm():  # nothing but rounding, or NaN
-        raise UserError(f'{path}: all items have the same row, or not all numbers are finite; '
-                        'their texts tell nothing apart')
+        raise UserError(f'{path}: all items have the same row (alike texts?), or not all is finite')
     if cold:
         matrix = torch.cat([matrix, content['cold']])
     return Embeddings(matrix, known, head)
@@ -58,7 +57,7 @@ def geometry(rows):
     unit = normalize(rows, dim=1)
     n = len(unit)
     of_pairs = unit.sum(0).square().sum() - unit.square().sum()
-    cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
+    cosine = of_pairs / (n * (n - 1))
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 

@@ -145,8 +145,7 @@ class Attention(nn.Module):
     def __init__(self, hidden, heads, dropout=0.0):
         super().__init__()
         if hidden % heads:
-            raise UserError(f'a width of {hidden} cannot be split among {heads} heads; '
-                            'choose another --hidden')
+            raise UserError(f'--hidden: {hidden} cannot be split among {heads} heads; try another')
         self.heads = heads
         self.softmax = nn.Softmax(-1)
         self.drop = Dropout(dropout)

@@ -61,8 +61,8 @@ def add_tuning_options(parser, epochs, batch):
     """All that stage-PT and stage-FT share; defaults are RecFormer's where its paper or code has
     them (but its patience counts validations, one in three epochs; ours, epochs)."""
     add_plm_options(parser)
-    option(parser, '--max-tokens', "newest tokens of a history (RecFormer: 1024, and it says that "
-           "256 cost nothing; default: the checkpoint's, in stage-PT 1024)", number(2, 1024))
+    option(parser, '--max-tokens', "newest of a history (RecFormer's 1024, or the checkpoint's)",
+           number(2, 1024))
     add_training_options(parser, epochs, 5, batch)
     option(parser, '--lr', 'peak rate', RATE, 5e-5)
     option(parser, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)

@@ -4,6 +4,7 @@ B = users, n = items (ids 1..n, 0 padding); cold items, where they count, are n 
 order. Histories are ragged (items, offsets), oldest first.
 """
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -41,8 +42,7 @@ def began_with(folder, row, data, cold):
     UserError: they are others by now, or know no cold items."""
     if row['init'] in (None, 'random'):
         if cold:
-            raise UserError(f'--cold: {row["run"]} did not start from embeddings, which alone know '
-                            'items that nobody has')
+            raise UserError(f'--cold: {row["run"]} started from no embeddings, which that needs')
         return None
     path = folder / 'embeddings' / f'{row["init"]}.pt'
     found = read_embeddings(path, data, cold)
@@ -112,14 +112,15 @@ def new_users(args, data, wide):
         rows = dict.fromkeys(interactions(args.histories, args.columns))
         pairs = [row[:2] for row in sorted(rows, key=itemgetter(3))]  # by time
     number = {key: i for i, key in enumerate(wide.item_ids, 1)}
-    reasons = dict.fromkeys(data.cold_ids, 'nobody has this item; --cold knows it')
-    known = known_of([item for _, item in pairs], number, reasons,
-                     str(args.histories or '--items'))
+    reasons = dict.fromkeys(data.cold_ids, 'in nobody\'s sequence; --cold knows it')
+    source = str(args.histories or '--items')
+    known = known_of([item for _, item in pairs], number, reasons, source)
     found = {}
     for user, item in pairs:
         if item in known:
             found.setdefault(user, []).append(known[item])
-    return found
+    users = dict.fromkeys(dict(pairs), 'a user without any known item')
+    return known_of(users, found, users, source)
 
 
 def asked(args, data, wide):
@@ -129,7 +130,7 @@ def asked(args, data, wide):
     everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
     if not args.users:
         return everybody
-    source = '--users'
+    source = '--users (ids, or one file of ids)'
     names = args.users
     if len(names) == 1 and Path(names[0]).is_file():
         source = names[0]
@@ -181,14 +182,15 @@ def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
-        raise UserError(f'{args.run}: is RecFormer, which ranks in the tables alone, or was made '
-                        f'on another version of {data.name}: make it again')
+        raise UserError(f'{args.run}: is of another version of {data.name} (bash run_all.sh makes '
+                        'it again), or RecFormer, which ranks in the tables alone')
     if args.columns and not args.histories:
         raise UserError('--columns goes with --histories')
     kind = args.out and args.out.suffix
-    read = args.histories and args.histories.resolve()
-    if kind not in FORMS or kind and args.out.resolve() == read:
-        raise UserError(f'--out {args.out}: must end in .csv or .jsonl, and not be --histories')
+    if kind not in FORMS:
+        raise UserError(f'--out {args.out}: must end in .csv or .jsonl')
+    if kind and args.out.exists() and not re.match(b'user,rank|{"user": |$', args.out.read_bytes()):
+        raise UserError(f'--out {args.out}: holds no recommendations, and stays; choose another')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))
     histories = asked(args, data, wide)

@@ -22,8 +22,8 @@ LOSSES = {'bce': 'one negative', 'ce': 'cross-entropy', 'sampled': 'sampled soft
 RANKINGS = {'sampled': '100 negatives', 'full': 'all items', 'new': 'new items'}
 SHOWN = 'NDCG@10'  # what the flat tables show and test; any cut-off, as HR@20
 ALPHA = 0.05  # of the paired tests
-# Options that a row must share with random rows to be compared with them.
-SETTINGS = 'epochs patience batch max_items negatives'.split()
+# Options in which a row may differ from random rows and be compared with them.
+VARIED = 'init mode scale hidden lr seed'.split()
 RATE_AND_SEED = r'(-lr[\d.e-]+)?-seed\d+'  # end the name of a run
 # In what a cell's runs may differ: seed, rate, what a seed's own earlier stage gave it.
 FREE = {'options.seed', 'options.lr', 'from', 'start'}
@@ -52,22 +52,21 @@ class Cell:
     """One variant of one model: its runs, one per seed, all with the chosen rate.
 
     first: the row of the lowest seed; title: model and loss; label: the run's name without these,
-    rate and seed; variant: without its embeddings too; kind: title, width, SETTINGS; random: the
-    Cell of random rows of that kind, best: {ranking: the best Cell without training, by test};
-    None: there is none.
+    rate and seed; variant: without its embeddings too; kind: title, width, all options but VARIED;
+    random: the Cell of random rows of that kind, best: {ranking: the best Cell without training, by
+    test}; None: there is none.
     """
 
     def __init__(self, rows):
         self.first = max(rows, key=suitability)
         self.rows = [row for row in rows if row.get('lr') == self.first.get('lr')]
-        seeds = {row.get('seed') for row in self.rows}
-        found = {name for row in self.rows for made in ('identity', 'code')
+        found = {name for row in rows for made in ('identity', 'code')
                  for name in differences(self.first[made], row[made])}
-        self.mixed = len(seeds) < len(self.rows) or not found <= FREE
+        self.mixed = not found <= FREE
         self.init = self.first['init']
         self.title, self.label = names_of(self.first)
         options = self.first['identity'].get('options', {})
-        settings = f'{[options.get(name) for name in SETTINGS]}'
+        settings = str([option for option in options.items() if option[0] not in VARIED])
         self.kind = self.title, -self.first.get('hidden', 0), settings
         self.variant = self.label
         if self.init != 'random':
@@ -189,14 +188,14 @@ def footer(rows):
             'its seeds: how far these lie apart is in ± alone; 0.000 is less than 0.0005. Targets '
             f'tie with a candidate for at most {ties:.1%} of\nthe users. '
             "The last number of a name is the width; below the embeddings' own: their principal "
-            'components, of centred rows.\n'
+            'components, of centred rows. Mixed: its runs, at\nwhatever rate, were made with other '
+            'options or code; make them again, or remove the old ones.\n'
             f'Language model: {several("plm") or "none"}; {several("date")}; commits '
             f'{several("commit")}.\n')
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
         text += (f"\n**{len(stale)} of these runs were made by other code than today's** "
-                 f'({", ".join(sorted(set().union(*stale)))}); the same commands make '
-                 'them again.\n')
+                 f'({", ".join(sorted(set().union(*stale)))}); run the same commands again.\n')
     return text
 
 

@@ -161,7 +161,7 @@ def result_line(row):
 def load_rows(dataset):
     """All rows of a dataset that have metrics, by name of their run."""
     rows = map(read_row, sorted((runs_root() / dataset).glob('*')))
-    return [row for row in rows if 'metrics' in row]
+    return [row | {'dataset': dataset} for row in rows if 'metrics' in row]  # it may be a copy
 
 
 def read_ranks(dataset, run):

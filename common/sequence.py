@@ -64,7 +64,8 @@ class SequenceModel(Model):
         return self.item_embedding(self.ids(items))
 
     def scorer(self):
-        """(table [n + 1, H], bias [n + 1] or None): item i scores state . table[i] + bias[i]."""
+        """(table [n + 1, H], bias [n + 1] or None): item i scores state . table[i] + bias[i]. The
+        losses of few negatives do the same with the rows that they need."""
         return self.item_embedding(), None
 
     def states(self, items, offsets):
@@ -103,8 +104,8 @@ class SequenceModel(Model):
         given = self.ids(items[place])
         target = self.ids(items[place + 1])
         if kind == 'ce':
-            x, table = LookUp.apply(self.item_embedding(), given)
-            return SoftmaxLoss.apply(self(x, lengths), table, None, target)
+            x = self(self.item_embedding(given), lengths)
+            return SoftmaxLoss.apply(x, *self.scorer(), target)
         if kind == 'bce':
             wrong = self.ids(negatives[place + 1])
         else:  # shared by all positions: a product instead of a look-up for each
@@ -223,21 +224,6 @@ class SelfAttention(Attention):
 
 
 # ------------------------------------------------------------------------ softmax over all items
-
-class LookUp(torch.autograd.Function):
-    """(rows `ids` of a table, the table for the softmax that follows): both gradients in one tensor
-    as large as the table."""
-
-    @staticmethod
-    def forward(ctx, table, ids):
-        ctx.save_for_backward(ids)
-        return F.embedding(ids, table), table.view_as(table)
-
-    @staticmethod
-    def backward(ctx, of_rows, of_table):
-        # in place: SoftmaxLoss made of_table for this alone
-        return of_table.index_add_(0, ctx.saved_tensors[0], of_rows), None
-
 
 class SoftmaxLoss(torch.autograd.Function):
     """Mean cross-entropy of targets [P] over items 1..n: states [P, H], table [n + 1, H], bias

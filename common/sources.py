@@ -12,6 +12,7 @@ import re
 from array import array
 from datetime import UTC, datetime
 from html import unescape
+from itertools import tee
 
 import numpy as np
 
@@ -21,11 +22,11 @@ from common.progress import progress
 # What a column is called, the first that is there counts; `id` is an item's in the file of texts.
 ITEM = 'item, item_id, itemId, movieId, movie_id, parent_asin, asin, product_id'
 COLUMNS = {'user': 'user, user_id, userId, reviewerID, customer_id', 'item': ITEM,
-           'id': f'{ITEM}, id', 'time': 'timestamp, time, unixReviewTime, datetime, date'}
+           'id': f'{ITEM}, id', 'time': 'timestamp, unixReviewTime, datetime, date, time'}
 GENRES = '''unknown Action Adventure Animation Children Comedy Crime Documentary Drama Fantasy
             Film-Noir Horror Musical Mystery Romance Sci-Fi Thriller War Western'''
 # The first line of files without a header -> their columns: MovieLens, Amazon 2018.
-HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d+': 'user item rating time',
+HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d{8,}': 'user item rating time',
             r'\d+::.*::.*': 'item title genres',
             r'\d+\|.*(\|[01]){19}': f'item title released video IMDb {GENRES}',
             r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
@@ -80,20 +81,16 @@ def objects(text):
 def table(path, most):
     """({column: its place in a row}, (line number, row) of each). A row is a list of cells, or of
     JSON an object, whose places are its names."""
-    text = lines(path, most)
-    again = lines(path, most)
-    # closed here: where a generator is only left, what happens while it cleans up (SIGTERM) is lost
+    text, ahead = tee(lines(path, most))  # a pipe is read once
     if re.search('(?i)[.](nd)?json', path.name):
-        first = next((row for _, row in objects(text) if row), {})
-        text.close()
-        return dict(zip(first, first)), objects(again)
-    head = next(text, '')
-    text.close()
+        first = next((row for _, row in objects(ahead) if row), {})
+        return dict(zip(first, first)), objects(text)
+    head = next(ahead, '')
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
     if mark != '::' and re.search('(?i)[.][ct]sv', path.name):
-        rows = csv_rows(path, again, mark)
+        rows = csv_rows(path, text, mark)
     else:  # a quote is a character like any other
-        rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(again, 1)
+        rows = ((n, line.rstrip('\r\n').split(mark)) for n, line in enumerate(text, 1)
                 if not line.isspace())
     known = [names.split() for first, names in HEADLESS.items()
              if re.fullmatch(first, head.strip())]
@@ -152,7 +149,7 @@ def interactions(path, named, most=MOST_MALFORMED):
             user, item, stamp = map(as_text, (user, item, stamp))
         elif len(row) != width:
             raise ValueError
-        user, item = user.strip(' \t'), item.strip(' \t')
+        user, item = user.strip(), item.strip()
         if not user or not item:
             raise ValueError
         return user, item, stamp, microseconds(stamp)
@@ -180,9 +177,10 @@ def microseconds(stamp):
 def read_interactions(path, known):
     """Of the canonical file the columns user, item (int32 [N]) and time (int64 [N], microseconds)
     of the rows whose item is known; the ids of users (numbers are places; items' are places in
-    `known`); how many rows have an unknown item."""
+    `known`); how many rows have an unknown item, and the first of these."""
     users = {}
     unknown = 0
+    first = ''
     items = {key: number for number, key in enumerate(known)}
     of_user = array('i')  # 16 bytes a row
     of_item = array('i')
@@ -194,7 +192,8 @@ def read_interactions(path, known):
             times.append(time)
         else:
             unknown += 1
-    return list(map(np.asarray, (of_user, of_item, times))), list(users), unknown
+            first = first or item
+    return list(map(np.asarray, (of_user, of_item, times))), list(users), unknown, first
 
 
 # ------------------------------------------------------------------------ items
@@ -204,6 +203,8 @@ def items(path, named, most=MOST_MALFORMED):
     and counted."""
     places, rows = table(path, most)
     key = column(path, places, 'id', named)
+    wanted = [column(path, places, 'text', {'text': name})
+              for name in named.get('text', '').split('+') if name]
     amazon = key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}
     left_out = 0
 
@@ -211,13 +212,15 @@ def items(path, named, most=MOST_MALFORMED):
         nonlocal left_out
         if isinstance(row, list):
             row = tidy(dict(zip(places, row, strict=True)))
-        elif amazon:
+        elif amazon and not wanted:
             row = {key: row[key], **product(row)}
         given = row.pop(key)
         pairs = []
-        item = as_text(given).strip(' \t')
+        item = as_text(given).strip()
         if not item or isinstance(given, list):
             raise ValueError
+        if wanted:
+            row = {name: row.get(name) for name in wanted}
         for name, value in row.items():
             try:
                 pairs.append((as_text(name), as_text(value)))

@@ -218,8 +218,7 @@ class Training(contextlib.AbstractContextManager):
         values = torch.stack([*losses.values(), norm]).tolist()
         if not all(map(math.isfinite, values)):
             raise Diverged(f'training went wrong at {self.where()}: loss {values[0]}, gradient '
-                           f'norm {values[-1]}; {self.path}, where it was written yet, holds the '
-                           'last good state; try a lower rate or --precision float32')
+                           f'norm {values[-1]}; try a lower rate or --precision float32')
         with uninterrupted():
             self.optimizer.step()
             self.optimizer.zero_grad()

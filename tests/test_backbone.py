@@ -224,7 +224,7 @@ def test_settings_that_cannot_be_computed_are_refused_by_name(tmp_path, name, va
     model_of('roberta').save_pretrained(tmp_path)
     config = json.loads((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps({**config, name: value}))
-    with pytest.raises(UserError, match=f'{tmp_path}: {name} is {value} in its config.json; known here'):
+    with pytest.raises(UserError, match=f'{tmp_path}: {name} is {value} in its config.json; known'):
         from_backbone(tmp_path)
 
 

@@ -418,6 +418,14 @@ def test_every_ranking_without_training_is_a_run(world, capsys):
     assert 'up to date' in capsys.readouterr().out
 
 
+def test_rankings_of_embeddings_that_are_gone_go_too(world):
+    data, _, folder = world
+    write()
+    (folder / 'embeddings' / 'lf.pt').unlink()
+    write()
+    assert {row['run'] for row in load_rows('toy')} == {'popularity', 'item-knn'}
+
+
 def test_new_embeddings_and_new_code_make_them_again(world, capsys, monkeypatch):
     data, matrix, folder = world
     write()

@@ -699,15 +699,15 @@ WRONG = [
     ([*SASREC, '--variants', 'xx-thaw'], '--variants'),
     ([*SASREC, '--variants', 'lf-freeze'], 'lf.pt: no such file'),
     ([*SASREC, '--device', 'cuda:99', '--hidden', '8'], '--device cuda:99'),
-    (['train_seq.py', 'mine', '--model', 'bert4rec', '--hidden', '9'], 'another --hidden'),
+    (['train_seq.py', 'mine', '--model', 'bert4rec', '--hidden', '9'], '--hidden: 9 cannot be split among 4 heads; try another'),
     (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'run python -m common.data nosuch'),
     (['finetune.py', 'mine', '--stage', '2'], 'ft1-seed0'), (FT1, '--checkpoint'),
-    ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], 'layers 0 to 1'),
+    ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], '--tune-layers 9: all, or of 0 to 1 some'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', 'top'], '--tune-layers top'),
     ([*FT1, '--plm', '/nosuch/model'], '--plm /nosuch/model: no language model'),
     ([*FT1, '--plm', 'PLM', '--trainable-items'], '--stage 2'),
     ([*FT1, '--plm', 'PLM', '--out', 'X', '--seeds', '0', '1'], '--out'),
-    (['finetune.py', 'mine', '--stage', '2', '--plm', 'PLM'], 'not from --plm'),
+    (['finetune.py', 'mine', '--stage', '2', '--plm', 'PLM'], 'without --plm'),
     ([*PT, '--batch', '1'], '--batch'), ([*PT, '--share', '0'], '--share'),
     ([*PT, '--lr', 'inf'], '--lr'), ([*PT, '--again', '--keep'], '--keep'),
     (['pretrain.py', 'nosuch', '--plm', 'PLM', '--out', 'X'], 'run python -m common.data nosuch'),
@@ -722,7 +722,7 @@ WRONG = [
     (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine', '--seq', 'a'], 'no such file'),
-    (['evaluate.py', 'curve', 'mine'], 'no runs from embeddings called pt-share'),
+    (['evaluate.py', 'curve', 'mine'], 'no runs from pt-share'),
 ]
 
 

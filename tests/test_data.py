@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_data.py
 import gzip
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -35,7 +36,9 @@ def write(root, rows, items='abcdefghijkl', name='toy'):
 
 
 TIED = "% of neighbours have one timestamp, in the file's order (data/README.md)"
-UNKNOWN = 'rows dropped, as their item has no text'
+def unknown(d):
+    """(how many rows were dropped as their item has no text, what is said of them)."""
+    return next((n, what) for what, n in d.counts.items() if 'their item has no text' in what)
 TEN = {'u0': 'abcd', 'u1': 'bcda', 'u2': 'cdab', 'u3': 'abce', 'u4': 'abec', 'u5': 'abcdf',
        'u6': 'fabcd', 'u7': 'abc', 'u8': 'gabcd', 'u9': 'abcgd'}
 
@@ -191,12 +194,14 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     assert d.dropped_users == ['u3', 'u4', 'u7', 'v']
     data.report(d)
     out = capsys.readouterr().out
-    assert '           6  items nobody has (they can be recommended, see evaluate.py recommend --cold)\n' in out
+    assert "           6  items in nobody's sequence (evaluate.py recommend --cold knows them)\n" in out
     assert '           4  users of these files left out by the filters or the sample\n' in out
+    lost = len(rows) - d.counts['interactions']
+    assert lost > 10 and f'{lost:>12}  rows left out by the filters or the sample\n' in out
     first = d.fingerprint
     write(root, rows, items='abcdefg')
     d = data.prepare('toy', (4, 4, 0))
-    assert d.cold_ids == list('efg') and sum('nobody has' in what and count == 3 for what, count in d.counts.items()) == 1
+    assert d.cold_ids == list('efg') and sum('nobody\'s sequence' in what and count == 3 for what, count in d.counts.items()) == 1
     assert d.fingerprint == first, 'of what models learn from; cold items are no part of it'
     text = (folder / 'items.jsonl').read_text().replace('item e', 'item E')
     (folder / 'items.jsonl').write_text(text)
@@ -302,7 +307,7 @@ def test_quotes_and_commas_in_ids(root):
     (folder / 'items.jsonl').write_text('\n'.join(texts))
     d = data.prepare('toy', data.DEFAULT)
     assert d.item_ids == sorted(QUOTED) and d.user_ids[0] == 'u0, "u0"'
-    assert d.counts[UNKNOWN] == 0
+    assert unknown(d)[0] == 0
     sequence = [d.item_ids[i - 1] for i in d.items[d.offsets[5]:d.offsets[6]]]
     assert sequence == [named[i] for i in 'abcdf'], 'u5'
     assert data.load('toy').item_ids == d.item_ids
@@ -314,7 +319,7 @@ def test_spaces_around_ids_do_not_count(root, space):
     rows = [f'{space}{u},"{i}{space}",{t}{space}' for u, i, t in ten_rows()]
     (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
     d = data.prepare('toy', data.DEFAULT)
-    assert d.item_ids == list('abcdefg') and d.counts[UNKNOWN] == 0
+    assert d.item_ids == list('abcdefg') and unknown(d)[0] == 0
 
 
 @pytest.mark.parametrize('space', ['\u00a0', '\u2003', '\n', '\x1f'])
@@ -323,7 +328,7 @@ def test_an_id_that_ends_in_other_white_space_is_the_same_id_in_both_files(root,
     rows = [f'{u},"{i}{space}",{t}' for u, i, t in ten_rows()]
     (folder / 'interactions.csv').write_text('\n'.join(['user,item,timestamp', *rows]) + '\n')
     d = data.prepare('toy', data.DEFAULT)
-    assert d.n_items == 7 and d.counts[UNKNOWN] == 0
+    assert d.n_items == 7 and unknown(d)[0] == 0
 
 
 def test_ids_that_end_in_a_control_character_stay_apart(root):
@@ -452,7 +457,7 @@ BAD_INTERACTIONS = {
     'u,a,1\n': 'has no column .user, .*but u, a, 1',
     'user,item\n': 'has no column .timestamp, .*but user, item',
     'user;item;timestamp\n': 'no user has 4',
-    HEADER: r'no user has 4 .*unknown items: 0; .*nothing to evaluate',
+    HEADER: r'no user has 4 .* has no text: 0, ',
     HEADER + 'u,a\n': r"line 2 is no record with a user, .*: \['u', 'a'\]",
     HEADER + 'u,a,1,9\n': r"line 2 is no record .*: \['u', 'a', '1', '9'\]",
     HEADER + 'u,"a,1\n': 'line 2 is not CSV',
@@ -469,9 +474,9 @@ BAD_INTERACTIONS = {
     HEADER + ',a,1\n': 'line 2 is no record with a user, an item',
     HEADER + 'u,,1\n': 'line 2 is no record with a user, an item',
     HEADER + 'u,"",1\n': 'line 2 is no record with a user, an item',
-    HEADER + 'u,zzz,1\n': 'unknown items: 1',
+    HEADER + 'u,zzz,1\n': "has no text: 1, as of 'zzz'",
     HEADER + 'u,a,1\nu,b,2\nu,c,3\n': 'no user has 4',
-    HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'nothing to evaluate',
+    HEADER + 'u,a,1\nu,b,2\nu,c,3\nu,d,4\n': 'and two last items that occur in training parts',
 }
 OBJECT = 'is no record with the column id: '
 NO_OBJECT = 'has no column .id., but nothing'
@@ -601,6 +606,22 @@ def test_any_damage_of_the_preparation_is_named(root):
             assert 'damaged; run python -m common.data toy' in str(error)
 
 
+def test_who_waited_for_a_preparation_does_not_make_it_again(root, monkeypatch):
+    ten_users(root)
+    built = []
+    real = data.build
+
+    def build(*given):
+        built.append(given)
+        time.sleep(0.3)
+        return real(*given)
+    monkeypatch.setattr(data, 'build', build)
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(data.prepare, 'toy', [None] * 3) for _ in range(2)]
+        assert both[0].result().fingerprint == both[1].result().fingerprint
+    assert len(built) == 1
+
+
 # ------------------------------------------------------------------------ report
 
 def test_report_counts_and_warns(root, capsys):
@@ -612,10 +633,10 @@ def test_report_counts_and_warns(root, capsys):
     d = data.prepare('toy', data.DEFAULT)
     data.report(d)
     out = capsys.readouterr().out
-    assert '           2  rows dropped, as their item has no text\n' in out
+    assert "           2  rows dropped, as their item has no text (the first: 'g')\n" in out
     assert '           1  rows dropped, as they repeat another\n' in out
     assert f'{len(d.evaluated):>12}  warning: users with fewer than 100 negatives, as the catalogue is small\n' in out
-    assert 'nobody has' not in out
+    assert "nobody's sequence" not in out
     assert '           5  warning: items whose text, or lack of one, another item has too\n' in out
     assert 'paper' not in out and 'published' not in out
     d.name = 'pantry'

@@ -197,7 +197,7 @@ def test_own_tables(root, mark, ending):
     assert {key: json.loads(value) for key, value in known.items()} == {
         'a, 1': [['name', 'salt "x"'], ['price', '3']], 'b': [['name', ''], ['price', '']]}
     known['a\n2'] = ''
-    columns, users, unknown = sources.read_interactions(root / 'data' / 'toy' / 'interactions.csv.gz', known)
+    columns, users, unknown, _ = sources.read_interactions(root / 'data' / 'toy' / 'interactions.csv.gz', known)
     assert users == ['ann "A"', 'A'] and unknown == 0
     assert columns[0].tolist() == [0, 1, 1] and columns[2].tolist() == [1709251200 * 10 ** 6, 1709373600 * 10 ** 6, -5_500_000]
 
@@ -285,6 +285,41 @@ def test_order_within_a_history_whatever_the_times(root):
     assert sequences(first) == sequences(second)
 
 
+@pytest.mark.parametrize('texts, read', [('text=name+price', ['name', 'price']), ('text=PRICE', ['price']),
+                                         ('id=sku', ['price', 'stock', 'name'])])
+@pytest.mark.parametrize('ending', ['csv', 'jsonl'])
+def test_the_columns_that_are_read_may_be_named(root, texts, read, ending):
+    goods = [{'price': '1', 'sku': 'a', 'stock': 4, 'name': 'Tea'}, {'sku': 'b', 'price': '2', 'stock': 5, 'name': 'Salt'}]
+    table = '\n'.join(','.join(map(str, row)) for row in [goods[0], *[[g[k] for k in goods[0]] for g in goods]])
+    folder = write(root / 'x', log__csv='user,sku,time\nu,a,1\n', goods__csv=table, goods__jsonl=goods)
+    _, items = converted(root, '--from', folder / 'log.csv', '--items', folder / f'goods.{ending}',
+                         '--columns', f'item=sku,{texts}')
+    assert items == [{**{name: str(good[name]) for name in read}, 'id': good['sku']} for good in goods]
+    assert [name for name in items[0] if name != 'id'] == read, 'in this order'
+    with pytest.raises(UserError, match=f'goods.{ending}: has no column .colour., but'):
+        converted(root, '--from', folder / 'log.csv', '--items', folder / f'goods.{ending}',
+                  '--columns', 'item=sku,text=name+colour')
+
+
+def test_named_columns_of_amazons_texts_are_read_as_they_are(root):
+    meta = [{'asin': 'B1', 'title': 'Tea &amp; Coffee', 'brand': 'Acme', 'category': ['Sea', 'Salt'], 'price': 3}]
+    folder = write(root / 'raw', P__csv='B1,U1,5.0,1400000000\n', meta_P__json=meta)
+    _, items = converted(root, '--from', folder, '--columns', 'text=category+price')
+    assert items == [{'category': 'Sea Salt', 'price': '3', 'id': 'B1'}]
+
+
+def test_a_table_of_numbers_without_a_header_is_movielens_only_with_its_times(root):
+    """customer, sku, time, quantity: the last is no time."""
+    folder = write(root / 'x', log__tsv='7\t2\t881250949\t1\n8\t3\t881250950\t2\n', goods__csv='item,title\n2,a\n3,b\n')
+    with pytest.raises(UserError, match='log.tsv: has no column .user, '):
+        converted(root, '--from', folder / 'log.tsv', '--items', folder / 'goods.csv')
+
+
+def test_a_date_beside_a_time_of_day_is_the_time(root):
+    folder = write(root / 'x', interactions__csv='user,item,time,date\nu,a,0157,2024-01-02\n', items__csv='item,title\na,x\n')
+    assert converted(root, '--from', folder)[0] == ['u,a,2024-01-02']
+
+
 # ------------------------------------------------------------------------ again, and what is refused
 
 def own(root, **more):
@@ -316,18 +351,40 @@ def test_made_once_and_again_when_the_source_changes(root, capsys):
     assert data.load('toy').cold_ids == ['e']
 
 
+def test_killed_between_the_two_files_leaves_no_pair_of_old_and_new(root, monkeypatch):
+    folder = own(root)
+    args = data.parse_args(['toy', '--from', str(folder)])
+    data.main(args)
+    (folder / 'items.csv').write_text('item_id,name\n' + ''.join(f'{i},salt {i}\n' for i in 'abcd'))
+    real = type(folder).replace
+
+    def killed(path, target):
+        if target.name == 'interactions.csv.gz':
+            raise KeyboardInterrupt
+        return real(path, target)
+    monkeypatch.setattr(type(folder), 'replace', killed)
+    with pytest.raises(KeyboardInterrupt):
+        data.main(args)
+    monkeypatch.undo()
+    monkeypatch.setenv('ELEPHANT_DATA', str(root / 'data'))
+    with pytest.raises(UserError, match='must hold one of interactions.csv'):
+        data.prepare('toy', [None] * 3)
+    data.main(args)
+    assert data.load('toy').title(1) == 'salt a'
+
+
 @pytest.mark.parametrize('name', ['interactions.csv', 'items.jsonl.gz'])
 def test_files_of_the_user_are_never_overwritten(root, name):
     folder, mine = own(root), root / 'data' / 'toy' / name
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b'of the user')
-    with pytest.raises(UserError, match='holds files that --from did not make and never overwrites: choose another name'):
+    with pytest.raises(UserError, match='was not made by --from: choose another name'):
         converted(root, '--from', folder)
     assert [p.name for p in mine.parent.iterdir()] == [name] and mine.read_bytes() == b'of the user'
 
 
 def test_names_of_the_papers_datasets_are_kept_for_them(root):
-    with pytest.raises(UserError, match="pantry: is for the paper's data"):
+    with pytest.raises(UserError, match="pantry: is the paper's"):
         data.main(data.parse_args(['pantry', '--from', str(own(root))]))
 
 
@@ -351,8 +408,8 @@ def test_what_is_not_understood_is_said_in_one_line(root, files, message):
     assert {path.name for path in (root / 'data' / 'toy').glob('*')} <= {'.lock'}, 'nothing is written'
 
 
-@pytest.mark.parametrize('options, message', [(['--columns', 'user'], 'invalid user=..,item=..,time=..,id=.. value'),
-                                              (['--columns', 'usr=a'], 'invalid user=..,item=..,time=..,id=.. value')])
+@pytest.mark.parametrize('options, message', [(['--columns', 'user'], 'invalid user=..,item=..,time=..,id=..,text=..+.. value'),
+                                              (['--columns', 'usr=a'], 'invalid user=..,item=..,time=..,id=..,text=..+.. value')])
 def test_columns_are_checked(options, message, capsys):
     with pytest.raises(SystemExit):
         data.parse_args(['toy', '--from', 'x', *options])
@@ -375,7 +432,7 @@ def test_damaged_files(root):
 
 
 @pytest.mark.parametrize('name, text', [('a.csv', 'user,item\nu,a\n'), ('a.jsonl', '{"id": "a"}\n{"id": "b"}\n')])
-def test_sigterm_while_a_file_is_closed_after_its_first_line(tmp_path, monkeypatch, name, text):
+def test_sigterm_while_a_file_is_closed_after_its_last_line(tmp_path, monkeypatch, name, text):
     """Where it comes while a generator that nobody wants any more cleans up, Python would drop it."""
     (tmp_path / name).write_text(text)
 
@@ -390,7 +447,7 @@ def test_sigterm_while_a_file_is_closed_after_its_first_line(tmp_path, monkeypat
     before = signal.signal(signal.SIGTERM, files.stop)
     try:
         with pytest.raises(SystemExit) as left:
-            sources.table(tmp_path / name, 0)
+            list(sources.table(tmp_path / name, 0)[1])
     finally:
         signal.signal(signal.SIGTERM, before)
     assert left.value.code == 143

@@ -314,7 +314,7 @@ def test_fine_tunings_loss_is_a_softmax_over_all_items(data, model, size):
 def test_tuned_layers(model):
     finetune.choose_layers(model, 'all')
     assert all(p.requires_grad for p in model.parameters())
-    refused = ('2', 'has layers 0 to 1'), ('1,x', 'give numbers'), ('', 'give numbers')
+    refused = ('2', 'of 0 to 1 some'), ('1,x', 'of 0 to 1 some'), ('', 'of 0 to 1 some')
     for wrong, words in refused:
         with pytest.raises(UserError, match=f'--tune-layers {wrong}.*{words}'):
             finetune.choose_layers(model, wrong)

@@ -177,8 +177,8 @@ def test_users_named_or_in_a_file(world, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f'note: {tmp_path / "users.txt"}: short: left out by the filters of the data; '
         '2 of 4 are left out\n')
-    for user, words in (('nobody', '--users: nobody: not in this dataset'),
-                        ('short', '--users: short: left out by the filters')):
+    for user, words in (('nobody', '--users .ids, or one file of ids.: nobody: not in this dataset'),
+                        ('short', '--users .*: short: left out by the filters')):
         with pytest.raises(UserError, match=words):
             call('recommend', 'one', LF, '--users', 'u7', user)
     (tmp_path / 'users.txt').write_text('nobody\n')
@@ -209,7 +209,9 @@ def test_histories_of_new_users(world, tmp_path, capsys):
                                               for line in text.split()[1:]))
     capsys.readouterr()
     first = recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.csv')
-    assert 'h.csv: gone: not in this dataset; 2 of 5 are left out' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert 'h.csv: gone: not in this dataset; 2 of 5 are left out' in said
+    assert 'h.csv: bob: a user without any known item; 1 of 3 are left out' in said
     assert first == recommended(tmp_path / 'a.csv', LF, '--histories', tmp_path / 'h.jsonl')
     typed = recommended(tmp_path / 'a.csv', LF, '--items', 'i1', 'i2')
     assert [row['item'] for row in first if row['user'] == 'zoe'] == [row['item'] for row in typed]
@@ -222,14 +224,24 @@ def test_histories_of_new_users(world, tmp_path, capsys):
         call('recommend', 'one', LF, '--columns', 'user=who')
 
 
+@pytest.mark.parametrize('option', ['--histories', '--users', None])
 @pytest.mark.parametrize('name', ['h.csv', './h.csv', '{}/h.csv', '{}/../{}/h.csv'])
-def test_recommendations_never_replace_the_histories(world, tmp_path, monkeypatch, name):
+def test_recommendations_replace_nothing_but_recommendations(world, tmp_path, monkeypatch, name, option):
     monkeypatch.chdir(tmp_path)
     name = name.replace('{}/..', f'{tmp_path}/..').replace('../{}', f'../{tmp_path.name}')
-    (tmp_path / 'h.csv').write_text(text := 'user,item,timestamp\na,i1,1\n')
-    with pytest.raises(UserError, match='--out .*h.csv: .*, and not be --histories'):
-        call('recommend', 'one', LF, '--histories', 'h.csv', '--out', name.format(tmp_path))
+    text = 'u1\n' if option == '--users' else 'user,item,timestamp\na,i1,1\n'
+    (tmp_path / 'h.csv').write_text(text)
+    given = [option, 'h.csv'] if option else []
+    with pytest.raises(UserError, match='--out .*h.csv: holds no recommendations'):
+        call('recommend', 'one', LF, *given, '--out', name.format(tmp_path))
     assert (tmp_path / 'h.csv').read_text() == text
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.jsonl'])
+def test_recommendations_replace_earlier_ones_and_an_empty_file(world, tmp_path, name):
+    (tmp_path / name).touch()
+    first = recommended(tmp_path / name, LF, '--k', '2')
+    assert recommended(tmp_path / name, LF, '--k', '2') == first
 
 
 @pytest.mark.parametrize('name, text, words', [
@@ -354,7 +366,7 @@ def test_cold_items_without_training(world, found, tmp_path):
 
 
 def test_why_cold_items_cannot_be_recommended(world, found, tmp_path, monkeypatch):
-    for run, words in ((RANDOM, 'did not start from embeddings'), ('popularity', 'did not start'),
+    for run, words in ((RANDOM, 'started from no embeddings'), ('popularity', 'started from no'),
                        (BERT, 'scores items by rows that cold items lack'),
                        (TIED, 'scores items by rows that cold items lack')):
         with pytest.raises(UserError, match=f'--cold: {run} .*{words}'):
@@ -392,7 +404,7 @@ def test_a_run_of_other_data_recommends_nothing(world, run):
     before = row.read_text()
     try:
         row.write_text(json.dumps(json.loads(before) | {'data': 'older'}))
-        with pytest.raises(UserError, match=f'{run}: .* on another version of one: make it again'):
+        with pytest.raises(UserError, match=f'{run}: is of another version of one .bash run_all'):
             call('recommend', 'one', run, '--users', 'u1')
     finally:
         row.write_text(before)
@@ -507,6 +519,17 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         out.unlink()
 
 
+def test_rows_never_stand_beside_the_ids_of_others(world, tmp_path, monkeypatch):
+    """Where the matrix cannot be written, the one of an earlier export is gone."""
+    out = tmp_path / 'lf.npy'
+    plm = str(world.parent.parent / 'plm')
+    export('--plm', plm, '--out', out)
+    monkeypatch.setattr(np, 'save', lambda *_: (_ for _ in ()).throw(OSError('2 requested and 1 written')))
+    with pytest.raises(OSError):
+        export('--plm', plm, '--out', out)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix in ('.npy', '.part')] == []
+
+
 def test_without_rows_of_the_cold_items(world, found, rows, tmp_path):
     ids, matrix = rows
     np.save(tmp_path / 'rows.npy', matrix[2:])
@@ -534,13 +557,13 @@ def not_finite(rows):
 FAULTS = {
     r'rows.npy: has the shape \[32, 8\]; .* 32 lines of .*ids.txt, which name 31 items':
         listed(lambda ids: ['x1' if key == 'i7' else key for key in ids]),
-    "ids.txt: lacks ids, or has unknown ones, 2 in all, the first 'i7'":
+    "ids.txt: 2 ids are missing or unknown, as 'i7'":
         listed(lambda ids: ['y' if key == 'i7' else key for key in ids]),
-    "ids.txt: lacks ids, or has unknown ones, 1 in all, the first 'zz'":
+    "ids.txt: 1 ids are missing or unknown, as 'zz'":
         lambda ids, rows: ([*ids, 'zz'], np.concatenate([rows, rows[:1]])),
-    r'rows.npy: has the shape \[33, 8\]; .* 33 lines of .*, which name 32 items \(sort .*ids.txt':
+    r'rows.npy: has the shape \[33, 8\]; .* 33 lines of .*, which name 32 items':
         lambda ids, rows: ([*ids, 'i7'], np.concatenate([rows, rows[:1]])),
-    "lacks ids, .* 1 in all, the first 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
+    "1 ids are missing or unknown, as 'x2'": lambda ids, rows: (ids[1:], rows[1:]),
     r'rows.npy: has the shape \[31, 8\]; .* 32 lines of': of_rows(lambda rows: rows[1:]),
     r'rows.npy: has the shape \[256\]': of_rows(lambda rows: rows.ravel()),
     'rows.npy: gives embeddings that are not finite': of_rows(not_finite),

@@ -2,6 +2,7 @@
 Run: python -m pytest tests/test_report.py
 """
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -161,17 +162,13 @@ def test_runs_made_differently_are_not_averaged():
     assert text(same, code={}) == 'mixed'
 
 
-def test_rates_may_differ_between_the_runs_of_a_column_but_not_within_a_cell():
-    rows = [made('sasrec', 'lf', 'trainable', .1, lr=lr, valid=lr,
+@pytest.mark.parametrize('epochs, code, shown', [(60, 'c', '10.0'), (30, 'c', 'mixed'), (60, 'd', 'mixed')])
+def test_a_rate_is_not_chosen_among_runs_that_differ_in_more(epochs, code, shown):
+    """An old run at another rate would win over the one that was just made."""
+    rows = [made('sasrec', 'lf', 'trainable', .1, lr=lr, valid=lr, code={'train_seq.py': code},
                  identity=identity(0, options={'lr': lr, 'epochs': epochs}))
-            for lr, epochs in ((.1, 60), (.01, 30))]
-    assert report.Cell(rows).text('full') == '10.0', 'the other rate is not in the cell'
-
-
-def test_one_seed_twice_is_not_averaged():
-    """Two folders of the same stage: --out makes them."""
-    rows = [made('recformer', 'pt', 'ft1', value, run=run) for run, value in (('a', .1), ('b', .2))]
-    assert report.Cell(rows).text('full', 'HR@5') == 'mixed'
+            for lr, epochs, code in ((.1, 60, 'c'), (.01, epochs, code))]
+    assert report.Cell(rows).text('full') == shown
 
 
 # ------------------------------------------------------------------------ marks
@@ -363,14 +360,24 @@ def test_models_and_losses_that_are_none_of_ours_have_a_section_too(runs):
     assert cells[0].random is cells[2].random is None
 
 
+def test_a_copied_folder_of_runs_is_that_of_its_own_dataset(runs):
+    first = saved(runs, 3, made('sasrec', 'lf', 'trainable'))
+    shutil.copytree(runs / 'mine', runs / 'yours')
+    saved(runs, 9, made('sasrec', 'lf', 'trainable'))
+    for dataset, place in (('mine', 9), ('yours', 3)):
+        row, = load_rows(dataset)
+        assert row['dataset'] == dataset and row['run'] == first['run']
+        assert report.Cell([row]).by_user('full', 'HR@5').mean() == (place < 5), dataset
+
+
 def test_rows_that_were_trained_otherwise_are_not_compared_with_random_ones(runs):
     random = saved(runs, 3, made('sasrec', 'random', 'random'))
-    for setting in report.SETTINGS:
+    for option in ('epochs', 'patience', 'batch', 'max_items', 'precision', 'new', *report.VARIED):
         other = made('sasrec', 'lf', 'trainable', run='a')
-        for compared in (True, False):
+        for compared in (True, option in report.VARIED):
             found = {cell.init: cell for cell in report.cells_of([random, other])}
-            assert (found['lf'].random is found['random']) == compared
-            other['identity']['options'][setting] = 7
+            assert (found['lf'].random is found['random']) == compared, option
+            other['identity']['options'][option] = 7
 
 
 def test_one_user_says_nothing(runs, monkeypatch):
@@ -408,7 +415,7 @@ def test_the_footer_says_how_the_numbers_were_made(table):
 
 def test_runs_of_other_code_than_todays_are_counted(table):
     """These rows say that train_seq.py had the digest 'x'."""
-    end = "runs were made by other code than today's** (train_seq.py); the same commands"
+    end = "runs were made by other code than today's** (train_seq.py); run the same"
     assert f'**{len(table)} of these {end}' in rendered(MINE, table)
     for row in table:
         row['code'] = {'train_seq.py': code_digest('train_seq.py')}
@@ -563,7 +570,7 @@ def test_the_papers_numbers_agree_with_each_other():
 def test_each_of_the_papers_columns_names_rows_that_can_be_made():
     losses = {loss for kind in MODELS.values() for loss in kind.losses}
     stages = 'lf', 'pt', 'ft1', 'ft2'
-    values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES, *stages},
+    values = {'model': {*MODELS, 'recformer'}, 'mode': {'random', *train_seq.MODES.replace('\\', '').split('|'), *stages},
               'scale': set(SCALES), 'loss': losses,
               'init': {'lf', 'pt', 'ft'}, 'trainable_items': {True, False}}
     tables = [table for table in report.PAPER.values() if 'ours' in table]
@@ -657,7 +664,7 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     call('compare', 'mine', 'a', 'a')
     same = capsys.readouterr().out.splitlines()[3:]
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
-    for other, words in (('data', 'data: no such run in .*, or of another version of the data'),
+    for other, words in (('data', 'data: no such run in .* of these data'),
                          ('nosuch', 'nosuch: no such run'),
                          ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):

@@ -64,7 +64,7 @@ def test_what_is_no_tokenizer_for_this_is_refused(tmp_path):
     fast = wordpiece(tmp_path)
     fast.mask_token = None
     fast.save_pretrained(tmp_path / 'maskless')
-    with pytest.raises(UserError, match='a mask token and a cls or bos token'):
+    with pytest.raises(UserError, match='a mask and a cls or bos token'):
         load_words(tmp_path / 'maskless', ANY_MODEL)
 
 
