@@ -108,7 +108,7 @@ def current_rows(data):
 def cell_called(name, rows):
     """The Cell of a run; of a name without rate and seed that of all its runs. UserError: there is
     none, or they differ in more."""
-    ending = f'{re.escape(name)}({RATE_AND_SEED})?'
+    ending = f'{re.escape(Path(name).name)}({RATE_AND_SEED})?'  # a path, as a shell completes it
     found = [row for row in rows if re.fullmatch(ending, row['run'])]
     if not found or (cell := Cell(found)).mixed:
         raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere) of these '

@@ -68,7 +68,7 @@ def choose_layers(model, text):
     model.requires_grad_(False)
     for name in text.split(','):
         if name not in layers:
-            raise UserError(f'--tune-layers {text}: all, or of 0 to {len(layers) - 1} some, as 3,7,11')
+            raise UserError(f'--tune-layers {text}: all, or some of 0 to {len(layers) - 1}: 3,7,11')
         layers[name].requires_grad_(True)
 
 
@@ -149,8 +149,7 @@ def one_run(args, machine, data):
         checkpoint = checkpoint or folder / f'ft1{layers}-seed{args.seed}'
     model = start_model(checkpoint, args.plm, args.seed if args.stage else None)
     if args.stage == 2 and (model.stage, model.data) != ('ft1', data.fingerprint):
-        raise UserError(f'{checkpoint}: stage 2 starts from a checkpoint of finetune.py --stage 1 '
-                        f'on this version of {data.name}; run --stage 1 first')
+        raise UserError(f"{checkpoint}: is not --stage 1's, of today's {data.name}: run that first")
     if args.max_tokens:
         model.config.max_tokens = args.max_tokens
     model.word_table.requires_grad_(not args.freeze_words)

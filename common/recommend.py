@@ -64,8 +64,7 @@ def scorer_of(folder, row, data, wide, machine):
         try:
             scorer = scorers[row['run']][1][row['weight']]
         except KeyError:
-            raise UserError(f'{row["run"]}: today\'s code has no such ranking, or weight; make it '
-                            f'again: evaluate.py untrained {data.name}') from None
+            raise UserError(f'{row["run"]}: unknown today; run evaluate.py untrained') from None
 
         def score(items, offsets):
             return scorer(weighted(items, offsets, row['decay'], wide.n_items))

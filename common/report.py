@@ -66,7 +66,7 @@ class Cell:
         self.init = self.first['init']
         self.title, self.label = names_of(self.first)
         options = self.first['identity'].get('options', {})
-        settings = str([option for option in options.items() if option[0] not in VARIED])
+        settings = str(options | dict.fromkeys(VARIED))
         self.kind = self.title, -self.first.get('hidden', 0), settings
         self.variant = self.label
         if self.init != 'random':

@@ -166,6 +166,7 @@ def load_rows(dataset):
 
 def read_ranks(dataset, run):
     """(row, {'users', 'sampled', 'full', 'new'}) of a run. UserError: there is none, or damaged."""
+    run = Path(run).name  # as a shell completes it
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder

@@ -63,8 +63,8 @@ def csv_rows(path, text, mark):
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}); a quote '
-                        'that begins a field before it may never end') from None
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): a quote that never '
+                        'ends, on an earlier line?') from None
 
 
 def objects(text):

@@ -702,7 +702,7 @@ WRONG = [
     (['train_seq.py', 'mine', '--model', 'bert4rec', '--hidden', '9'], '--hidden: 9 cannot be split among 4 heads; try another'),
     (['train_seq.py', 'nosuch', '--model', 'sasrec'], 'run python -m common.data nosuch'),
     (['finetune.py', 'mine', '--stage', '2'], 'ft1-seed0'), (FT1, '--checkpoint'),
-    ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], '--tune-layers 9: all, or of 0 to 1 some'),
+    ([*FT1, '--plm', 'PLM', '--tune-layers', '9'], '--tune-layers 9: all, or some of 0 to 1'),
     ([*FT1, '--plm', 'PLM', '--tune-layers', 'top'], '--tune-layers top'),
     ([*FT1, '--plm', '/nosuch/model'], '--plm /nosuch/model: no language model'),
     ([*FT1, '--plm', 'PLM', '--trainable-items'], '--stage 2'),

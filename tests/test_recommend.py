@@ -288,7 +288,7 @@ def test_rankings_without_training(world, found, tmp_path, run):
 def test_a_ranking_that_todays_code_lacks_is_named(world, monkeypatch):
     """README invites to edit the weights: then the run that has another is made again."""
     monkeypatch.setattr(baselines, 'WEIGHTS', (7.0,))
-    with pytest.raises(UserError, match='knn-lf: .* make it again: evaluate.py untrained one'):
+    with pytest.raises(UserError, match='knn-lf: unknown today; run evaluate.py untrained'):
         call('recommend', 'one', 'item+text-knn-lf')
 
 
@@ -517,6 +517,16 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         assert '| LF | OWN |' in capsys.readouterr().out
     finally:
         out.unlink()
+
+
+def test_a_run_may_be_named_by_its_path(world, tmp_path, capsys):
+    first = recommended(tmp_path / 'a.csv', LF, '--k', '2')
+    assert recommended(tmp_path / 'a.csv', f'{world / LF}/', '--k', '2') == first
+    capsys.readouterr()
+    call('compare', 'one', LF, RANDOM)
+    said = capsys.readouterr().out.splitlines()[1:]
+    call('compare', 'one', f'runs/one/{LF}/', world / RANDOM)
+    assert capsys.readouterr().out.splitlines()[1:] == said
 
 
 def test_rows_never_stand_beside_the_ids_of_others(world, tmp_path, monkeypatch):

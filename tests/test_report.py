@@ -666,7 +666,7 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
     for other, words in (('data', 'data: no such run in .* of these data'),
                          ('nosuch', 'nosuch: no such run'),
-                         ('../mine/a', 'no such run')):
+                         ('../mine/c', 'no such run')):
         with pytest.raises(UserError, match=words):
             call('compare', 'mine', 'a', other)
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')

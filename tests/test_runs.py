@@ -386,10 +386,10 @@ def test_missing_and_damaged_ranks_are_named(root):
         runs.read_ranks('toy', 'a')
 
 
-@pytest.mark.parametrize('name', ['../a', 'a/b', '', 'a b', 'a;ls', 'a\n'])
-def test_names_of_runs_are_plain_words(root, name):
+@pytest.mark.parametrize('name', ['../c', 'a/b', '', 'a b', 'a;ls', 'a\n'])
+def test_names_of_runs_lead_to_no_other_folder(root, name):
     made(root / 'a')
-    made(root.parent / 'a')
+    made(root.parent / 'c')
     with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
 
