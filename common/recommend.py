@@ -64,7 +64,8 @@ def scorer_of(folder, row, data, wide, machine):
         try:
             scorer = scorers[row['run']][1][row['weight']]
         except KeyError:
-            raise UserError(f'{row["run"]}: unknown today; run evaluate.py untrained') from None
+            raise UserError(f"{row['run']}: today's code has no such ranking, or weight; "
+                            f'evaluate.py untrained {data.name} makes it again') from None
 
         def score(items, offsets):
             return scorer(weighted(items, offsets, row['decay'], wide.n_items))
