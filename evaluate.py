@@ -108,7 +108,7 @@ def current_rows(data):
 def cell_called(name, rows):
     """The Cell of a run; of a name without rate and seed that of all its runs. UserError: there is
     none, or they differ in more."""
-    ending = f'{re.escape(Path(name).name)}({RATE_AND_SEED})?'  # a path, as a shell completes it
+    ending = f'{re.escape(name)}({RATE_AND_SEED})?'
     found = [row for row in rows if re.fullmatch(ending, row['run'])]
     if not found or (cell := Cell(found)).mixed:
         raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere) of these '
@@ -209,7 +209,7 @@ def show_curve(args, data, folder):
                 panel.setdefault(method, {})[number] = cell.value(ranking)
             body.append(line)
     if not body:
-        raise UserError(f'{folder}: no runs from pt-share<percent>: run_all.sh --figure2')
+        raise UserError(f'{folder}: no pt-share<percent>: run_all.sh {data.name} --figure2')
     finish(folder / 'figure2-share.md', markdown(['', share, *panels], body))
     draw_lines(folder / 'figure2-share.png', panels, share, log=True)
 
@@ -243,7 +243,7 @@ def parse_args(argv=None):
     add_machine_options(g)
     g.add_argument('run')
     option(g, '--out', 'file to write: CSV, or JSON lines (.jsonl); default: printed', Path)
-    flag(g, '--cold', 'also items that nobody has')
+    flag(g, '--cold', "also items in nobody's sequence")
     flag(g, '--with-history', 'also what the user has')
     option(g, '--columns', 'of --histories: as for common.data', named_columns, {})
     g = g.add_mutually_exclusive_group()

@@ -6,8 +6,8 @@
     python export_embeddings.py mine --from-npy rows.npy --ids ids.txt --out .../own.pt
 
 The .pt file: a matrix [items + 1, H], row i for item i (1-based, the order of `items`), row 0 zeros
-for padding; `cold`, rows of the items that nobody has; what it was made of (dataset, model, cold
-items' ids and texts); its mean row norm and the mean cosine of different items.
+for padding; `cold`, rows of the items in nobody's sequence; what it was made of (dataset, model,
+cold items' ids and texts); its mean row norm and the mean cosine of different items.
 train_seq.py refuses a file of another dataset or order. With --from-npy the rows are any encoder's:
 `--variants own-trainable`.
 

@@ -206,8 +206,8 @@ def main(args):
     sources = Sources(args, model.words)
     least = min(args.batch, len(sources.train), 2 * len(sources.valid))
     if least < 2 * machine.world:
-        raise UserError(f'{" ".join(args.sources)}: each process needs two of {len(sources.train)} '
-                        f'users that train and of a --batch, one of {len(sources.valid)} held out')
+        raise UserError(f'{" ".join(args.sources)}: {len(sources.train)} users train, '
+                        f'{len(sources.valid)} are held out: too few, or --batch {args.batch} is')
     folder = args.out or runs_root() / f'pretrained/{Path(args.plm).name}-{"+".join(args.sources)}'
     identity = {'options': option_identity(args),
                 'data': sources.fingerprints,

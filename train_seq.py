@@ -38,7 +38,7 @@ def variant(text):
     """An argparse type: 'random', or an embedding's name and a mode -> (source, mode)."""
     if text == 'random':
         return text, text
-    found = re.fullmatch(rf'(?!random-)([\w+.,-]+?)-({MODES})', text)
+    found = re.fullmatch(rf'(?!random-(?:{MODES})$)([\w+.,-]+?)-({MODES})', text)
     if not found:
         raise ValueError
     return found.groups()

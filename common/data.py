@@ -256,8 +256,6 @@ def prepare(name, given):
         return load(name, filters)
     identity = identity_of(folder, filters, {})
     with lock(folder, wait=True):
-        with suppress(UserError):  # this may have waited for another that made it
-            return load(name, filters)
         save_npz(folder / 'prepared.npz', build(folder, filters, identity))
     return load(name)
 
@@ -310,7 +308,7 @@ def parse_args(argv=None):
            Path, dest='source')
     option(p, '--items', 'the file of texts, where --from names a file', Path)
     option(p, '--columns', 'user=..,item=..,time=..,id=..,text=..+..: names (id: of the texts; '
-           'else as item; text: what of them is read)', named_columns, {})
+           'else as item; text: what is read, three at most)', named_columns, {})
     return p.parse_args(argv)
 
 
@@ -322,8 +320,8 @@ def main(args):
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; the first '
-          "item's attributes (three are read, but for --columns text=..): "
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; of the '
+          "first item's attributes three are read (others: --columns text=..): "
           f'{str(dict(next(data.each("attributes"))))[:300]}')
     report(data)
     for line in untrained_lines(data):

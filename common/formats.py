@@ -1,6 +1,7 @@
 r"""Files as others publish them -> the canonical two: RecBole, MovieLens, Amazon, CSV and TSV.
 
-    python -m common.data NAME --from PATH [--items FILE] [--columns user=..,item=..,time=..,id=..]
+    python -m common.data NAME --from PATH [--items FILE]
+                            [--columns user=..,item=..,time=..,id=..,text=..]
 
 A pair of files is known by its names (PAIRS), what its columns hold by theirs (COLUMNS in
 common/sources.py). Every interaction counts, whatever its rating. Amazon's files lie in data/raw/
@@ -183,7 +184,7 @@ def canonical_from_amazon(folder, filters):
 
 def convert(folder, path, texts, named):
     """The canonical files of a dataset from files of another form: --from, --items, --columns.
-    Nothing is filtered, and items that nobody has stay."""
+    Nothing is filtered, and items in nobody's sequence stay."""
     if users_own(folder) or folder.name in AMAZON:
         raise UserError(f"{folder}: is the paper's, or was not made by --from: choose another name")
     pair = (path, texts) if texts else find_pair(path)

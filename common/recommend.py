@@ -182,14 +182,15 @@ def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
-        raise UserError(f'{args.run}: is of another version of {data.name} (bash run_all.sh makes '
-                        'it again), or RecFormer, which ranks in the tables alone')
+        raise UserError(f'{args.run}: is of another version of {data.name} (bash run_all.sh '
+                        f'{data.name} makes it again), or RecFormer, which ranks in tables alone')
     if args.columns and not args.histories:
         raise UserError('--columns goes with --histories')
     kind = args.out and args.out.suffix
     if kind not in FORMS:
         raise UserError(f'--out {args.out}: must end in .csv or .jsonl')
-    if kind and args.out.exists() and not re.match(b'user,rank|{"user": |$', args.out.read_bytes()):
+    ours = b'user,rank,item,score,title\n|{"user": .*, "rank": |$'
+    if kind and args.out.exists() and not re.match(ours, args.out.read_bytes()):
         raise UserError(f'--out {args.out}: holds no recommendations, and stays; choose another')
     wide = with_cold(data) if args.cold else data
     score = scorer_of(folder, row, data, wide, start(args))

@@ -160,13 +160,14 @@ def result_line(row):
 
 def load_rows(dataset):
     """All rows of a dataset that have metrics, by name of their run."""
-    rows = map(read_row, sorted((runs_root() / dataset).glob('*')))
-    return [row | {'dataset': dataset} for row in rows if 'metrics' in row]  # it may be a copy
+    folders = sorted((runs_root() / dataset).glob('*'))
+    # as they are called here: one may be a copy
+    rows = [read_row(folder) | {'dataset': dataset, 'run': folder.name} for folder in folders]
+    return [row for row in rows if 'metrics' in row]
 
 
 def read_ranks(dataset, run):
     """(row, {'users', 'sampled', 'full', 'new'}) of a run. UserError: there is none, or damaged."""
-    run = Path(run).name  # as a shell completes it
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder

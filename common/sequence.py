@@ -65,7 +65,7 @@ class SequenceModel(Model):
 
     def scorer(self):
         """(table [n + 1, H], bias [n + 1] or None): item i scores state . table[i] + bias[i]. The
-        losses of few negatives do the same with the rows that they need."""
+        losses of few negatives know the item table alone: override both or neither."""
         return self.item_embedding(), None
 
     def states(self, items, offsets):

@@ -12,7 +12,7 @@ import re
 from array import array
 from datetime import UTC, datetime
 from html import unescape
-from itertools import tee
+from itertools import islice, tee
 
 import numpy as np
 
@@ -63,8 +63,8 @@ def csv_rows(path, text, mark):
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): a quote that never '
-                        'ends, on an earlier line?') from None
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote?'
+                        ) from None
 
 
 def objects(text):
@@ -83,7 +83,7 @@ def table(path, most):
     JSON an object, whose places are its names."""
     text, ahead = tee(lines(path, most))  # a pipe is read once
     if re.search('(?i)[.](nd)?json', path.name):
-        first = next((row for _, row in objects(ahead) if row), {})
+        first = next((row for _, row in objects(islice(ahead, 1000)) if row), {})
         return dict(zip(first, first)), objects(text)
     head = next(ahead, '')
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
@@ -180,7 +180,7 @@ def read_interactions(path, known):
     `known`); how many rows have an unknown item, and the first of these."""
     users = {}
     unknown = 0
-    first = ''
+    first = None
     items = {key: number for number, key in enumerate(known)}
     of_user = array('i')  # 16 bytes a row
     of_item = array('i')

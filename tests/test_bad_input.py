@@ -284,7 +284,7 @@ def test_names_like_paths_or_commands_are_refused(world, script, name, capsys):
     assert set(world.parent.rglob('*')) == before, 'not even a folder'
 
 
-@pytest.mark.parametrize('run', ['../one/n', '/etc', 'a/b', '$(x)', '', '\n', 'm\n'])
+@pytest.mark.parametrize('run', ['../one/m', '/etc', 'a/b', '$(x)', '', '\n', 'm\n'])
 def test_runs_are_names_of_folders(world, run, capsys):
     for options in (['compare', run, 'm'], ['compare', 'm', run], ['recommend', run]):
         options.insert(1, 'one')

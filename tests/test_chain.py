@@ -722,7 +722,7 @@ WRONG = [
     (['evaluate.py', 'recommend', 'mine', '../x'], 'no such run'),
     (['evaluate.py', 'recommend', 'mine', 'nosuch', '--users', 'u1'], 'no such run'),
     (['evaluate.py', 'attention', 'mine', '--seq', 'a'], 'no such file'),
-    (['evaluate.py', 'curve', 'mine'], 'no runs from pt-share'),
+    (['evaluate.py', 'curve', 'mine'], 'no pt-share<percent>: run_all.sh mine --figure2'),
 ]
 
 

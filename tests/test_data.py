@@ -5,7 +5,6 @@ Run: python -m pytest tests/test_data.py
 import gzip
 import json
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -604,22 +603,6 @@ def test_any_damage_of_the_preparation_is_named(root):
             assert (d.items == made.items).all() and (d.negatives == made.negatives).all()
         except UserError as error:
             assert 'damaged; run python -m common.data toy' in str(error)
-
-
-def test_who_waited_for_a_preparation_does_not_make_it_again(root, monkeypatch):
-    ten_users(root)
-    built = []
-    real = data.build
-
-    def build(*given):
-        built.append(given)
-        time.sleep(0.3)
-        return real(*given)
-    monkeypatch.setattr(data, 'build', build)
-    with ThreadPoolExecutor(2) as threads:
-        both = [threads.submit(data.prepare, 'toy', [None] * 3) for _ in range(2)]
-        assert both[0].result().fingerprint == both[1].result().fingerprint
-    assert len(built) == 1
 
 
 # ------------------------------------------------------------------------ report

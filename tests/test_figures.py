@@ -156,7 +156,7 @@ def cells_of(line):
                                      ['attention', 'one', '--seq']])
 def test_what_is_no_id_model_is_refused(world, command):
     for run, words in (('nosuch', '(?i)no such.*nosuch|nosuch.*no such'),
-                       ('ft1-seed0', 'is no readable seq file|ft1-seed0: .*is RecFormer|ft1-seed0: .*or RecFormer')):
+                       ('ft1-seed0', 'is no readable seq file|ft1-seed0: .*or RecFormer')):
         with pytest.raises((UserError, FileNotFoundError), match=words):
             call(*command, run)
 
@@ -384,7 +384,7 @@ def test_numbers_below_are_plain_whatever_the_axis(monkeypatch):
 
 
 def test_curve_without_shares_says_what_makes_them(world):
-    with pytest.raises(UserError, match='no runs from pt-share<percent>: run_all.sh --figure2'):
+    with pytest.raises(UserError, match='no pt-share<percent>: run_all.sh one --figure2'):
         call('curve', 'one')
 
 

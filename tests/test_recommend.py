@@ -224,17 +224,18 @@ def test_histories_of_new_users(world, tmp_path, capsys):
         call('recommend', 'one', LF, '--columns', 'user=who')
 
 
-@pytest.mark.parametrize('option', ['--histories', '--users', None])
-@pytest.mark.parametrize('name', ['h.csv', './h.csv', '{}/h.csv', '{}/../{}/h.csv'])
-def test_recommendations_replace_nothing_but_recommendations(world, tmp_path, monkeypatch, name, option):
-    monkeypatch.chdir(tmp_path)
-    name = name.replace('{}/..', f'{tmp_path}/..').replace('../{}', f'../{tmp_path.name}')
-    text = 'u1\n' if option == '--users' else 'user,item,timestamp\na,i1,1\n'
-    (tmp_path / 'h.csv').write_text(text)
-    given = [option, 'h.csv'] if option else []
-    with pytest.raises(UserError, match='--out .*h.csv: holds no recommendations'):
-        call('recommend', 'one', LF, *given, '--out', name.format(tmp_path))
-    assert (tmp_path / 'h.csv').read_text() == text
+@pytest.mark.parametrize('option, name, text', [
+    ('--users', 'h.csv', 'u1\n'), ('--histories', 'h.csv', 'user,item,timestamp\na,i1,1\n'),
+    ('--histories', 'h.jsonl', '{"user": "a", "item": "i1", "time": 1}\n'),
+    ('--histories', 'h.jsonl', '{"user": "a", "item": "i1", "time": 1}\n{"user": "a", "rank": 1}\n'),
+    (None, 'h.csv', 'user,rank,name\na,1,general\n'), (None, 'h.csv', '\nb')])
+def test_recommendations_replace_nothing_but_recommendations(world, tmp_path, option, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    given = [option, path] if option else []
+    with pytest.raises(UserError, match=f'--out .*{name}: holds no recommendations'):
+        call('recommend', 'one', LF, *given, '--out', path)
+    assert path.read_text() == text
 
 
 @pytest.mark.parametrize('name', ['a.csv', 'a.jsonl'])
@@ -517,16 +518,6 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         assert '| LF | OWN |' in capsys.readouterr().out
     finally:
         out.unlink()
-
-
-def test_a_run_may_be_named_by_its_path(world, tmp_path, capsys):
-    first = recommended(tmp_path / 'a.csv', LF, '--k', '2')
-    assert recommended(tmp_path / 'a.csv', f'{world / LF}/', '--k', '2') == first
-    capsys.readouterr()
-    call('compare', 'one', LF, RANDOM)
-    said = capsys.readouterr().out.splitlines()[1:]
-    call('compare', 'one', f'runs/one/{LF}/', world / RANDOM)
-    assert capsys.readouterr().out.splitlines()[1:] == said
 
 
 def test_rows_never_stand_beside_the_ids_of_others(world, tmp_path, monkeypatch):

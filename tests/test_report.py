@@ -370,6 +370,14 @@ def test_a_copied_folder_of_runs_is_that_of_its_own_dataset(runs):
         assert report.Cell([row]).by_user('full', 'HR@5').mean() == (place < 5), dataset
 
 
+def test_a_copy_beside_a_run_is_not_averaged_with_it(runs, mine):
+    saved(runs, 3, made('sasrec', 'lf', 'trainable', run='a', data=mine.fingerprint))
+    shutil.copytree(runs / 'mine' / 'a', runs / 'mine' / 'a-backup')
+    assert [row['run'] for row in load_rows('mine')] == ['a', 'a-backup']
+    with pytest.raises(UserError, match='a-backup: no such run .*a renamed folder is none: move it'):
+        call('table', 'mine')
+
+
 def test_rows_that_were_trained_otherwise_are_not_compared_with_random_ones(runs):
     random = saved(runs, 3, made('sasrec', 'random', 'random'))
     for option in ('epochs', 'patience', 'batch', 'max_items', 'precision', 'new', *report.VARIED):
@@ -666,7 +674,7 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     assert all('+0.00' in found and '1.0000' in found and found.endswith('tie') for found in same)
     for other, words in (('data', 'data: no such run in .* of these data'),
                          ('nosuch', 'nosuch: no such run'),
-                         ('../mine/c', 'no such run')):
+                         ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):
             call('compare', 'mine', 'a', other)
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')

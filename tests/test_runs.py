@@ -386,10 +386,10 @@ def test_missing_and_damaged_ranks_are_named(root):
         runs.read_ranks('toy', 'a')
 
 
-@pytest.mark.parametrize('name', ['../c', 'a/b', '', 'a b', 'a;ls', 'a\n'])
-def test_names_of_runs_lead_to_no_other_folder(root, name):
+@pytest.mark.parametrize('name', ['../a', 'a/b', '', 'a b', 'a;ls', 'a\n'])
+def test_names_of_runs_are_plain_words(root, name):
     made(root / 'a')
-    made(root.parent / 'c')
+    made(root.parent / 'a')
     with pytest.raises(UserError, match='no such run in .*toy'):
         runs.read_ranks('toy', name)
 
@@ -405,5 +405,5 @@ def test_a_renamed_run_is_named_with_what_to_do(root):
     made(root / 'a')
     (root / 'a').rename(root / 'b')
     (row,) = runs.load_rows('toy')
-    with pytest.raises(UserError, match='^a: no such run .*a renamed folder is none: move it out'):
+    with pytest.raises(UserError, match='^b: no such run .*a renamed folder is none: move it out'):
         runs.read_ranks('toy', row['run'])
