@@ -164,7 +164,7 @@ def microseconds(stamp):
     try:
         value = float(stamp)
     except ValueError:
-        moment = datetime.fromisoformat(stamp.strip())
+        moment = datetime.fromisoformat(stamp.strip(' \t\nUTC'))  # BigQuery ends it with UTC
         seconds = moment.replace(tzinfo=moment.tzinfo or UTC).timestamp()
         return round(seconds * 1e6)
     for factor in (1e6, 1e3, 1, 1e-3):
