@@ -249,7 +249,7 @@ def parse_args(argv=None):
     g = g.add_mutually_exclusive_group()
     option(g, '--users', 'ids, or a file of one id a line (default: all)', nargs='+')
     option(g, '--items', 'ids of a history, oldest first', nargs='+')
-    option(g, '--histories', 'interactions of users, in any form that --from takes', Path)
+    option(g, '--histories', 'interactions of users: a file of any form that --from takes', Path)
     g = of['attention']
     add_machine_options(g)
     option(g, '--checkpoint', 'tuned language model (default: runs/<dataset>/ft1-seed0)')

@@ -14,18 +14,19 @@ bash run_all.sh [NAME] [options]        NAME: a dataset (default drugstore)
 options
   --plm P        minilm, longformer, a hub name or a folder   (default: longformer for the paper's targets, else minilm)
   --source "A B" datasets for stage-PT                        (default: as above)
-  --pretrained F start from this stage-PT checkpoint (a folder of pretrain.py, or a published file) instead
+  --pretrained F start from this stage-PT checkpoint (pretrain.py's folder, or a published file with its --plm) instead
   --seeds "0 1"  seeds of the ID models                       (default: 0; paper's targets: 0 1 2)
   --rec-seeds "0 1"  seeds of stage-FT1 and FT2; the first one's embeddings are exported        (default: 0)
   --full         the paper's budget (default for its targets) instead of the small one, made for 20 minutes on 2 cores
-  --longer       between the two: all of the paper's rates, every kind of rows; many hours on 2 cores
+  --longer       between the two: all of the paper's rates and, as --full, every kind of rows; many hours on 2 cores
   --toy          the smallest budget, of minutes: shows that everything runs, says nothing about quality
-  --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones
+  --table1       also stage-FT1 and FT2 with a few layers tuned: one of each third of the depth, single ones (seed 0)
   --table5       also texts beside trained IDs, and RecFormer with trainable items
   --figure2      also stage-PT on a share of the source users, SASRec from each, and the curve
   --shares "1 9" its shares, in percent, beside 100   (default: the paper's 0.01 to 50; small sources need 2 and more)
   --again        make everything again      --keep   use earlier results where only code has changed since
 Each budget other than the default, and each --plm, --source, --pretrained named here, has a place of its own below runs/.
+PYTHON=python3.12 bash run_all.sh: another Python. Several GPUs: pretrain.py and finetune.py first, by torchrun, with the chain's options.
 TEXT
 }
 

@@ -57,9 +57,9 @@ def parse_args(argv=None):
            "of the embeddings: raw (paper); centred or whitened, then scaled to a random table's "
            'mean row norm; permuted = centred, in a random order of items (a control)',
            str, 'raw', choices=SCALES)
-    option(p, '--hidden', 'width. Wider embeddings are reduced to their principal components '
-           "(ours); default: the embeddings' width, for random that of the first embeddings in "
-           '--variants, else 768 (paper sec. 4.2)', number(1, 65_536))
+    option(p, '--hidden', "width, below the embeddings' own their principal components (ours); "
+           'default: their own, of random the first ones in --variants, else 768 (paper sec. 4.2)',
+           number(1, 65_536))
     option(p, '--max-items', "newest of a history (authors' code)", number(2, 10_000), 50)
     option(p, '--loss', 'bce: one negative (paper table 3); ce: full softmax (table 4); sampled: '
            "softmax over --negatives (ours); masked; default: the model's own")

@@ -299,9 +299,9 @@ def report(data):
 def parse_args(argv=None):
     p = options_parser(__doc__)
     option(p, 'name', f'{", ".join(AMAZON)}, drugstore, grocery, or a folder of data/')
-    option(p, '--min-user', 'fewest interactions of a user (paper: 4, sources 5; at least 3)',
+    option(p, '--min-user', 'fewest interactions of a user (at first 4, sources 5; at least 3)',
            POSITIVE)
-    option(p, '--min-item', 'fewest interactions of an item (paper: source domains 5, else 1)',
+    option(p, '--min-item', 'fewest interactions of an item (at first 1, source domains 5)',
            POSITIVE)
     option(p, '--users', "seeded sample of so many, 0 = all (sources: Table 2's)", COUNT)
     option(p, '--from', 'make its files from others: a folder, stem or file (data/README.md)',
@@ -320,9 +320,8 @@ def main(args):
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; of the '
-          "first item's attributes three are read (others: --columns text=..): "
-          f'{str(dict(next(data.each("attributes"))))[:300]}')
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; three columns '
+          f'are read (others: text=..) of {str(dict(next(data.each("attributes"))))[:300]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

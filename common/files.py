@@ -51,7 +51,7 @@ def command(main, *args):
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        said = f'out of memory ({str(error)[:80]}): lower --batch or --micro-tokens, and go on'
+        said = f'out of memory ({str(error)[:80]}): lower --micro-tokens and go on, or --batch'
     # a file that is no text may be quoted, and control a terminal
     print('error:', re.sub(r'[\s\0-\x1f\x7f-\x9f]+', ' ', said), file=sys.stderr)
     sys.exit(2)

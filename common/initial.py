@@ -74,8 +74,7 @@ def initial_table(matrix, width, scale, norm, seed, n):
         rows = rows - rows[:n].mean(0)
         _, _, axes = torch.linalg.svd(rows[:n], full_matrices=False)
         if width > len(axes):
-            raise UserError(f'--hidden {width}: the embeddings are {n} rows of {matrix.shape[1]} '
-                            f'numbers; at most {len(axes)}')
+            raise UserError(f'--hidden {width}: at most {len(axes)} ({n} rows x {matrix.shape[1]})')
         rows = rows @ axes[:width].T
     if scale != 'raw':
         rows = rows - rows[:n].mean(0)

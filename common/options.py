@@ -10,6 +10,8 @@ def options_parser(doc):
 
 def option(parser, name, text, kind=str, default=None, **more):
     """One option: its name, its help, the type of its value, its default."""
+    if default:
+        text += ' (default: %(default)s)'
     parser.add_argument(name, help=text, type=kind, default=default, **more)
 
 
@@ -42,8 +44,8 @@ def add_plm_options(parser):
     """--plm: the language model to start from; --micro-tokens: the memory it takes."""
     option(parser, '--plm', 'longformer (paper), minilm, a hub name or a local folder')
     option(parser, '--micro-tokens',
-           'in one pass: memory, and which dropout is drawn (default: 2048; on CUDA one for each '
-           'MiB, in float32 for two)', POSITIVE)
+           "in one pass: memory, dropout's draws (default: 2048; CUDA: one a MiB, float32 half)",
+           POSITIVE)
 
 
 def add_training_options(parser, epochs, patience, batch=None):

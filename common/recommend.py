@@ -64,8 +64,8 @@ def scorer_of(folder, row, data, wide, machine):
         try:
             scorer = scorers[row['run']][1][row['weight']]
         except KeyError:
-            raise UserError(f"{row['run']}: today's code has no such ranking, or weight; "
-                            f'evaluate.py untrained {data.name} makes it again') from None
+            raise UserError(f"{row['run']}: is not today's; evaluate.py untrained makes it"
+                            ) from None
 
         def score(items, offsets):
             return scorer(weighted(items, offsets, row['decay'], wide.n_items))
@@ -105,7 +105,7 @@ def known_of(keys, known, reasons, source):
 
 def new_users(args, data, wide):
     """{name: its history} of --items, or of --histories: interactions in any form that --from
-    takes."""
+    takes (one file)."""
     pairs = [('new', item) for item in args.items or ()]
     if args.histories:
         # a line that repeats another goes

@@ -310,7 +310,7 @@ ERRORS = {
     'two lines': (UserError('two\n lines'), 2, 'error: two lines'),
     'file': (PermissionError(13, 'Permission denied', 'x.pt'), 2, 'error: x.pt: Permission denied'),
     'GPU': (torch.OutOfMemoryError('CUDA out of memory.'), 2, r'error: out of memory .*--batch'),
-    'memory': (MemoryError(), 2, 'error: out of memory .*and go on'),
+    'memory': (MemoryError(), 2, 'error: out of memory .*--micro-tokens and go on'),
     'CPU': (RuntimeError("you tried; can't allocate memory: 9 bytes"), 2, 'error: out of memory'),
     'control': (UserError('a\x1b[2J\x00b\x85c é'), 2, r'error: a \[2J b c é$'),
     'numpy': (np_error(), 2, r"error: x.npy: \('9 requested and 1 written',\)"),

@@ -289,7 +289,7 @@ def test_rankings_without_training(world, found, tmp_path, run):
 def test_a_ranking_that_todays_code_lacks_is_named(world, monkeypatch):
     """README invites to edit the weights: then the run that has another is made again."""
     monkeypatch.setattr(baselines, 'WEIGHTS', (7.0,))
-    with pytest.raises(UserError, match='knn-lf: .* evaluate.py untrained one makes it again'):
+    with pytest.raises(UserError, match="knn-lf: is not today's; evaluate.py untrained makes it"):
         call('recommend', 'one', 'item+text-knn-lf')
 
 

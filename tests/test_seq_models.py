@@ -754,7 +754,7 @@ def test_components_by_hand_and_at_most_as_many_as_there_are():
     found = components(matrix, 1, 3)[:, 0]
     close(found.abs(), torch.tensor([0.0, 5, 0, 5]), atol=1e-4)
     assert found[1] * found[3] < 0
-    with pytest.raises(UserError, match='--hidden 3: .* at most 2'):
+    with pytest.raises(UserError, match='--hidden 3: at most 2 '):
         components(matrix, 3, 3)
     with pytest.raises(UserError, match='--hidden 4: .* at most 3'):
         components(torch.randn(4, 9), 4, 3)
@@ -895,7 +895,7 @@ def test_the_width_is_that_of_every_variant(toy, capsys, monkeypatch):
     small = state_of(folder, 'sasrec-bce-ft-freeze-raw-4-lr0.01-seed0')[TABLE]
     assert torch.equal(small, components(e, 4, data.n_items))
     assert len(load_rows('toy')) == 4
-    with pytest.raises(UserError, match='--hidden 17: .* at most 16'):
+    with pytest.raises(UserError, match='--hidden 17: at most 16 '):
         train_seq.main(train_seq.parse_args([*options, '--hidden', '17']))
     capsys.readouterr()
     train_seq.main(train_seq.parse_args([*options, '--hidden', '16']))
