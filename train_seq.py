@@ -25,7 +25,7 @@ from common.metrics import result_of, value_of
 from common.models import MODELS
 from common.options import (COUNT, RATE, add_training_options, number, option, option_identity,
                             options_parser)
-from common.runs import Run, code_of
+from common.runs import Run, code_of, read_row
 from common.sequence import ItemTable, draw_training_negatives
 from common.training import Training, start
 
@@ -159,8 +159,7 @@ def one_run(args, machine, data, embedding, about, start_from):
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         row = run.write(**found, **origin_of(embedding), **result_of(data, ranks))
-    from common.baselines import popularity_value  # in here: it defines no number of the run
-    bound = popularity_value(data)
+    bound = read_row(folder.parent / 'popularity').get('valid', 0)  # where evaluate.py ranked by it
     if found['valid'] <= bound:
         print(f'{name}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
     return row

@@ -145,11 +145,6 @@ def ranks_of(data, which, scorer, decay=1.0):
     return rank_counts(score, data.n_items, targets, data.negatives, histories, 2 ** 22)
 
 
-def popularity_value(data):
-    """Validation NDCG@10 (100 negatives) of popularity, on the users of `some_of`."""
-    return value_of(ranks_of(some_of(data), 'valid', popularity(data)))
-
-
 def untrained(data, embeddings):
     """(name, what Run.write takes) of every baseline; embeddings {name: Embeddings}."""
     part = some_of(data)

@@ -38,6 +38,8 @@ def command(main, *args):
         for number in STOPPING:
             signal.signal(number, stop)
         main(*args)
+        if torch.distributed.is_initialized():  # not after an error: it would wait for the others
+            torch.distributed.destroy_process_group()
         sys.stdout.flush()
         return
     except UserError as error:

@@ -6,7 +6,6 @@ state is saved, or from `np.random.default_rng([seed, k, epoch, ...])`, which a 
 (k, a number of its own for each kind of draw), as it does the seeds of other processes' dropout: a
 run that was killed ends with the same numbers.
 """
-import atexit
 import contextlib
 import copy
 import ctypes
@@ -48,6 +47,8 @@ def start(args):
         torch.use_deterministic_algorithms(True)
     torch.set_flush_denormal(True)  # a product with numbers below 1e-38 takes 60 times as long
     torch.backends.cudnn.allow_tf32 = False  # float32 means that, in a GRU too
+    # NaN gradients where a mask has 64 keys (torch 2.13 on an H100); a plan is made for each shape
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # what is freed is kept for the next step: fresh pages from the kernel cost a CPU more than many
     # a layer's work on them
     with contextlib.suppress(AttributeError):  # no glibc
@@ -90,7 +91,6 @@ def join(machine):
         backend = 'nccl'
         torch.cuda.set_device(machine.device)
     distributed.init_process_group(backend)
-    atexit.register(distributed.destroy_process_group)
     machine.rank = distributed.get_rank()
     machine.world = distributed.get_world_size()
     if machine.rank:

@@ -365,10 +365,8 @@ def test_another_ranking_may_choose_on_validation(toy, monkeypatch):
         assert row['valid'] == max(values) and (min(values) < max(values) or name == 'popularity')
 
 
-def test_popularity_value_and_the_lines_of_prepare(toy):
+def test_the_lines_of_prepare(toy):
     data, _ = toy
-    expected = summarise(ranks_of(data, 'valid', popularity(data)))['sampled']['NDCG@10']
-    assert baselines.popularity_value(data) == expected
     lines = list(untrained_lines(data))
     assert [line.split()[0] for line in lines] == ['item-knn', 'popularity']
     for line, (_, fields, ranks) in zip(lines, untrained(data, {})):

@@ -18,10 +18,10 @@ import train_seq
 from common.backbone import start_model
 from common.data import prepare
 from common.files import ROOT
-from common.layers import Machine
+from common.layers import Dropout, Machine, attend
 from common.metrics import rank_counts
 from common.sequence import draw_training_negatives
-from common.training import Training, faster_in_bfloat16
+from common.training import Training, faster_in_bfloat16, start
 from tests.toy import canonical, tiny_bert, tiny_longformer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
@@ -50,6 +50,18 @@ def near(a, b):
     """Whether two tensors differ by rounding alone."""
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     return (a - b).norm() <= 1e-3 * b.norm() + 1e-6
+
+
+@pytest.mark.parametrize('length', [64, 128, 160])
+def test_gradients_of_attention_are_finite_where_all_scores_are_low(length):
+    """cuDNN's kernel gave NaN for the queries where a mask has 64 keys and every score is -120."""
+    start(SimpleNamespace(device='cuda', precision='bfloat16', deterministic=False))
+    q, k, v = torch.randn(3, 2, 1, length, 128, device='cuda')
+    q[..., 0], k[..., 0] = 1.0, -120 * 128 ** 0.5
+    q, k, v = (x.bfloat16().requires_grad_() for x in (q, k, v))
+    mask = torch.ones(length, length, device='cuda').tril().log().bfloat16()
+    attend(q, k, v, mask[None, None], Dropout(0.0)).square().sum().backward()
+    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
 
 
 # ------------------------------------------------------------------------ the numbers of a CPU

@@ -451,6 +451,7 @@ def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch, device):
 def alone(signals):
     """What each of the processes does: it says which signals it ignores, then tries train_seq.py."""
     machine = start(SimpleNamespace(device='cpu', deterministic=False, precision='float32'))
+    assert not torch.backends.cuda.cudnn_sdp_enabled() and not torch.backends.cudnn.allow_tf32
     ignored = [signal.getsignal(number) is signal.SIG_IGN for number in signals]
     assert ignored == [machine.rank > 0] * len(signals)
     args = train_seq.parse_args(['one', '--model', 'sasrec'])
