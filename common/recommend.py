@@ -79,12 +79,12 @@ def scorer_of(folder, row, data, wide, machine):
         began, _ = starting_tables(type(model), data.n_items, embeddings, row)
         began[:data.n_items + 1] = model.item_embedding.weight.detach()
         model.item_embedding = ItemTable(began)
-    model.on(machine)
+    table_and_bias = model.on(machine).scorer()
 
     @torch.no_grad()
     def score(items, offsets):
         states = model.all_states(items, offsets)
-        return torch.nn.functional.linear(states, *model.scorer())
+        return torch.nn.functional.linear(states, *table_and_bias)
     return score
 
 
