@@ -12,7 +12,7 @@ train_seq.py refuses a file of another dataset or order. With --from-npy the row
 `--variants own-trainable`.
 
 An --out that ends in .npy or .safetensors is for other programs: one matrix without a padding row,
-the cold items last, and beside it <name>.ids.txt, an id for each row. It is always made anew.
+the cold items last, and beside it <name>.ids.txt, an id for each row. --again replaces them.
 
 Reads:  data/<dataset>/prepared.npz; --checkpoint, --plm, or --from-npy.    Writes: --out.
 """
@@ -70,7 +70,7 @@ def read_rows(path, ids, data):
         raise UserError(f'{path}: is no matrix of numbers in a .npy file, or not there') from None
     if rows.dim() != 2 or not len(rows) == len(keys) == len(place):
         raise UserError(f'{path}: has the shape {list(rows.shape)}; it needs a row for each '
-                        f'of the {len(keys):,} lines of {ids}, which name {len(place):,} items')
+                        f'of the {len(keys):,} lines of {ids}, which name {len({*keys}):,} items')
     wanted = data.item_ids
     if len(place) > data.n_items:
         wanted = wanted + data.cold_ids
@@ -105,6 +105,8 @@ def main(args):
     # ---------------------------------------------------- encode
     with lock(out.parent, wait=not machine.rank):
         ours = out.suffix == '.pt'
+        if out.exists() and not ours and not args.again:  # it may be another's
+            raise UserError(f'{out}: is there; --again replaces it, and its .ids.txt')
         if ours and out.exists() and run.usable(load_pt(out, 'embeddings')['head'], out):
             print(f'{out} is up to date')
             return
@@ -127,13 +129,12 @@ def main(args):
             save_pt(out, 'embeddings', head=head, matrix=matrix, items=data.item_ids,
                     cold=cold.clone())  # of a view all rows would be saved
         else:
-            out.unlink(missing_ok=True)  # never beside other ids
-            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
             with whole(out) as part, open(part, 'wb') as f:
                 if out.suffix == '.npy':
                     np.save(f, rows)
                 else:
                     f.write(safetensors.torch.save({'embeddings': rows}))
+            save_text(out.with_suffix('.ids.txt'), '\n'.join(ids) + '\n')
         print(f'{len(items):,} items and {len(cold):,} cold ones x {rows.shape[1]}, mean norm '
               f'{head["norm"]:.2f}, mean cosine {head["cosine"]:.2f}, written to {out}')
 

@@ -210,7 +210,6 @@ def build(folder, filters, identity):
         "% of neighbours have one timestamp, in the file's order (data/README.md)":
             100 * tied.mean(),
         'users of these files left out by the filters or the sample': len(user_ids) - len(users),
-        'rows left out by the filters or the sample': len(columns[0]) - len(items),
         f'rows dropped, as their item has no text (the first: {lost!r})': unknown,
         'rows dropped, as they repeat another': len(repeated),
         "items in nobody's sequence (evaluate.py recommend --cold knows them)": len(texts),
@@ -321,7 +320,7 @@ def main(args):
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
           f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; three columns '
-          f'are read (others: text=..) of {str(dict(next(data.each("attributes"))))[:300]}')
+          f'at most are read (--columns text=..): {str(dict(next(data.each("attributes"))))[:300]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -130,7 +130,7 @@ def asked(args, data, wide):
     everybody = dict(zip(data.user_ids, np.split(data.items, data.offsets[1:-1])))
     if not args.users:
         return everybody
-    source = '--users (ids, or one file of ids)'
+    source = '--users (ids, or one file that is there)'
     names = args.users
     if len(names) == 1 and Path(names[0]).is_file():
         source = names[0]
@@ -182,8 +182,7 @@ def recommend(args, data, folder):
     """The k best items for all users, or for those that the options name."""
     row, _ = read_ranks(data.name, args.run)
     if row['model'] == 'recformer' or row['data'] != data.fingerprint:
-        raise UserError(f'{args.run}: is of another version of {data.name} (bash run_all.sh '
-                        f'{data.name} makes it again), or RecFormer, which ranks in tables alone')
+        raise UserError(f"{args.run}: is not of today's {data.name}, or RecFormer (tables only)")
     if args.columns and not args.histories:
         raise UserError('--columns goes with --histories')
     kind = args.out and args.out.suffix

@@ -171,7 +171,7 @@ def read_ranks(dataset, run):
     folder = runs_root() / dataset / run
     row = read_row(folder)
     if 'metrics' not in row or row['run'] != run:  # a run's name leads to no other folder
-        raise UserError(f'{run}: no such run in {runs_root() / dataset} (ELEPHANT_RUNS: elsewhere; '
-                        'a renamed folder is none: move it out of there)')
+        raise UserError(f'{run}: no such run in {runs_root() / dataset} (a whole name is needed; '
+                        'ELEPHANT_RUNS: elsewhere; a renamed folder is none: move it out)')
     return row, load_npz(folder / 'ranks.npz', 'users sampled full new'.split(),
                          f'remove {folder} and run again, --again')

@@ -156,7 +156,7 @@ def cells_of(line):
                                      ['attention', 'one', '--seq']])
 def test_what_is_no_id_model_is_refused(world, command):
     for run, words in (('nosuch', '(?i)no such.*nosuch|nosuch.*no such'),
-                       ('ft1-seed0', 'is no readable seq file|ft1-seed0: .*or RecFormer')):
+                       ('ft1-seed0', 'is no readable seq file|ft1-seed0: is not of .*or RecFormer')):
         with pytest.raises((UserError, FileNotFoundError), match=words):
             call(*command, run)
 

@@ -177,7 +177,7 @@ def test_users_named_or_in_a_file(world, tmp_path, capsys):
     assert capsys.readouterr().err == (
         f'note: {tmp_path / "users.txt"}: short: left out by the filters of the data; '
         '2 of 4 are left out\n')
-    for user, words in (('nobody', '--users .ids, or one file of ids.: nobody: not in this dataset'),
+    for user, words in (('nobody', '--users .ids, or one file that is there.: nobody: not in this dataset'),
                         ('short', '--users .*: short: left out by the filters')):
         with pytest.raises(UserError, match=words):
             call('recommend', 'one', LF, '--users', 'u7', user)
@@ -405,7 +405,7 @@ def test_a_run_of_other_data_recommends_nothing(world, run):
     before = row.read_text()
     try:
         row.write_text(json.dumps(json.loads(before) | {'data': 'older'}))
-        with pytest.raises(UserError, match=f'{run}: is of another version of one .bash run_all'):
+        with pytest.raises(UserError, match=f"{run}: is not of today's one, or RecFormer"):
             call('recommend', 'one', run, '--users', 'u1')
     finally:
         row.write_text(before)
@@ -520,15 +520,18 @@ def test_rows_of_any_encoder_become_an_initialisation(world, found, rows, tmp_pa
         out.unlink()
 
 
-def test_rows_never_stand_beside_the_ids_of_others(world, tmp_path, monkeypatch):
-    """Where the matrix cannot be written, the one of an earlier export is gone."""
-    out = tmp_path / 'lf.npy'
-    plm = str(world.parent.parent / 'plm')
-    export('--plm', plm, '--out', out)
-    monkeypatch.setattr(np, 'save', lambda *_: (_ for _ in ()).throw(OSError('2 requested and 1 written')))
-    with pytest.raises(OSError):
-        export('--plm', plm, '--out', out)
-    assert [path.name for path in tmp_path.iterdir() if path.suffix in ('.npy', '.part')] == []
+@pytest.mark.parametrize('name', ['lf.npy', 'lf.safetensors'])
+def test_a_file_for_other_programs_is_replaced_only_where_that_is_asked_for(world, tmp_path, name):
+    """It may be the user's own rows, and their ids."""
+    out, ids = tmp_path / name, tmp_path / 'lf.ids.txt'
+    out.write_text('mine')
+    ids.write_text('mine')
+    options = '--plm', str(world.parent.parent / 'plm'), '--out', out
+    with pytest.raises(UserError, match=f'{name}: is there; --again replaces it, and its .ids.txt'):
+        export(*options)
+    assert out.read_text() == ids.read_text() == 'mine'
+    export(*options, '--again')
+    assert out.stat().st_size > 99 and len(ids.read_text().splitlines()) > 9
 
 
 def test_without_rows_of_the_cold_items(world, found, rows, tmp_path):
