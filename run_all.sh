@@ -79,7 +79,7 @@ esac
 : "${PLM:=minilm}" "${SEEDS:=0}" "${BUDGET:=$DEFAULT}"
 PLACE=$PLM_PLACE$SOURCE_PLACE
 [ "$BUDGET" = $DEFAULT ] || PLACE=/$BUDGET$PLACE
-[[ -z $PLACE || $ROOT != *"$PLACE" || ! -d $ROOT/$NAME ]] || fail "ELEPHANT_RUNS ($ROOT) is where this chain puts its runs: unset it"
+[ ! -e "$ROOT/.place" ] || fail "ELEPHANT_RUNS ($ROOT) is where a chain puts its runs: unset it"
 [[ $MORE != *--figure2* || -n $SOURCE ]] || fail "--figure2 needs a --source for stage-PT"
 export ELEPHANT_RUNS=$ROOT$PLACE
 
@@ -108,6 +108,8 @@ again() { step "$@" ${AGAIN[@]+"${AGAIN[@]}"}; }
 # published weights need no source domains
 [[ -z $PRETRAINED || $MORE == *--figure2* ]] || SOURCE=
 for name in $NAME $SOURCE; do step -m common.data "$name"; done
+# a mark, so that no chain is put into the place of another
+[[ -z $PLACE || -e $ELEPHANT_RUNS/.place ]] || { mkdir -p "$ELEPHANT_RUNS"; echo "$PLACE" > "$ELEPHANT_RUNS/.place"; }
 
 # ---------------------------------------------------------------- 2. language model: PT, FT1, FT2
 # one stage-PT serves all of the paper's targets; it leaves out the last two items, as two sources are targets too

@@ -257,7 +257,7 @@ def test_pantry_with_longformer_end_to_end(pantry):
 def test_a_chain_writes_where_it_says_and_nowhere_else(pantry):
     folder, _, out, _ = pantry
     assert [path.name for path in (folder / 'runs').iterdir()] == ['toy']
-    assert {path.name for path in place(folder).iterdir()} == {'pretrained', 'pantry'}
+    assert {path.name for path in place(folder).iterdir()} == {'pretrained', 'pantry', '.place'}
     assert f'export ELEPHANT_RUNS={place(folder)} ' in out
     left = [p.name for p in folder.rglob('*') if p.name == 'resume.pt' or p.suffix == '.part']
     assert not left, 'left behind'
@@ -265,12 +265,14 @@ def test_a_chain_writes_where_it_says_and_nowhere_else(pantry):
     assert row['plm'] == str(folder / 'models' / 'tiny'), 'relative to where the user stands'
 
 
-def test_a_chain_is_not_put_into_its_own_place(pantry, fast):
+def test_no_chain_is_put_into_the_place_of_another(pantry, fast):
     """Its last line says to export ELEPHANT_RUNS; where that is forgotten all would be made anew."""
     folder, options, _, _ = pantry
-    code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *options, cwd=folder, PYTHON=fast,
-                          ELEPHANT_RUNS=str(place(folder)))
-    assert (code, out, err.count('\n')) == (2, '', 1) and "is where this chain puts its runs: unset it" in err
+    for given in (options, ['pantry'], ['drugstore', '--longer']):
+        code, out, err = call(folder, 'bash', ROOT / 'run_all.sh', *given, cwd=folder, PYTHON=fast,
+                              ELEPHANT_RUNS=str(place(folder)))
+        assert (code, out, err.count('\n')) == (2, '', 1)
+        assert 'is where a chain puts its runs: unset it' in err
 
 
 def test_the_same_chain_again_makes_nothing(pantry, fast):
