@@ -105,9 +105,10 @@ def main(args):
     # ---------------------------------------------------- encode
     with lock(out.parent, wait=not machine.rank):
         ours = out.suffix == '.pt'
-        if out.exists() and not ours and not args.again:  # it may be another's
+        there = out.exists() and not args.again
+        if there and not ours:  # it may be another's
             raise UserError(f'{out}: is there; --again replaces it, and its .ids.txt')
-        if ours and out.exists() and run.usable(load_pt(out, 'embeddings')['head'], out):
+        if there and run.usable(load_pt(out, 'embeddings')['head'], out):
             print(f'{out} is up to date')
             return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others

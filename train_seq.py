@@ -45,7 +45,7 @@ def variant(text):
 
 
 # argparse prints it
-variant.__name__ = 'variant (random; E- and freeze, trainable, further-all, further-emb, id+text)'
+variant.__name__ = f'variant (random, or E- and {MODES})'.replace('\\', '')
 
 
 def parse_args(argv=None):
@@ -159,9 +159,9 @@ def one_run(args, machine, data, embedding, about, start_from):
         save_pt(folder / 'model.pt', 'seq', about=about, data=data.fingerprint,
                 model=model.state_dict())
         row = run.write(**found, **origin_of(embedding), **result_of(data, ranks))
-    bound = read_row(folder.parent / 'popularity').get('valid', 0)  # where evaluate.py ranked by it
-    if found['valid'] <= bound:
-        print(f'{name}: NO BETTER THAN POPULARITY on validation ({100 * bound:.2f})')
+    bound = read_row(folder.parent / 'popularity')  # evaluate.py untrained's
+    if bound.get('data') == data.fingerprint and found['valid'] <= bound['valid']:
+        print(f'{name}: NO BETTER THAN POPULARITY on validation ({100 * bound["valid"]:.2f})')
     return row
 
 

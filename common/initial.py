@@ -57,7 +57,7 @@ def geometry(rows):
     unit = normalize(rows, dim=1)
     n = len(unit)
     of_pairs = unit.sum(0).square().sum() - unit.square().sum()
-    cosine = of_pairs / (n * (n - 1))
+    cosine = of_pairs / (n * (n - 1)) if n > 1 else 1.0
     return {'norm': float(rows.norm(dim=1).mean()), 'cosine': float(cosine)}
 
 

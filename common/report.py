@@ -180,18 +180,18 @@ def footer(rows):
         found = {str(row.get(key)) for row in rows}
         return ', '.join(sorted(found - {'None'}))
     ties = max(max(row['tie_share'].values()) for row in rows)
-    text = (f'{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over '
-            f'seeds ({several("seed")}). New items: all but the history.\n'
-            'In brackets: > better, = no difference at 5 %, < worse than the ranking without '
-            'training that is best on test, and p;\nafter that the same against random rows of '
-            'the same model, width and training. p is paired over users, each the mean of\n'
-            'its seeds: how far these lie apart is in ± alone; 0.000 is less than 0.0005. Targets '
-            f'tie with a candidate for at most {ties:.1%} of\nthe users. '
-            "The last number of a name is the width; below the embeddings' own: their principal "
-            'components, of centred rows. Mixed: its runs, at\nwhatever rate, were made with other '
-            'options or code; make them again, or remove the old ones.\n'
-            f'Language model: {several("plm") or "none"}; {several("date")}; commits '
-            f'{several("commit")}.\n')
+    text = f"""\
+{SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over seeds
+({several("seed")}). New items: all but the history.
+In brackets: > better, = no difference at 5 %, < worse than the ranking without training that is
+best on test, and p; after that the same against random rows of the same model, width and training.
+p is paired over users, each the mean of its seeds: how far these lie apart is in ± alone; 0.000 is
+less than 0.0005. Targets tie with a candidate for at most {ties:.1%} of the users.
+The last number of a name is the width; below the embeddings' own: their principal components, of
+centred rows. Mixed: its runs, at whatever rate, were made with other options or code; make them
+again, or remove the old ones.
+Language model: {several("plm") or "none"}; {several("date")}; commits {several("commit")}.
+"""
     stale = [files for files in map(changed_code, rows) if files]
     if stale:
         text += (f"\n**{len(stale)} of these runs were made by other code than today's** "

@@ -433,7 +433,7 @@ def test_damaged_files(root):
 
 @pytest.mark.parametrize('name, text', [('a.csv', 'user,item\nu,a\n'), ('a.jsonl', '{"id": "a"}\n{"id": "b"}\n')])
 def test_sigterm_while_a_file_is_closed_after_its_last_line(tmp_path, monkeypatch, name, text):
-    """Where it comes while a generator that nobody wants any more cleans up, Python would drop it."""
+    """It ends the process: no generator is left to clean up on its own, where Python would drop it."""
     (tmp_path / name).write_text(text)
 
     @contextlib.contextmanager

@@ -769,6 +769,7 @@ def test_geometry_by_hand():
     assert opposite == {'norm': pytest.approx(1.5), 'cosine': pytest.approx(-1)}
     alike = initial.geometry(torch.full((50, 8), 0.1))
     assert alike['cosine'] == pytest.approx(1)
+    assert initial.geometry(torch.tensor([[3.0, 4]])) == {'norm': 5.0, 'cosine': 1.0}
 
 
 # ------------------------------------------------------------------------ train_seq.py in-process
@@ -1036,12 +1037,14 @@ def test_finished_runs_are_found_and_changed_ones_done_again(toy, capsys):
     assert 'made with other options.epochs' in capsys.readouterr().out, '--keep is about code alone'
 
 
-@pytest.mark.parametrize('bound, told', [(1.0, True), (0.0, False), (None, False)])
-def test_what_does_not_beat_popularity_says_so(toy, capsys, bound, told):
-    """After its result, and only where counting reaches at least as much on validation."""
+@pytest.mark.parametrize('bound, of_today, told', [(1.0, True, True), (-1.0, True, False), (1.0, False, False),
+                                                   (None, True, False)])
+def test_what_does_not_beat_popularity_says_so(toy, capsys, bound, of_today, told):
+    """After its result, and only where counting reaches at least as much on validation of these data."""
     if bound is not None:
         save_json(runs_root() / 'toy' / 'popularity' / 'row.json',
-                  {'run': 'popularity', 'identity': {}, 'code': {}, 'seconds': 1, 'valid': bound})
+                  {'run': 'popularity', 'identity': {}, 'code': {}, 'seconds': 1, 'valid': bound,
+                   'data': toy[0].fingerprint if of_today else 'other'})
     run()
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.endswith('NO BETTER THAN POPULARITY on validation (100.00)') == told
