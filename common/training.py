@@ -27,6 +27,8 @@ from common.files import STOPPING, Diverged, UserError, follower, load_pt, save_
 from common.layers import Machine
 from common.progress import progress
 
+EPOCHS_APART = 30  # seconds: a large model is written in more than a short epoch's time
+
 
 # ------------------------------------------------------------------------ machine
 
@@ -248,7 +250,8 @@ class Training(contextlib.AbstractContextManager):
                      'valid': metric}
             self.log = self.log or [','.join(entry)]
             self.log.append(','.join(map(str, entry.values())))
-        self.save()
+        if time.monotonic() - self.saved_at > EPOCHS_APART:
+            self.save()
 
     def restore_best(self):
         """Put the best weights back into the model; what the run's row says of its training."""
@@ -268,8 +271,9 @@ class Training(contextlib.AbstractContextManager):
     def __exit__(self, kind, *_):
         with uninterrupted():
             self.bar.close()
-            if kind is SystemExit:
+            if kind in (None, SystemExit):
                 self.save()
+            if kind is SystemExit:
                 print(f'stopped before {self.where()}; the same command goes on from {self.path} '
                       '(leave --again out)', file=sys.stderr)
 

@@ -477,7 +477,8 @@ def test_log_best_weights_and_what_a_row_says(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {'log.csv', 'row.json'}
 
 
-def test_best_weights_are_those_of_their_epoch(tmp_path):
+def test_best_weights_are_those_of_their_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'EPOCHS_APART', -1)
     seen = []
 
     def disturb(place, epoch, step):
@@ -520,21 +521,24 @@ def test_gradients_are_clipped_to_their_norm(tmp_path):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_state_is_saved_when_it_is_due(tmp_path, monkeypatch):
+@pytest.mark.parametrize('validation, second', [(40, [(1, 0), (1, 0), (1, 3)]),
+                                                (30, [(0, 3), (1, 2), (1, 2)])])
+def test_state_is_saved_when_it_is_due(tmp_path, monkeypatch, validation, second):
     clock = [0.0]
     monkeypatch.setattr(training.time, 'monotonic', lambda: clock[0])
     stands = []
 
     def disturb(place, epoch, step):
-        if place == 'forward':
-            clock[0] += 50
+        clock[0] += {'forward': 50, 'validation': validation}.get(place, 0)
         if place == 'updated':
             stand = saved(tmp_path)['stand'] if (tmp_path / 'resume.pt').exists() else None
             stands.append(stand and (stand['epoch'], stand['step']))
     t, _ = train(tmp_path, disturb, save_every=2, most=6)
-    # 50 s a step: after 150 s the first is due; the end of an epoch saves too
-    assert stands == [None, None, (0, 3), (1, 0), (1, 0), (1, 3)]
-    assert saved(tmp_path)['head']['seconds'] == t.seconds() == 300
+    # 50 s a step: after 120 s one is due; the end of an epoch saves too, where nothing has
+    # been saved for 30 s, and that of training always
+    assert stands == [None, None, (0, 3), *second]
+    assert saved(tmp_path)['head']['seconds'] == t.seconds() == 300 + 2 * validation
+    assert saved(tmp_path)['stand']['epoch'] == 2 and len(log_of(tmp_path)) == 2
     other = tmp_path / 'other'
     stands.clear()
 
