@@ -105,12 +105,12 @@ def main(args):
     # ---------------------------------------------------- encode
     with lock(out.parent, wait=not machine.rank):
         ours = out.suffix == '.pt'
-        there = out.exists() and not args.again
-        if there and not ours:  # it may be another's
-            raise UserError(f'{out}: is there; --again replaces it, and its .ids.txt')
-        if there and run.usable(load_pt(out, 'embeddings')['head'], out):
-            print(f'{out} is up to date')
-            return
+        if out.exists() and not args.again:
+            if not ours:  # it may be another's
+                raise UserError(f'{out}: is there; --again replaces it, and its .ids.txt')
+            if run.usable(load_pt(out, 'embeddings')['head'], out):
+                print(f'{out} is up to date')
+                return
         if not args.from_npy:  # the cold items apart: new ones change no row of the others
             model.on(machine)
             rows = torch.cat([model.encode_items(each)[1:].cpu() for each in (tokens, cold)])

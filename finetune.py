@@ -133,10 +133,10 @@ def tune(args, data, model, tokens, run):
 
 def ranks_of(model, tokens, data, which):
     """Ranks of the evaluated users' targets under cosine scores with the model's item table."""
-    items, offsets, targets = data.split(which)
+    items, offsets, _ = data.split(which)
     states = model.encode_histories(items, offsets, tokens, f'{which} users')
     score = product_scorer(F.normalize(states), F.normalize(model.items))
-    return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
+    return rank_counts(score, data, which)
 
 
 def one_run(args, machine, data):

@@ -29,6 +29,8 @@ from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words
 from common.training import Training, adamw, prefetch, start
 
+HELD_OUT = 0.05  # of the users (ours)
+
 
 # ------------------------------------------------------------------------ options
 
@@ -42,7 +44,6 @@ def parse_args(argv=None):
     flag(p, '--leave-out', "leave out users' last two items (of targets too; paper silent)")
     option(p, '--share', 'percent of the source users, a batch at least (paper sec. 4.6)',
            number(1e-6, 100), 100.0)
-    option(p, '--valid-share', 'percent of users held out (ours)', number(1e-6, 50), 5.0)
     option(p, '--accumulate', 'batches per optimizer step (RecFormer)', POSITIVE, 8)
     option(p, '--max-steps', 'at most so many optimizer steps (ours)', POSITIVE)
     option(p, '--mlm-weight', 'of the masked-language-model loss (RecFormer)', WEIGHT, 0.1)
@@ -68,7 +69,7 @@ class Sources:
                                      for data, shift in zip(domains, before)])
         users = np.flatnonzero(self.lengths >= 2)
         users = default_rng([args.seed, 1]).permutation(users)
-        held = max(2, round(len(users) * args.valid_share / 100))
+        held = max(2, round(len(users) * HELD_OUT))
         self.valid, users = np.split(users, [held])
         kept = max(args.batch, round(len(users) * args.share / 100))
         self.train = users[:kept]

@@ -28,10 +28,10 @@ def take(items, offsets, rows):
 
 
 def newest(items, offsets, most):
-    """The last `most` items of each row: (items int64 [T], lengths [R])."""
+    """The last `most` items of each row: (items [T], lengths [R])."""
     lengths = np.minimum(np.diff(offsets), most)
     place = ragged(offsets[1:] - lengths, lengths)
-    return items[place].astype(np.int64), lengths
+    return items[place], lengths
 
 
 def row_numbers(lengths):

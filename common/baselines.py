@@ -137,12 +137,12 @@ def some_of(data, scores=2 ** 29):
 
 def ranks_of(data, which, scorer, decay=1.0):
     """Ranks of the evaluated users' targets under a scorer."""
-    *histories, targets = data.split(which)
+    *histories, _ = data.split(which)
 
     def score(users):
         return scorer(weighted(*take(*histories, users), decay, data.n_items))
     # a scorer makes several matrices of a chunk's size
-    return rank_counts(score, data.n_items, targets, data.negatives, histories, 2 ** 22)
+    return rank_counts(score, data, which, 2 ** 22)
 
 
 def untrained(data, embeddings):

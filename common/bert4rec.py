@@ -64,25 +64,24 @@ class BERT4Rec(AttentionModel):
         return super().states(shown, offsets + np.arange(len(offsets)))
 
     def loss(self, items, offsets, rng, *_):
-        """Mean cross-entropy over the masked items of training parts; zero where none was masked.
-        A sequence of which none was masked changes nothing and is left out.
+        """Mean cross-entropy over the masked items of training parts. A sequence of which none was
+        masked changes nothing and is left out.
 
-        15 % of the items, of those 80 % as mask, 10 % a random item, 10 % kept; in 9 % of the draws
-        only the last, as mask.
+        15 % of the items (the last of all where that were none), of those 80 % as mask, 10 % a
+        random item, 10 % kept; in 9 % of the draws only the last, as mask.
         """
         items, lengths = newest(items, offsets, self.max_items)
         last = ragged(-lengths, lengths) == -1
         row = row_numbers(lengths)
         only_last = (rng.random(len(lengths)) < LAST_ONLY)[row]
         chosen = np.where(only_last, last, rng.random(len(items)) < MASK_SHARE)
+        chosen[-1] |= not chosen.any()
         how = rng.random(len(items))
         how[only_last] = 0
         drawn = rng.integers(1, len(self.item_embedding.weight), len(items))
         shown = np.where(chosen & (how < 0.9), drawn, items)
         shown[chosen & (how < 0.8)] = 0
         some = np.unique(row[chosen])
-        if not len(some):
-            return sum(p.sum() for p in self.parameters()) * 0
         kept = np.isin(row, some)
         places = np.flatnonzero(chosen[kept])
         x = self(self.look_up(shown[kept]), lengths[some], self.ids(places))

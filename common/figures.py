@@ -43,8 +43,7 @@ def numbers(packed, weights, sasrec):
                [np.nan, *F.cosine_similarity(layers[1:], layers[:-1])],
                layers[:, first].mean(1) / layers.mean(1),
                both.corrcoef()[-1, :-1]]
-    columns = list(map(torch.as_tensor, columns))
-    return torch.stack(columns, 1)
+    return torch.as_tensor(np.column_stack(columns))
 
 
 # ------------------------------------------------------------------------ drawing

@@ -24,25 +24,25 @@ def product_scorer(states, table, bias=None):
 
     Returns score(users): numbers of users -> [users, n + 1] on the table's device.
     """
-    table = table.float()
-
     def score(users):
-        return torch.nn.functional.linear(states[users].to(table), table, bias)
+        return torch.nn.functional.linear(states[users], table, bias)
     return score
 
 
 @torch.no_grad()
-def rank_counts(score, n, targets, negatives, history, chunk=2 ** 24):
-    """(g, t) of every target in the three rankings, from one pass over the scores.
+def rank_counts(score, data, which, chunk=2 ** 24):
+    """(g, t) of the target of every evaluated user in the three rankings, from one pass over the
+    scores.
 
-    score: see product_scorer; targets [E] ids; negatives [E, 100] ids, 0 = none; history: ragged
-    (items, offsets) of the same users; chunk: scores held at a time, but those of some 32 users:
-    each time the table is read, and a user alone rounds differently, which breaks ties. Returns
-    {'sampled', 'full', 'new': int32 [E, 2]}. Errors: Diverged where a score is not finite.
+    score: see product_scorer; which: see `split` of a Dataset; chunk: scores held at a time, but
+    those of some 32 users: each time the table is read, and a user alone rounds differently, which
+    breaks ties. Returns {'sampled', 'full', 'new': int32 [E, 2]}. Errors: Diverged where a score is
+    not finite.
     """
-    candidates = np.column_stack([targets, negatives])
+    *history, targets = data.split(which)
+    candidates = np.column_stack([targets, data.negatives])
     found = []
-    for users in parts(len(targets), max(32, chunk // (n + 1))):
+    for users in parts(len(targets), max(32, chunk // (data.n_items + 1))):
         scores = score(users)
         if not torch.isfinite(scores[:, 1:].sum()):  # one that is not finite makes the sum so
             raise Diverged('a score is not a finite number: the model diverged; try a lower rate')

@@ -85,9 +85,9 @@ class SequenceModel(Model):
 
     def ranks(self, data, which):
         """Ranks of the evaluated users' targets; see `rank_counts`, and `split` of a Dataset."""
-        items, offsets, targets = data.split(which)
+        items, offsets, _ = data.split(which)
         score = product_scorer(self.all_states(items, offsets), *self.scorer())
-        return rank_counts(score, data.n_items, targets, data.negatives, (items, offsets))
+        return rank_counts(score, data, which)
 
     def loss(self, items, offsets, rng, kind, negatives=None):
         """Mean loss over the positions of training parts: each predicts the item after it.

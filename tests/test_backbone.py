@@ -99,6 +99,17 @@ def test_every_published_form_gives_the_weights_that_ours_gives(tuned, tmp_path,
     assert (found.stage, found.words, found.plm) == ('published', model.words, str(folder))
 
 
+def test_a_published_file_starts_with_the_dropout_of_its_seed(tuned, tmp_path):
+    folder, _, model, _ = tuned
+    file = tmp_path / 'published.bin'
+    torch.save(published(model), file)
+    drawn = []
+    for seed in (0, 1, 1):
+        start_model(file, str(folder), seed)
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] != drawn[1] == drawn[2]
+
+
 @pytest.mark.parametrize('kind', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('name', ['half.bin', 'half.safetensors'])
 def test_half_precision_and_safetensors(tuned, tmp_path, kind, name):

@@ -27,7 +27,7 @@ ABOVE_ZERO, FROM_ZERO = ('0', '-1', '1e309', 'nan', 'x', ''), ('-1', '1e309', 'n
 RECOMMEND = ['recommend', 'one', 'x', '--users', 'u']
 OPTIONS = [  # script, a command line that is right, options above 0, options from 0
     ('common.data', ['one'], '--min-user --min-item', '--users'),
-    ('pretrain', ['one', '--out', 'x'], '--max-tokens --share --valid-share --epochs '
+    ('pretrain', ['one', '--out', 'x'], '--max-tokens --share --epochs '
      '--max-steps --patience --batch --accumulate --lr --micro-tokens',
      '--warmup --weight-decay --mlm-weight --seed --save-every'),
     ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--max-tokens --epochs --patience '
@@ -48,7 +48,7 @@ CHOICES = [
     ('train_seq', '--variants', '-freeze'), ('train_seq', '--variants', 'pt-frozen'),
     ('train_seq', '--variants', '../x-freeze'), ('train_seq', '--variants', '/x-freeze'),
     ('pretrain', '--precision', 'float16'), ('pretrain', '--share', '101'),
-    ('pretrain', '--valid-share', '51'), ('pretrain', '--max-tokens', '1'),
+    ('pretrain', '--max-tokens', '1'),
     ('pretrain', '--max-tokens', '1025'), ('train_seq', '--max-items', '10000000'),
     ('train_seq', '--hidden', '10000000'), ('pretrain', '--batch', '1'),
     ('finetune', '--batch', '1'), ('pretrain', '--nosuch', '1'),

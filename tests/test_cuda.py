@@ -137,8 +137,9 @@ def test_ranks_are_those_of_a_cpu():
     scores = torch.from_numpy(rng.integers(0, 9, (40, 31))).float()
     targets, negatives = rng.integers(1, 31, 40), rng.integers(0, 31, (40, 10))
     history = rng.integers(1, 31, 120), np.arange(0, 121, 3)
-    found = [rank_counts(lambda users: scores[users].to(device), 30, targets, negatives, history,
-                         99) for device in ('cpu', 'cuda')]
+    data = SimpleNamespace(n_items=30, negatives=negatives, split=lambda _: (*history, targets))
+    found = [rank_counts(lambda users: scores[users].to(device), data, 'test', 99)
+             for device in ('cpu', 'cuda')]
     for name in found[0]:
         assert (found[0][name] == found[1][name]).all()
 

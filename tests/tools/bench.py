@@ -479,6 +479,8 @@ def evaluation(ours, kind, items=8249, hidden=768, users=21300):
     rng = np.random.default_rng(0)
     targets = rng.integers(1, items + 1, part)
     negatives = rng.integers(1, items + 1, (part, 100))
+    data_there = SimpleNamespace(n_items=items, negatives=negatives,
+                                 split=lambda which: (*s.rows, targets))
     s.model.eval()
 
     def published():
@@ -490,7 +492,7 @@ def evaluation(ours, kind, items=8249, hidden=768, users=21300):
     def run():
         if ours:
             score = product_scorer(s.model.all_states(*s.rows), *s.model.scorer())
-            rank_counts(score, items, targets, negatives, s.rows)
+            rank_counts(score, data_there, 'test')
         else:
             published()
     return Work(run, users / part)
