@@ -28,7 +28,7 @@ from common.options import COUNT, add_tuning_options, flag, option, option_ident
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens
-from common.training import Training, adamw, prefetch, start
+from common.training import Training, prefetch, start
 
 
 # ------------------------------------------------------------------------ options
@@ -104,7 +104,9 @@ def tune(args, data, model, tokens, run):
     tuned = torch.nn.ModuleDict({'model': model, 'item_table': table})
     users = data.users_with(2)  # a prefix and a label
     shares = parts(len(users), args.batch)
-    training = Training(run, tuned, adamw(tuned, args), len(shares), args.warmup)
+    # RecFormer's AdamW has no decay: that is Adam
+    optimizer = torch.optim.Adam(tuned.parameters(), args.lr, fused=True)
+    training = Training(run, tuned, optimizer, len(shares), args.warmup)
     with training:
         if args.stage == 2 and training.best < 0:
             # stage 1's best stays where no epoch is better (RecFormer's code)

@@ -27,7 +27,7 @@ from common.options import (COUNT, POSITIVE, WEIGHT, add_tuning_options, flag, n
 from common.recformer import cosine_logits
 from common.runs import Run, code_of
 from common.text import item_tokens, joined, mask_words
-from common.training import Training, adamw, prefetch, start
+from common.training import Training, prefetch, start
 
 HELD_OUT = 0.05  # of the users (ours)
 
@@ -184,7 +184,9 @@ def held_out_accuracy(model, sources, args):
 def tune(args, model, sources, run):
     """Train `model`; returns what the row says of it."""
     steps = -(-len(sources.train) // (args.batch * args.accumulate))  # per epoch
-    training = Training(run, model, adamw(model, args), steps, args.warmup, 1.0, args.max_steps)
+    # RecFormer's AdamW has no decay: that is Adam
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, fused=True)
+    training = Training(run, model, optimizer, steps, args.warmup, 1.0, args.max_steps)
     print(f'stage-PT: {len(sources.train):,} users train, {len(sources.valid):,} are held out, '
           f'at most {training.total:,} steps')
     with training:

@@ -191,4 +191,4 @@ fi
 
 # ---------------------------------------------------------------- 5. table
 step evaluate.py table "$NAME"
-[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=$ELEPHANT_RUNS before evaluate.py and the other scripts, not before run_all.sh"
+[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=${ELEPHANT_RUNS@Q} before evaluate.py and the other scripts, not before run_all.sh"

@@ -90,7 +90,8 @@ def load_words(path, config):
         raise UserError(f'--plm {path}: needs a fast tokenizer, with a mask and a cls or bos token')
     largest = max(tokenizer.get_vocab().values())  # added tokens too
     pad = tokenizer.pad_token_id
-    if largest >= config.vocab_size or config.position_offset - 1 not in (-1, pad):
+    # transformers makes up one of a few ids where a folder has none
+    if not 50 < largest < config.vocab_size or config.position_offset - 1 not in (-1, pad):
         raise UserError(f'--plm {path}: its tokenizer has ids up to {largest}, {pad} for padding, '
                         f'its config.json {config.vocab_size} words, positions from '
                         f'{config.position_offset}: they do not fit each other')

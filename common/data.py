@@ -206,12 +206,13 @@ def build(folder, filters, identity):
     different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
     counts = {
         'users': len(users), 'items': len(catalogue), 'interactions': len(items),
-        'avg_len': lengths.mean(), 'evaluated': len(evaluated),
+        'avg_len': lengths.mean(), 'longest': int(lengths.max()), 'evaluated': len(evaluated),
         "% of neighbours have one timestamp, in the file's order (data/README.md)":
             100 * tied.mean(),
         'users of these files left out by the filters or the sample': len(user_ids) - len(users),
         f'rows dropped, as their item has no text (the first: {lost!r})': unknown,
         'rows dropped, as they repeat another': len(repeated),
+        'interactions with an item that the user had before': len(repeats([user, item])),
         "items in nobody's sequence (evaluate.py recommend --cold knows them)": len(texts),
         'warning: items whose text, or lack of one, another item has too':
             len(catalogue) - len(different),
@@ -313,14 +314,16 @@ def parse_args(argv=None):
 
 def main(args):
     from common.baselines import untrained_lines
+    from common.text import MOST_ATTRIBUTES
     if args.source:
         convert(folder_of(args.name), args.source, args.items, args.columns)
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
+    read = dict(next(data.each('attributes'))[:MOST_ATTRIBUTES])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; three columns '
-          f'at most are read (--columns text=..): {str(dict(next(data.each("attributes"))))[:300]}')
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; what is read of '
+          f'an item (--columns text=.. chooses): {str(read)[:300]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

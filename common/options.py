@@ -68,7 +68,6 @@ def add_tuning_options(parser, epochs, batch):
     add_training_options(parser, epochs, 5, batch)
     option(parser, '--lr', 'peak rate', RATE, 5e-5)
     option(parser, '--warmup', 'steps of a rising rate; it then falls linearly to 0', COUNT, 100)
-    option(parser, '--weight-decay', "AdamW's", WEIGHT, 0.0)
 
 
 def add_machine_options(parser):

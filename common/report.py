@@ -182,7 +182,7 @@ def footer(rows):
     ties = max(max(row['tie_share'].values()) for row in rows)
     text = f"""\
 {SHOWN} in percent, {rows[0]["users"]:,} users, mean ± standard deviation over seeds
-({several("seed")}). New items: all but the history.
+({several("seed")}). New items: all but the history (the target stays).
 In brackets: > better, = no difference at 5 %, < worse than the ranking without training that is
 best on test, and p; after that the same against random rows of the same model, width and training.
 p is paired over users, each the mean of its seeds: how far these lie apart is in ± alone; 0.000 is

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import sys
 from array import array
 from datetime import UTC, datetime
 from html import unescape
@@ -56,15 +57,18 @@ def lines(path, most):
 
 def csv_rows(path, text, mark):
     """(line number, cells) of each row of CSV that holds something. UserError: a quote that never
-    ends, or goes on after its end."""
+    ends, or goes on after its end, or holds lines of tabs."""
     rows = csv.reader(text, delimiter=mark, strict=True)
     try:
         for row in rows:
+            cells = ''.join(row)
+            if mark == '\t' and mark in cells and '\n' in cells:
+                raise csv.Error('a cell holds lines')
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote?'
-                        ) from None
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? '
+                        'Where quotes are plain characters, rename it to .txt') from None
 
 
 def objects(text):
@@ -83,8 +87,10 @@ def table(path, most):
     JSON an object, whose places are its names."""
     text, ahead = tee(lines(path, most))  # a pipe is read once
     if re.search('(?i)[.](nd)?json', path.name):
-        first = next((row for _, row in objects(islice(ahead, 1000)) if row), {})
-        return dict(zip(first, first)), objects(text)
+        names = {}
+        for _, row in objects(islice(ahead, 1000)):
+            names |= row or {}
+        return dict(zip(names, names)), objects(text)
     head = next(ahead, '')
     mark = re.search(r'::|[\t|;]|$', head)[0] or ','
     if mark != '::' and re.search('(?i)[.][ct]sv', path.name):
@@ -112,8 +118,14 @@ def column(path, names, role, named):
             return there[name]
     raise UserError(f'{path}: has no column ({wanted}), but '
                     f'{", ".join(names)[:100] or "nothing that can be read"}; with --from or '
-                    f'--histories its name may be told: --columns {role}=NAME (a header is needed, '
-                    'in JSON an object a line; .xlsx, .parquet: save as .csv)')
+                    f'--histories tell its name: --columns {role}=NAME (under a header, or in JSON '
+                    'an object a line; .xlsx, .parquet, UTF-16: save as .csv)')
+
+
+def tell(path, chosen, most):
+    """Say which columns of a file of others are read as user, item and time, or as id."""
+    if most:
+        print(f'  {path.name}: {", ".join(chosen)}', file=sys.stderr)
 
 
 def readable(path, rows, parse, what, most):
@@ -126,7 +138,7 @@ def readable(path, rows, parse, what, most):
             yield parse(row)
         except UNREADABLE:
             bad += 1
-            first = first or f'{path}: line {number} is no record with {what}: {str(row)[:90]}'
+            first = first or f'{path}: line {number} is no record with {what}: {str(row)[:300]}'
     if bad:
         told = f'{first}; in all {bad:,} of {number:,} lines cannot be read'
         if bad > most * number:
@@ -140,7 +152,9 @@ def interactions(path, named, most=MOST_MALFORMED):
     """(user, item, time as it stands, the same in microseconds) of each row of a file of
     interactions."""
     places, rows = table(path, most)
-    u, i, t = [places[column(path, places, role, named)] for role in ('user', 'item', 'time')]
+    chosen = [column(path, places, role, named) for role in ('user', 'item', 'time')]
+    tell(path, chosen, most)
+    u, i, t = map(places.get, chosen)
     width = len(places)
 
     def parse(row):
@@ -203,6 +217,7 @@ def items(path, named, most=MOST_MALFORMED):
     and counted."""
     places, rows = table(path, most)
     key = column(path, places, 'id', named)
+    tell(path, [key], most)
     wanted = [column(path, places, 'text', {'text': name})
               for name in named.get('text', '').split('+') if name]
     amazon = key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}
@@ -250,7 +265,7 @@ def tidy(row):
     """A table's row with MovieLens's genres, flags or parted by bars, as words, and without what
     has no name (the row's number, as pandas writes it)."""
     row.pop('', None)
-    if 'IMDb' in row:
+    if 'Film-Noir' in row:
         genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
         return {'item': row['item'], 'title': row['title'], 'genres': genres}
     if 'genres' in row:

@@ -119,18 +119,6 @@ def prefetch(things, machine):
 
 # ------------------------------------------------------------------------ optimiser
 
-def adamw(model, args):
-    """AdamW over the parameters that train; no decay on biases and LayerNorm, the
-    vectors (RecFormer's)."""
-    decay = []
-    plain = []
-    for p in model.parameters():
-        if p.requires_grad:
-            (decay if p.dim() > 1 else plain).append(p)
-    groups = {'params': decay, 'weight_decay': args.weight_decay}, {'params': plain}
-    return torch.optim.AdamW(groups, args.lr, weight_decay=0.0, fused=True)
-
-
 def linear_schedule(optimizer, warmup, total):
     """Rate rises linearly over `warmup` steps (at most half of all), then falls linearly to 0 at
     step `total`; None: it stays."""

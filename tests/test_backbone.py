@@ -323,6 +323,17 @@ def test_a_tokenizer_of_another_model_is_refused_at_once(tmp_path):
         assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('made', [tiny_bert, tiny_longformer])
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path, made):
+    """Transformers makes one up, to which every word is unknown."""
+    folder = made(tmp_path)
+    for path in folder.iterdir():
+        if 'token' in path.name or path.name.startswith(('vocab', 'merges')):
+            path.unlink()
+    with pytest.raises(UserError, match=f'--plm {folder}: '):
+        start_model(None, str(folder))
+
+
 def test_a_damaged_tokenizer_is_said_in_one_line(tmp_path):
     folder = tiny_bert(tmp_path)
     for text in ('{', '{"version": "1.0", "model": 3}', ''):

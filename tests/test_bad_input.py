@@ -29,9 +29,9 @@ OPTIONS = [  # script, a command line that is right, options above 0, options fr
     ('common.data', ['one'], '--min-user --min-item', '--users'),
     ('pretrain', ['one', '--out', 'x'], '--max-tokens --share --epochs '
      '--max-steps --patience --batch --accumulate --lr --micro-tokens',
-     '--warmup --weight-decay --mlm-weight --seed --save-every'),
+     '--warmup --mlm-weight --seed --save-every'),
     ('finetune', ['one', '--stage', '1', '--plm', 'p'], '--max-tokens --epochs --patience '
-     '--batch --lr --micro-tokens', '--warmup --weight-decay --seeds --save-every'),
+     '--batch --lr --micro-tokens', '--warmup --seeds --save-every'),
     ('export_embeddings', ['one', '--out', 'x.pt', '--plm', 'p'], '--micro-tokens', ''),
     ('train_seq', ['one', '--model', 'sasrec'], '--hidden --max-items --lrs --batch --epochs '
      '--patience', '--seeds --save-every'),

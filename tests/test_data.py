@@ -209,6 +209,15 @@ def test_cold_items_and_dropped_users_by_hand(root, capsys):
     assert 'nobody has' not in capsys.readouterr().out
 
 
+def test_what_is_bought_again_and_the_longest_history_are_counted(root, capsys):
+    rows = [('u', item, time) for time, item in enumerate('abcaa')] + [('v', item, time) for time, item in enumerate('cbab')]
+    write(root, rows, items='abc')
+    data.report(data.prepare('toy', (3, 1, 0)))
+    out = capsys.readouterr().out
+    assert '           3  interactions with an item that the user had before\n' in out
+    assert '           5  longest\n' in out
+
+
 def test_users_who_are_not_of_the_sample_are_dropped_users(root):
     ten_users(root)
     d = data.prepare('toy', (4, 1, 7))

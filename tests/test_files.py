@@ -26,7 +26,7 @@ from common.files import (ROOT, Diverged, UserError, command, content_sha256, di
                           load_json, load_npz, load_pt, lock, save_json, save_npz, save_pt,
                           save_text, whole)
 from common.runs import Run
-from common.training import Training, adamw, linear_schedule
+from common.training import Training, linear_schedule
 
 
 # ------------------------------------------------------------------------ reading and writing
@@ -353,7 +353,7 @@ def test_a_signal_outside_training_leaves_with_its_number(handler, number, code,
 # ------------------------------------------------------------------------ optimiser
 
 def test_schedule_rises_then_falls_without_a_jump():
-    optimizer = adamw(torch.nn.Linear(1, 1), options(lr=1.0, weight_decay=0.0))
+    optimizer = torch.optim.Adam(torch.nn.Linear(1, 1).parameters(), 1.0)
     schedule = linear_schedule(optimizer, 10, 100)
     rates = []
     for _ in range(100):
@@ -363,18 +363,6 @@ def test_schedule_rises_then_falls_without_a_jump():
     steps = [b - a for a, b in zip(rates, rates[1:])]
     assert 0 < rates[0] < 0.11 and max(rates) == 1 and rates[-1] > 0 and max(map(abs, steps)) < 0.1
     assert optimizer.param_groups[0]['lr'] == 0
-
-
-def test_decay_leaves_biases_norms_and_what_is_frozen_alone():
-    parts = {'dense': torch.nn.Linear(2, 2), 'LayerNorm': torch.nn.LayerNorm(2)}
-    model, args = torch.nn.ModuleDict(parts), options(lr=1.0, weight_decay=0.1)
-    decay, plain = adamw(model, args).param_groups
-    assert len(decay['params']) == 1 and decay['params'][0] is model.dense.weight
-    assert len(plain['params']) == 3
-    assert decay['weight_decay'] == 0.1 and plain['weight_decay'] == 0
-    model.dense.requires_grad_(False)
-    decay, plain = adamw(model, args).param_groups
-    assert decay['params'] == [] and len(plain['params']) == 2
 
 
 def test_without_a_warmup_the_rate_stays():

@@ -165,7 +165,8 @@ def test_amazon_2018(root):
     assert converted(root, '--from', folder) == (['U1,B1,1400000000', 'U1,B9,1400000001'], texts)
     review = {'overall': 5.0, 'reviewerID': 'U1', 'asin': 'B1', 'reviewText': 'x', 'unixReviewTime': 1400000000}
     write(folder, Pantry_5__json__gz=[review])
-    with pytest.raises(UserError, match='but Pantry.csv, Pantry_5.json.gz; name one'):
+    with pytest.raises(UserError, match='but Pantry.csv meta_Pantry.json.gz, '
+                                         'Pantry_5.json.gz meta_Pantry.json.gz; name one'):
         converted(root, '--from', folder)
     assert converted(root, '--from', folder / 'Pantry_5.json.gz') == (['U1,B1,1400000000'], texts)
 
@@ -315,6 +316,23 @@ def test_a_table_of_numbers_without_a_header_is_movielens_only_with_its_times(ro
         converted(root, '--from', folder / 'log.tsv', '--items', folder / 'goods.csv')
 
 
+def test_what_is_read_as_user_item_time_and_id_is_said(root, capsys):
+    folder = write(root / 'x', log__csv='user,user_id,sku,day,time\nann,7,a,2024-01-02,0157\n', goods__csv='id,sku,title\nv,a,x\n')
+    converted(root, '--from', folder / 'log.csv', '--items', folder / 'goods.csv', '--columns', 'item=sku')
+    assert capsys.readouterr().err == '  log.csv: user, sku, time\n  goods.csv: sku\n'
+
+
+def test_an_item_table_of_others_may_have_a_column_of_movielens(root):
+    folder = write(root / 'x', interactions__csv='user,item,time\nu,a,1\n', items__csv='item,title,IMDb\na,x,8.0\n')
+    assert converted(root, '--from', folder)[1] == [{'title': 'x', 'IMDb': '8.0', 'id': 'a'}]
+
+
+def test_the_names_of_json_are_those_of_all_its_first_lines(root):
+    folder = write(root / 'x', interactions__csv='user,item,time\nu,a,1\n', items__jsonl=[{'id': 'a'}, {'id': 'b', 'brand': 'Acme'}])
+    _, items = converted(root, '--from', folder, '--columns', 'text=brand')
+    assert items == [{'brand': '', 'id': 'a'}, {'brand': 'Acme', 'id': 'b'}]
+
+
 def test_a_date_beside_a_time_of_day_is_the_time(root):
     folder = write(root / 'x', interactions__csv='user,item,time,date\nu,a,0157,2024-01-02\n', items__csv='item,title\na,x\n')
     assert converted(root, '--from', folder)[0] == ['u,a,2024-01-02']
@@ -391,7 +409,7 @@ def test_names_of_the_papers_datasets_are_kept_for_them(root):
 @pytest.mark.parametrize('files, message', [
     ({}, 'holds not one pair of files of a known form .data/README.md., but none; name one: --from'),
     ({'u__item': '1|x'}, 'but none; name one'), ({'x__inter': 'a', 'y__item': 'b'}, 'but none; name one'),
-    ({'u__data': '', 'u__item': '', 'a__inter': '', 'a__item': ''}, 'but a.inter, u.data; name one'),
+    ({'u__data': '', 'u__item': '', 'a__inter': '', 'a__item': ''}, 'but a.inter a.item, u.data u.item; name one'),
     ({'a__inter': 'user_id:token\titem_id:token\n1\t2\n', 'a__item': ''}, 'a.inter: has no column .timestamp, .*, but user_id, item_id; with --from'),
     ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'item,name,name\na,b,c\n'}, 'items.csv: two of its columns have one name: item, name, name$'),
     ({'interactions__csv': 'user,item,time,,\na,b,1,,\n', 'items__csv': 'item\na'}, 'two of its columns have one name'),
@@ -401,7 +419,11 @@ def test_names_of_the_papers_datasets_are_kept_for_them(root):
     ({'interactions__csv': 'user,item,time\n"a"x,b,1\n', 'items__csv': 'item\na'}, 'interactions.csv: line 2 is not CSV'),
     ({'interactions__csv': 'user,item,time\na,b,c,1\n', 'items__csv': 'item\na'}, 'line 2 is no record with a user'),
     ({'interactions__csv': '196,242,881250949\n', 'items__csv': 'item\na'}, 'has no column .user, .*but 196, 242, 881250949; with --from'),
-], ids=range(13))
+    ({'interactions__tsv': 'user\titem\ttime\tname\nu\ti\t1\t"Heroes\nv\ti\t2\tx\nw\ti\t3\tSingle 12"\n', 'items__tsv': 'item\na'},
+     'interactions.tsv: line 4 is not CSV .a cell holds lines.: .* rename it to .txt$'),
+    ({'interactions__csv': 'user,item,time\n', 'items__csv': 'item,title\na,x\n'}, 'interactions.csv: no rows'),
+    ({'interactions__csv': 'user,item,time\na,b,1\n', 'items__csv': 'item,title\n'}, 'items.csv: no rows'),
+], ids=range(16))
 def test_what_is_not_understood_is_said_in_one_line(root, files, message):
     with pytest.raises(UserError, match=message):
         converted(root, '--from', write(root / 'x', **files))

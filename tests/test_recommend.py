@@ -171,7 +171,7 @@ def test_users_named_or_in_a_file(world, tmp_path, capsys):
     typed = recommended(tmp_path / 'a.csv', LF, '--users', 'u7', 'u2')
     assert [(row['user'], row['item']) for row in typed] \
         == [(row['user'], row['item']) for row in wanted]
-    (tmp_path / 'users.txt').write_text('u7\nshort\nu2\nnobody\n')
+    (tmp_path / 'users.txt').write_text('u7 \nshort\n\tu2\r\nnobody\n')
     capsys.readouterr()
     assert recommended(tmp_path / 'a.csv', LF, '--users', tmp_path / 'users.txt') == typed
     assert capsys.readouterr().err == (
