@@ -33,7 +33,7 @@ from common.options import (POSITIVE, add_earlier_options, add_machine_options, 
 from common.progress import progress
 from common.recommend import recommend, with_cold
 from common.report import RANKINGS, RATE_AND_SEED, SHOWN, Cell, cells_of, markdown, render
-from common.runs import Run, code_of, load_rows
+from common.runs import Run, changed_code, code_of, load_rows
 from common.text import item_tokens
 from common.training import start
 
@@ -62,8 +62,9 @@ def write_untrained(args, data, folder):
               code_of('common/baselines.py', 'common/data.py'))
     if run.finished():
         return
-    for path in folder.glob('[it]*-knn*/row.json'):  # of embeddings that may be gone
-        path.unlink()
+    for row in load_rows(data.name):  # of embeddings or rankings that may be gone
+        if row['model'] == 'untrained':
+            (folder / row['run'] / 'row.json').unlink()
     for name, row in untrained(data, embeddings):
         run._replace(folder=folder / name).write(**row, **origin_of(embeddings.get(row['init'])))
 
@@ -113,6 +114,8 @@ def cell_called(name, rows):
     if not found or (cell := Cell(found)).mixed:
         raise UserError(f'{name}: no such run in {runs_root()} (ELEPHANT_RUNS: elsewhere) of these '
                         'data, or several that differ in more than rate and seed')
+    if any(map(changed_code, found)):
+        print(f"note: {name}: of other code than today's")
     return cell
 
 

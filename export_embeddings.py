@@ -82,6 +82,7 @@ def read_rows(path, ids, data):
 
 
 def main(args):
+    code = code_of('export_embeddings.py')  # what runs: an edit while the model loads is not
     machine = start(args)
     data = load(args.dataset)
     out = args.out
@@ -100,7 +101,7 @@ def main(args):
         identity = {'model': weights_digest(model), 'tokens': tokens.fingerprint,
                     'precision': args.precision}
     identity |= {'data': data.fingerprint, 'cold': digest(data.cold_ids, data.cold_attributes)}
-    run = Run(args, out, identity, code_of('export_embeddings.py'))
+    run = Run(args, out, identity, code)
 
     # ---------------------------------------------------- encode
     with lock(out.parent, wait=not machine.rank):

@@ -143,6 +143,7 @@ def ranks_of(model, tokens, data, which):
 
 def one_run(args, machine, data):
     """Load, tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
+    code = code_of('finetune.py')  # what runs: an edit while the model loads is not
     folder = runs_root() / data.name
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
     items = '-items' * args.trainable_items
@@ -163,7 +164,7 @@ def one_run(args, machine, data):
     out = args.out or folder / f'{stage}{layers}{items}-seed{args.seed}'
     identity = {'options': option_identity(args), 'data': data.fingerprint,
                 'tokens': tokens.fingerprint, 'start': weights_digest(model)}
-    run = Run(args, out, identity, code_of('finetune.py'))
+    run = Run(args, out, identity, code)
     with lock(out):
         if run.finished():
             return

@@ -203,6 +203,7 @@ def tune(args, model, sources, run):
 
 
 def main(args):
+    code = code_of('pretrain.py')  # what runs: an edit while the data loads is not
     machine = start(args)
     model = start_model(None, args.plm, args.seed)
     model.config.max_tokens = args.max_tokens
@@ -216,7 +217,7 @@ def main(args):
                 'data': sources.fingerprints,
                 'tokens': sources.tokens.fingerprint,
                 'start': weights_digest(model)}
-    run = Run(args, folder, identity, code_of('pretrain.py'))
+    run = Run(args, folder, identity, code)
     with lock(folder):
         if run.finished():
             return

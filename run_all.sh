@@ -3,6 +3,7 @@
 #   prepare -> stage-PT -> stage-FT1, FT2 -> export LF/PT/FT -> rankings without training -> ID models -> table
 # A step whose output is there and was made from the same inputs, options and code says "up to date".
 set -euo pipefail
+{  # read whole before it starts: it may be edited meanwhile
 
 usage() {
   cat <<'TEXT'
@@ -191,4 +192,6 @@ fi
 
 # ---------------------------------------------------------------- 5. table
 step evaluate.py table "$NAME"
-[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=${ELEPHANT_RUNS@Q} before evaluate.py and the other scripts, not before run_all.sh"
+[ -z "$PLACE" ] || echo "this chain's runs: export ELEPHANT_RUNS=$(printf %q "$ELEPHANT_RUNS") before evaluate.py and the other scripts, not before run_all.sh"
+exit
+}

@@ -206,7 +206,7 @@ def build(folder, filters, identity):
     different = {hash(tuple(v for _, v in json.loads(text) if v)) for text in attributes}
     counts = {
         'users': len(users), 'items': len(catalogue), 'interactions': len(items),
-        'avg_len': lengths.mean(), 'longest': int(lengths.max()), 'evaluated': len(evaluated),
+        'avg_len': lengths.mean(), 'evaluated': len(evaluated),
         "% of neighbours have one timestamp, in the file's order (data/README.md)":
             100 * tied.mean(),
         'users of these files left out by the filters or the sample': len(user_ids) - len(users),

@@ -54,11 +54,12 @@ def code_of(*files):
     found = {}
     files = list(files)
     for file in files:  # which grows meanwhile
-        if file not in {*found, *NO_NUMBERS} and parsed(file):
+        if file not in found and parsed(file):
             found[file] = code_digest(file)
             for line in re.findall('(?m)^(?:from|import) .*', parsed(file)):
-                folder = 'common/' if 'common' in line else ''
-                files += [f'{folder}{word}.py' for word in re.findall(r'\w+', line)]
+                folder = 'common/' if re.search(r'common|from \.', line) else ''
+                words = {f'{folder}{word}.py' for word in re.findall(r'\w+', line)}
+                files += sorted(words - NO_NUMBERS)
     return found
 
 

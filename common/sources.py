@@ -122,15 +122,11 @@ def column(path, names, role, named):
                     'an object a line; .xlsx, .parquet, UTF-16: save as .csv)')
 
 
-def tell(path, chosen, most):
-    """Say which columns of a file of others are read as user, item and time, or as id."""
-    if most:
-        print(f'  {path.name}: {", ".join(chosen)}', file=sys.stderr)
-
-
 def readable(path, rows, parse, what, most):
-    """parse(row) of each of the numbered rows. What cannot be read is left out, counted and told;
-    UserError where its share is above `most`."""
+    """parse(row) of each of the numbered rows. What is read is told of files of others. What cannot
+    be read is left out, counted and told; UserError where its share is above `most`."""
+    if most:
+        print(f'  {path.name}: {what}', file=sys.stderr)
     number = bad = 0
     first = ''
     for number, row in progress(rows, unit='line', unit_scale=True, desc=path.name):
@@ -153,7 +149,6 @@ def interactions(path, named, most=MOST_MALFORMED):
     interactions."""
     places, rows = table(path, most)
     chosen = [column(path, places, role, named) for role in ('user', 'item', 'time')]
-    tell(path, chosen, most)
     u, i, t = map(places.get, chosen)
     width = len(places)
 
@@ -168,7 +163,8 @@ def interactions(path, named, most=MOST_MALFORMED):
             raise ValueError
         return user, item, stamp, microseconds(stamp)
 
-    return readable(path, rows, parse, 'a user, an item and a time (a number or ISO 8601)', most)
+    what = f'a user, an item and a time (a number or ISO 8601), in {", ".join(chosen)}'
+    return readable(path, rows, parse, what, most)
 
 
 def microseconds(stamp):
@@ -217,7 +213,6 @@ def items(path, named, most=MOST_MALFORMED):
     and counted."""
     places, rows = table(path, most)
     key = column(path, places, 'id', named)
-    tell(path, [key], most)
     wanted = [column(path, places, 'text', {'text': name})
               for name in named.get('text', '').split('+') if name]
     amazon = key.endswith('asin') and 'title' in places and {'category', 'categories'} & {*places}
@@ -243,7 +238,7 @@ def items(path, named, most=MOST_MALFORMED):
                 left_out += 1
         return item, pairs
 
-    yield from readable(path, rows, parse, f'the column {key}', most)
+    yield from readable(path, rows, parse, f'an id in the column {key}', most)
     if left_out:
         print(f'  {path.name}: {left_out:,} attributes that are objects are left out')
 

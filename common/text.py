@@ -15,9 +15,6 @@ from common.arrays import offsets_of, ragged, row_numbers
 from common.files import UserError, digest, load_npz, save_npz
 from common.runs import code_digest
 
-# Token types; 0 is the special token, 3 padding (RecFormer), unused when packed.
-NAME = 1
-VALUE = 2
 MOST_ATTRIBUTES = 3  # of an item (RecFormer)
 MOST_TOKENS = 32     # of an attribute, its name included (RecFormer)
 AT_ONCE = 20_000  # items tokenized at a time: memory only
@@ -26,7 +23,7 @@ AT_ONCE = 20_000  # items tokenized at a time: memory only
 class ItemTokens(NamedTuple):
     """Tokens of all items: item i has ids[offsets[i]:offsets[i + 1]]; item 0 (padding) has none."""
     ids: np.ndarray      # int32 [T]
-    types: np.ndarray    # int8 [T], NAME or VALUE
+    types: np.ndarray    # int8 [T], RecFormer's: 1 in a name, 2 in a value
     starts: np.ndarray   # bool [T], first token of a word (attribute names are words of their own)
     offsets: np.ndarray  # int64 [n + 2]
 
@@ -94,7 +91,7 @@ def tokenize(attributes, words):
         for pairs in some:
             for pair in pairs[:MOST_ATTRIBUTES]:
                 end = len(ids) + MOST_TOKENS
-                for kind, text in zip((NAME, VALUE), pair):
+                for kind, text in enumerate(pair, 1):
                     ids.extend(known[text].ids)
                     starts.extend(word_starts(known[text].word_ids))
                     types.extend([kind] * len(known[text]))

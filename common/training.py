@@ -21,11 +21,12 @@ from functools import partial
 import numpy as np
 import torch
 from torch import distributed
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_
 
 from common.files import STOPPING, Diverged, UserError, follower, load_pt, save_pt, save_text
 from common.layers import Machine
 from common.progress import progress
+from common.runs import differences
 
 EPOCHS_APART = 30  # seconds: a large model is written in more than a short epoch's time
 
@@ -162,7 +163,7 @@ class Training(contextlib.AbstractContextManager):
     identity and code. It is written too where a signal ends the process (see `command`).
     """
 
-    def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
+    def __init__(self, run, model, optimizer, steps, warmup=None, clip=math.inf, most=None):
         self.epoch = self.step = self.best_epoch = 0
         self.best = -math.inf
         self.best_weights = None
@@ -199,11 +200,7 @@ class Training(contextlib.AbstractContextManager):
     def update(self, **losses):
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
         not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
-        moving = [p for group in self.optimizer.param_groups for p in group['params']
-                  if p.grad is not None]
-        norm = get_total_norm([p.grad for p in moving])
-        if self.clip:
-            clip_grads_with_norm_(moving, self.clip, norm)
+        norm = clip_grad_norm_(self.model.parameters(), self.clip)
         # the one time in a step that the host waits for the device
         values = torch.stack([*losses.values(), norm]).tolist()
         if not all(map(math.isfinite, values)):
@@ -289,7 +286,9 @@ class Training(contextlib.AbstractContextManager):
         for name, state in saved['states'].items():
             getattr(self, name).load_state_dict(state)
         vars(self).update(saved['stand'])
-        self.run.code.update(saved['head']['code'])  # with --keep: that of the first steps
+        # with --keep: of two codes, so that it is up to date with neither
+        other = differences(saved['head']['code'], self.run.code)
+        self.run.code.update(dict.fromkeys(other, ''))
         self.began -= saved['head']['seconds']
         cpu, gpus = self.rng
         torch.set_rng_state(cpu)

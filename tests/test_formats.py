@@ -217,7 +217,7 @@ def test_own_folder_and_texts_as_json(root, capsys):
     said = capsys.readouterr().out
     assert 'goods.jsonl: 2 attributes that are objects are left out' in said
     assert re.search('buys.jsonl: line 303 is no record with a user, .*; in all 2 of 304 lines cannot be read and are left out', said)
-    assert re.search('goods.jsonl: line 404 is no record with the column code: .*; in all 2 of 405 lines', said)
+    assert re.search('goods.jsonl: line 404 is no record with an id in the column code: .*; in all 2 of 405 lines', said)
     assert '3 items with interactions, 0 of them without texts; 402 with texts; 1 lines that repeat an id are left out' in said
 
 
@@ -319,7 +319,9 @@ def test_a_table_of_numbers_without_a_header_is_movielens_only_with_its_times(ro
 def test_what_is_read_as_user_item_time_and_id_is_said(root, capsys):
     folder = write(root / 'x', log__csv='user,user_id,sku,day,time\nann,7,a,2024-01-02,0157\n', goods__csv='id,sku,title\nv,a,x\n')
     converted(root, '--from', folder / 'log.csv', '--items', folder / 'goods.csv', '--columns', 'item=sku')
-    assert capsys.readouterr().err == '  log.csv: user, sku, time\n  goods.csv: sku\n'
+    assert capsys.readouterr().err == (
+        '  log.csv: a user, an item and a time (a number or ISO 8601), in user, sku, time\n'
+        '  goods.csv: an id in the column sku\n')
 
 
 def test_an_item_table_of_others_may_have_a_column_of_movielens(root):

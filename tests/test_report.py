@@ -658,7 +658,7 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
     group = np.repeat([0, 1, 2, 3], 10)
     a, b = np.array([2, 0, 1, 99])[group], np.array([2, 60, 70, 99])[group]
     for run, places, of in (('a', a, mine.fingerprint), ('b', b, mine.fingerprint), ('data', a, 'x')):
-        saved(runs, places, made('sasrec', 'random', 'random', run=run, data=of))
+        saved(runs, places, made('sasrec', 'random', 'random', run=run, data=of, code={}))
     call('compare', 'mine', 'a', 'b')
     out = capsys.readouterr().out
     assert 'a minus b, 40 users, percent' in out and len(out.splitlines()) == 3 + 4 + 6 + 6
@@ -677,6 +677,10 @@ def test_comparison_by_hand_and_what_it_refuses(runs, mine, capsys):
                          ('../mine/a', 'no such run')):
         with pytest.raises(UserError, match=words):
             call('compare', 'mine', 'a', other)
+    saved(runs, b, made('sasrec', 'random', 'random', run='b', data=mine.fingerprint,
+                         code={'common/sasrec.py': 'other'}))
+    call('compare', 'mine', 'a', 'b')
+    assert [text for text in capsys.readouterr().out.splitlines() if 'other code' in text] == ["note: b: of other code than today's"]
     (runs / 'mine' / 'b' / 'ranks.npz').write_bytes(b'PK half a file')
     with pytest.raises(UserError, match='b/ranks.npz: missing or damaged'):
         call('compare', 'mine', 'a', 'b')

@@ -124,6 +124,10 @@ def test_code_follows_the_imports_at_the_top(tree):
     tree('common/files.py', 'open_it = None\n')
     assert runs.differences(found, runs.code_of('main.py')) == ['common/deep.py']
     assert sorted(runs.code_of('common/b.py', 'common/c.py')) == [*files[:4], 'mine.py']
+    tree('common/d.py', 'from .deep import g\n')
+    assert sorted(runs.code_of('common/d.py')) == ['common/d.py', 'common/deep.py'], 'a relative import'
+    tree('common/models.py', 'from common.deep import g\n\n\nclass Own:\n    size = g\n')
+    assert sorted(runs.code_of('common/models.py')) == ['common/deep.py', 'common/models.py'], 'asked for itself'
 
 
 def test_code_of_this_repository():

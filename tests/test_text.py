@@ -12,9 +12,11 @@ from tokenizers import Tokenizer
 from common import text
 from common.backbone import load_words
 from common.files import UserError, load_pt, save_pt
-from common.text import (NAME, VALUE, ItemTokens, Packed, Words, item_tokens, joined, mask_words,
+from common.text import (ItemTokens, Packed, Words, item_tokens, joined, mask_words,
                          pack, tokenize)
 from tests.toy import ANY_MODEL, wordpiece
+
+NAME, VALUE = 1, 2  # types of tokens
 
 
 @pytest.fixture
