@@ -82,7 +82,7 @@ def read_rows(path, ids, data):
 
 
 def main(args):
-    code = code_of('export_embeddings.py')  # what runs: an edit while the model loads is not
+    code = code_of('export_embeddings.py')  # now: an edit while the model loads is not what runs
     machine = start(args)
     data = load(args.dataset)
     out = args.out

@@ -143,7 +143,7 @@ def ranks_of(model, tokens, data, which):
 
 def one_run(args, machine, data):
     """Load, tune, evaluate, write the checkpoint and the row; stage 0 evaluates only."""
-    code = code_of('finetune.py')  # what runs: an edit while the model loads is not
+    code = code_of('finetune.py')  # now: an edit while the model loads is not what runs
     folder = runs_root() / data.name
     layers = '' if args.tune_layers == 'all' else f'-layers{args.tune_layers}'
     items = '-items' * args.trainable_items

@@ -203,7 +203,7 @@ def tune(args, model, sources, run):
 
 
 def main(args):
-    code = code_of('pretrain.py')  # what runs: an edit while the data loads is not
+    code = code_of('pretrain.py')  # now: an edit while the model loads is not what runs
     machine = start(args)
     model = start_model(None, args.plm, args.seed)
     model.config.max_tokens = args.max_tokens

@@ -67,7 +67,7 @@ class BERT4Rec(AttentionModel):
         """Mean cross-entropy over the masked items of training parts. A sequence of which none was
         masked changes nothing and is left out.
 
-        15 % of the items (the last of all where that were none), of those 80 % as mask, 10 % a
+        15 % of the items (where the whole batch had none, its last), of those 80 % as mask, 10 % a
         random item, 10 % kept; in 9 % of the draws only the last, as mask.
         """
         items, lengths = newest(items, offsets, self.max_items)

@@ -314,16 +314,15 @@ def parse_args(argv=None):
 
 def main(args):
     from common.baselines import untrained_lines
-    from common.text import MOST_ATTRIBUTES
     if args.source:
         convert(folder_of(args.name), args.source, args.items, args.columns)
     elif args.items or args.columns:
         raise UserError('--items and --columns go with --from')
     data = prepare(args.name, [args.min_user, args.min_item, args.users])
-    read = dict(next(data.each('attributes'))[:MOST_ATTRIBUTES])
     print(f'{args.name}: prepared in {data.folder / "prepared.npz"}; fewest interactions of a '
-          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; what is read of '
-          f'an item (--columns text=.. chooses): {str(read)[:300]}')
+          f'user, of an item, users sampled (0 = all): {data.identity["filters"]}; of an item the '
+          'first three of these are read (--from with --columns text=.. chooses): '
+          f'{str(dict(next(data.each("attributes"))))[:300]}')
     report(data)
     for line in untrained_lines(data):
         print(f'  {line}')

@@ -94,7 +94,6 @@ def draw_bars(path, cells):
     and the best that needs no training."""
     cells = [cell for cell in cells if not cell.mixed]
     if not cells:
-        path.unlink(missing_ok=True)  # it is of other rows
         return
     names = [f'{cell.title}: {cell.label}' for cell in cells]
     with picture(path, 11, 1 + 0.18 * len(cells)) as figure:

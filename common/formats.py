@@ -151,15 +151,14 @@ def canonical_from(folder, pair, named, filters, expected=None):
             for *row, _ in read(pair[0], named, *filters):
                 out.writerow(row)  # user, item, time as it stands
                 used.add(row[1])
+            if not used:
+                raise UserError(f'{pair[0]}: no rows, or none that passes --min-user, --min-item')
             for key, pairs in items(pair[1], named):
                 if key in seen:
                     repeats += 1
                 elif key in used or not filters:
                     seen.add(key)
                     texts.write(json.dumps(dict(pairs) | {'id': key}, ensure_ascii=False) + '\n')
-            for path, found in zip(pair, (used, seen)):
-                if not found:
-                    raise UserError(f'{path}: no rows, or none that passes --min-user, --min-item')
             # should this be killed now: what lies here was made here, and is no pair
             save_json(source, {})
             made[0].unlink(missing_ok=True)

@@ -134,8 +134,8 @@ def asked(args, data, wide):
     names = args.users
     if len(names) == 1 and Path(names[0]).is_file():
         source = names[0]
-        text = Path(source).read_text(encoding='utf-8-sig', errors='replace')
-        names = [line.strip() for line in text.splitlines()]
+        names = [line.strip() for line in
+                 Path(source).read_text(encoding='utf-8-sig', errors='replace').splitlines()]
     reasons = dict.fromkeys(data.dropped_users, 'left out by the filters of the data')
     return known_of(names, everybody, reasons, source)
 

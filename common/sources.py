@@ -29,7 +29,7 @@ GENRES = '''unknown Action Adventure Animation Children Comedy Crime Documentary
 # The first line of files without a header -> their columns: MovieLens, Amazon 2018.
 HEADLESS = {r'\d+(\t|::)\d+\1[\d.]+\1\d{8,}': 'user item rating time',
             r'\d+::.*::.*': 'item title genres',
-            r'\d+\|.*(\|[01]){19}': f'item title released video IMDb {GENRES}',
+            r'\d+\|.*(\|[01]){19}': f'item title released video u.item {GENRES}',
             r'[^,"]+,[^,"]+,[1-5]\.0,\d+': 'item user rating time'}
 PRODUCT = {'title': 'title', 'brand': 'store', 'category': 'categories'}  # Amazon 2018's: 2023's
 LONGEST_TEXT = 2000    # characters kept of an attribute: far more than its 32 tokens need
@@ -57,18 +57,18 @@ def lines(path, most):
 
 def csv_rows(path, text, mark):
     """(line number, cells) of each row of CSV that holds something. UserError: a quote that never
-    ends, or goes on after its end, or holds lines of tabs."""
+    ends, or goes on after its end, or holds whole rows of a .tsv."""
     rows = csv.reader(text, delimiter=mark, strict=True)
     try:
         for row in rows:
             cells = ''.join(row)
-            if mark == '\t' and mark in cells and '\n' in cells:
-                raise csv.Error('a cell holds lines')
+            if mark == '\t' and 0 < cells.count('\n') * (len(row) - 1) <= cells.count(mark):
+                raise csv.Error('a cell holds rows')
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
         raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? '
-                        'Where quotes are plain characters, rename it to .txt') from None
+                        'Where quotes are plain characters, rename it to .txt, for --from') from None
 
 
 def objects(text):
@@ -260,7 +260,7 @@ def tidy(row):
     """A table's row with MovieLens's genres, flags or parted by bars, as words, and without what
     has no name (the row's number, as pandas writes it)."""
     row.pop('', None)
-    if 'Film-Noir' in row:
+    if 'u.item' in row:
         genres = ' '.join(genre for genre in GENRES.split() if row[genre] == '1')
         return {'item': row['item'], 'title': row['title'], 'genres': genres}
     if 'genres' in row:

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import distributed
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from common.files import STOPPING, Diverged, UserError, follower, load_pt, save_pt, save_text
 from common.layers import Machine
@@ -163,7 +163,7 @@ class Training(contextlib.AbstractContextManager):
     identity and code. It is written too where a signal ends the process (see `command`).
     """
 
-    def __init__(self, run, model, optimizer, steps, warmup=None, clip=math.inf, most=None):
+    def __init__(self, run, model, optimizer, steps, warmup=None, clip=None, most=None):
         self.epoch = self.step = self.best_epoch = 0
         self.best = -math.inf
         self.best_weights = None
@@ -200,7 +200,10 @@ class Training(contextlib.AbstractContextManager):
     def update(self, **losses):
         """One optimiser step with the gradients as they are, refused where a loss or a gradient is
         not finite; saved when due. losses: scalar tensors, for the log; the first is minimised."""
-        norm = clip_grad_norm_(self.model.parameters(), self.clip)
+        moving = [p for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in moving])
+        if self.clip:
+            clip_grads_with_norm_(moving, self.clip, norm)
         # the one time in a step that the host waits for the device
         values = torch.stack([*losses.values(), norm]).tolist()
         if not all(map(math.isfinite, values)):
