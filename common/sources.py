@@ -67,8 +67,8 @@ def csv_rows(path, text, mark):
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? '
-                        'Where quotes are plain characters, rename it to .txt, for --from') from None
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? Where '
+                        'quotes are plain characters, rename it to .txt, for --from') from None
 
 
 def objects(text):
