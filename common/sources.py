@@ -67,7 +67,7 @@ def csv_rows(path, text, mark):
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
-        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? Where '
+        raise UserError(f'{path}: line {rows.line_num} is not CSV ({error}): an unclosed quote? If '
                         'quotes are plain characters, rename it to .txt, for --from') from None
 
 
