@@ -58,8 +58,8 @@ def code_of(*files):
             found[file] = code_digest(file)
             for line in re.findall('(?m)^(?:from|import) .*', parsed(file)):
                 folder = 'common/' if re.search(r'common|from \.', line) else ''
-                words = {f'{folder}{word}.py' for word in re.findall(r'\w+', line)}
-                files += sorted(words - NO_NUMBERS)
+                imported = {f'{folder}{word}.py' for word in re.findall(r'\w+', line)}
+                files += sorted(imported - NO_NUMBERS)
     return found
 
 

@@ -61,9 +61,10 @@ def csv_rows(path, text, mark):
     rows = csv.reader(text, delimiter=mark, strict=True)
     try:
         for row in rows:
-            cells = ''.join(row)
-            if mark == '\t' and 0 < cells.count('\n') * (len(row) - 1) <= cells.count(mark):
-                raise csv.Error('a cell holds rows')
+            if mark == '\t':
+                cells = ''.join(row)
+                if 0 < cells.count('\n') * (len(row) - 1) <= cells.count(mark):
+                    raise csv.Error('a cell holds rows')
             if row:
                 yield rows.line_num, row
     except csv.Error as error:
